@@ -1,0 +1,109 @@
+"""Where everything of a run lies. This is the only place that joins names to paths."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The files of one run folder; nothing here touches the disk."""
+
+    root: Path
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset.json"
+
+    @property
+    def fingerprint(self) -> Path:
+        return self.root / "fingerprint.json"
+
+    @property
+    def splits(self) -> Path:
+        return self.root / "splits.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def postprocessing(self) -> Path:
+        return self.root / "postprocess.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def case_stats(self) -> Path:
+        """Folder with one file per case and content hash: an interrupted fingerprint continues from it."""
+        return self.root / "cache" / "fingerprint"
+
+    def cache(self, configuration: str) -> Path:
+        """Folder with one preprocessed file per case."""
+        return self.root / "cache" / configuration
+
+    def configuration(self, configuration: str) -> Path:
+        return self.root / "models" / configuration
+
+    def model(self, configuration: str, fold: str, seed: int = 0) -> "ModelLayout":
+        """Folder of one trained network; `fold` is "0".."4" or "all", `seed` 0 is the unnamed default."""
+        name = f"fold_{fold}" if seed == 0 else f"fold_{fold}.seed_{seed}"
+        return ModelLayout(self.configuration(configuration) / name)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """The files of one trained network."""
+
+    root: Path
+
+    @property
+    def weights(self) -> Path:
+        """Weights at the end of training (the average, where the plan averages)."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best.safetensors"
+
+    @property
+    def resume_tensors(self) -> Path:
+        """Weights, optimizer state, averages and random states of the last epoch; one file, so it cannot be torn."""
+        return self.root / "resume.safetensors"
+
+    @property
+    def history(self) -> Path:
+        return self.root / "history.jsonl"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves.png"
+
+    @property
+    def validation(self) -> Path:
+        """Folder with the predictions of the validation cases."""
+        return self.root / "validation"
+
+    @property
+    def scores(self) -> Path:
+        return self.validation / "scores.json"
+
+
+def prediction_file(folder: Path, case: str, ending: str) -> Path:
+    """Label map of `case` in a prediction folder."""
+    return folder / f"{case}{ending}"
+
+
+def probabilities_file(folder: Path, case: str) -> Path:
+    """Class probabilities of `case` in a prediction folder (compressed, see image/formats.py)."""
+    return folder / f"{case}.probabilities.npz"
+
+
+def scores_file(folder: Path) -> Path:
+    """Scores of a prediction folder."""
+    return folder / "scores.json"

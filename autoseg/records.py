@@ -1,0 +1,389 @@
+"""Everything autoseg saves, as frozen records. No behaviour beyond small derived properties.
+
+Axes: arrays and tuples are in NumPy order Z Y X (slowest first), also for spacings. A 2D image is a volume with one
+slice. Units stand in the names: `_mm`, `_voxels`, `_bytes`, `_share` (0..1).
+A variant is `record.model_copy(update=...)` or an edited JSON file, never a subclass.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Voxels3 = tuple[int, int, int]
+Millimetres3 = tuple[float, float, float]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Record(BaseModel):
+    """A frozen value; unknown fields are refused so that a typing error in an edited file is not silently ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Saved(Record):
+    """A record that is a file of its own. `SCHEMA` is its version; `store.py` writes and checks it."""
+
+    SCHEMA: ClassVar[int] = 1
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+
+class Label(Record):
+    """One class. Its index in `Dataset.labels` is its value inside autoseg, `value` the one in the user's files."""
+
+    name: str
+    value: int
+
+
+class Case(Record):
+    """One patient image: one file per channel (or one file with all channels), and its label map if there is one."""
+
+    id: str
+    images: Annotated[tuple[str, ...], Field(min_length=1)]
+    label: str | None = None
+    group: str | None = None
+
+
+class LeftOut(Record):
+    """A case that `--skip-bad` went on without, and why."""
+
+    id: str
+    problem: str
+
+
+class Dataset(Saved):
+    """What is to be learned from: channels, labels (background first) and the cases, with absolute paths.
+
+    `dimension` is 2 when every image has a single slice, else 3. `ignore_value` is the value in the files that marks
+    voxels nobody annotated.
+    """
+
+    name: str
+    dimension: Literal[2, 3]
+    channels: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    ignore_value: int | None = None
+    file_ending: str = ".nii.gz"
+    cases: tuple[Case, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------ the fingerprint
+
+
+class Intensities(Record):
+    """Foreground intensities of one channel, in the units of the file."""
+
+    mean: float
+    std: float
+    median: float
+    minimum: float
+    maximum: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+class CaseStats(Saved):
+    """What one case tells the planner. Shapes and shares are those after cropping to the nonzero region.
+
+    `class_voxels[k]`, `class_mm3[k]` and `class_components[k]` (number of connected components) count label index k,
+    background included at 0; `class_median_component_voxels[k]` is the median size of its components.
+    `content` is the hash of the files' bytes and of the label values it was computed with.
+    """
+
+    id: str
+    content: str
+    shape_voxels: Voxels3
+    full_shape_voxels: Voxels3
+    spacing_mm: Millimetres3
+    crop_share: Share
+    class_voxels: tuple[int, ...]
+    class_mm3: tuple[float, ...]
+    class_components: tuple[int, ...]
+    class_median_component_voxels: tuple[float, ...]
+    intensities: tuple[Intensities, ...]
+    intensity_sample: tuple[tuple[float, ...], ...] = ()
+
+
+class Fingerprint(Saved):
+    """All that planning needs to know of a data set; a plan can be made from this file alone."""
+
+    dataset: str
+    dimension: Literal[2, 3]
+    channels: tuple[str, ...]
+    labels: tuple[Label, ...]
+    ignore_value: int | None = None
+    cases: Annotated[tuple[CaseStats, ...], Field(min_length=1)]
+    intensities: tuple[Intensities, ...]
+    source: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+class Budget(Record):
+    """The memory to plan for. `device` is "cuda:0", "cpu" or the name of a card that is not there."""
+
+    device: str
+    total_bytes: Positive
+    budget_bytes: Positive
+    driver: str = ""
+    torch_version: str = ""
+
+
+class Choice(Record):
+    """One decision: the field it set, the value it got, and why in one sentence with numbers."""
+
+    field: str
+    value: str
+    because: str
+
+
+class Attempt(Record):
+    """One reading of the planner: this patch and batch size need this many bytes in one training step."""
+
+    patch_voxels: tuple[int, ...]
+    batch_size: Positive
+    peak_bytes: int
+    fits: bool
+
+
+class Memory(Record):
+    """Where the planner's bytes came from, and every attempt. `measured`: read off the device; `simulated`: replayed."""
+
+    source: Literal["measured", "simulated", "assumed"]
+    peak_bytes: int
+    attempts: tuple[Attempt, ...] = ()
+
+
+class NetworkSpec(Record):
+    """A U-Net. Stage s halves the axes where `strides[s]` is 2 and convolves with `kernels[s]`, giving `features[s]`.
+
+    All per-stage tuples have the same length; `decoder_blocks` has one entry less. `strides[0]` is all ones.
+    """
+
+    kind: Literal["plain", "residual"] = "plain"
+    dimension: Literal[2, 3]
+    in_channels: Positive
+    classes: Annotated[int, Field(ge=2)]
+    features: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+    encoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    norm: Literal["instance", "batch", "group"] = "instance"
+    deep_supervision: bool = True
+    dropout: Share = 0.0
+
+    @model_validator(mode="after")
+    def _same_lengths(self) -> "NetworkSpec":
+        stages = len(self.features)
+        for name in ("strides", "kernels", "encoder_blocks"):
+            if len(getattr(self, name)) != stages:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, features has {stages}")
+        if len(self.decoder_blocks) != stages - 1:
+            raise ValueError(f"decoder_blocks needs {stages - 1} entries, has {len(self.decoder_blocks)}")
+        if any(len(each) != self.dimension for each in (*self.strides, *self.kernels)):
+            raise ValueError(f"strides and kernels need {self.dimension} numbers per stage")
+        return self
+
+    @property
+    def divisors(self) -> tuple[int, ...]:
+        """What each patch axis must be divisible by: the product of that axis' strides."""
+        products = [1] * self.dimension
+        for stride in self.strides:
+            products = [p * s for p, s in zip(products, stride, strict=True)]
+        return tuple(products)
+
+
+class AugmentSpec(Record):
+    """How strongly patches are varied. Chances are per sample; ranges are those of nnU-Net's default trainer.
+
+    `rotation_rad` is the largest angle per axis (Z Y X; in 2D only the first counts, turning in the plane).
+    `mirror_axes` are patch axes; prediction mirrors along the same ones.
+    """
+
+    rotation_rad: tuple[float, ...]
+    rotation_chance: Share = 0.2
+    scale_range: tuple[float, float] = (0.7, 1.4)
+    scale_chance: Share = 0.2
+    noise_chance: Share = 0.1
+    blur_chance: Share = 0.2
+    brightness_chance: Share = 0.15
+    contrast_chance: Share = 0.15
+    low_resolution_chance: Share = 0.25
+    gamma_inverted_chance: Share = 0.1
+    gamma_chance: Share = 0.3
+    mirror_axes: tuple[int, ...] = ()
+    turn_in_plane_only: bool = False
+
+
+class TrainSpec(Record):
+    """How the network is trained. `schedule` runs over the share of the training done, in epochs or in time."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    momentum: float = 0.99
+    schedule: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    epochs: Positive = 1000
+    steps_per_epoch: Positive = 250
+    clip_norm: Annotated[float, Field(gt=0)] = 12.0
+    loss: str = "dice_ce"
+    foreground_share: Share = 0.33
+    average_decay: Share = 0.0
+    augment: AugmentSpec
+
+
+class Resampling(Record):
+    """Spline orders of images and labels. `thick_axis` (before transposition, or None) is resampled by nearest."""
+
+    image_order: Literal[0, 1, 3] = 3
+    label_order: Literal[0, 1] = 1
+    anisotropy: float = 3.0
+
+
+class Configuration(Record):
+    """One network with its grid. `axes` transposes Z Y X of the file so that the coarsest axis comes first.
+
+    `spacing_mm` and `median_shape_voxels` are after that transposition; a 2D configuration works on slices of the
+    first axis (whose spacing is then None: slices are never resampled) and its `patch_voxels` has two numbers.
+    """
+
+    name: str
+    dimension: Literal[2, 3]
+    axes: Voxels3 = (0, 1, 2)
+    spacing_mm: tuple[float | None, float, float]
+    median_shape_voxels: Voxels3
+    patch_voxels: tuple[int, ...]
+    batch_size: Annotated[int, Field(ge=1)]
+    normalization: tuple[str, ...]
+    mask_for_normalization: tuple[bool, ...]
+    resampling: Resampling = Resampling()
+    batch_dice: bool = False
+    network: NetworkSpec
+    train: TrainSpec
+    memory: Memory
+    previous: str | None = None
+
+    @model_validator(mode="after")
+    def _patch_fits_network(self) -> "Configuration":
+        divisors = self.network.divisors
+        if len(self.patch_voxels) != self.dimension or self.network.dimension != self.dimension:
+            raise ValueError(f"configuration {self.name}: patch_voxels and network need dimension {self.dimension}")
+        wrong = [a for a, (p, d) in enumerate(zip(self.patch_voxels, divisors, strict=True)) if p % d or p < 1]
+        if wrong:
+            below = tuple(max(d, p // d * d) for p, d in zip(self.patch_voxels, divisors, strict=True))
+            above = tuple(-(-p // d) * d for p, d in zip(self.patch_voxels, divisors, strict=True))
+            raise ValueError(
+                f"configuration {self.name}: patch_voxels {self.patch_voxels} cannot be divided by the strides' "
+                f"product {divisors}; the nearest that work are {below} and {above}"
+            )
+        return self
+
+
+class Plan(Saved):
+    """Every decision about a data set, with its reasons; the only thing train and predict need besides the weights."""
+
+    autoseg_version: str
+    dataset: str
+    dimension: Literal[2, 3]
+    channels: tuple[str, ...]
+    labels: tuple[Label, ...]
+    ignore_value: int | None = None
+    file_ending: str
+    intensities: tuple[Intensities, ...]
+    preset: str = "standard"
+    budget: Budget
+    configurations: Annotated[tuple[Configuration, ...], Field(min_length=1)]
+    choices: tuple[Choice, ...]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.labels)
+
+
+# ------------------------------------------------------------------------------------------------ training and scores
+
+
+class Fold(Record):
+    """Ids of the cases to learn from and to validate on."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+class Splits(Saved):
+    """The folds of the cross-validation; `grouped` says whether cases of one patient were kept together."""
+
+    seed: int
+    grouped: bool
+    folds: tuple[Fold, ...]
+
+
+class Run(Saved):
+    """What a training really used, once options and plan values were put together, and how it ended."""
+
+    autoseg_version: str
+    torch_version: str
+    configuration: Configuration
+    fold: str
+    seed: int
+    device: str
+    precision: str
+    compiled: bool
+    max_seconds: float | None = None
+    seconds: float = 0.0
+    steps: int = 0
+    finished: bool = False
+    notes: tuple[str, ...] = ()
+    validation_dice: tuple[float | None, ...] = ()
+
+
+class CaseScore(Record):
+    """Scores of one case, per foreground class in the order of the labels; None where a score is not defined.
+
+    `values[metric][k - 1]` belongs to label index k.
+    """
+
+    id: str
+    values: dict[str, tuple[float | None, ...]]
+
+
+class Scores(Saved):
+    """Scores of predictions against references. `mean[metric][k - 1]` is over the cases where it is defined."""
+
+    prediction: str
+    reference: str
+    labels: tuple[str, ...]
+    policy: str
+    cases: tuple[CaseScore, ...]
+    mean: dict[str, tuple[float | None, ...]]
+    foreground_mean: dict[str, float | None]
+
+
+class Rule(Record):
+    """One post-processing step for one label (or the joined foreground: `label` None) and what it gained in learning.
+
+    `drop_small` sets components below `fraction` of the largest to background; `keep_largest` all but the largest.
+    """
+
+    label: str | None
+    action: Literal["drop_small", "keep_largest", "drop_volume", "fill_holes"]
+    fraction: float = 1.0 / 3.0
+    minimum_mm3: float = 0.0
+    connectivity: int = 1
+    dice_before: float
+    dice_after: float
+
+
+class Postprocessing(Saved):
+    """The rules to apply, in this order; empty when nothing helped."""
+
+    learned_on: str
+    cases: int
+    rules: tuple[Rule, ...] = ()

@@ -1,0 +1,128 @@
+"""How records reach the disk: as versioned JSON, by writing a temporary file beside the target and renaming it.
+
+A killed process therefore leaves either the old file or the new one. A wrong file fails with the path of the bad field.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from autoseg.errors import UserError
+from autoseg.records import Saved
+
+AnySaved = TypeVar("AnySaved", bound=Saved)
+
+TEMPORARY = ".unfinished"
+"""Part of the name of every file that is not complete yet; readers skip such files, writers remove stale ones."""
+
+UPGRADES: dict[tuple[str, int], Callable[[dict], dict]] = {}
+"""(record name, old version) -> function that turns the old file's content into the next version's."""
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`.
+
+    On an exception the temporary file is removed and `path` keeps its old content. `suffix` is for writers that choose
+    the format by the file's ending. Raises UserError when the disk is full or the folder can't be written.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}-{uuid.uuid4().hex[:6]}{suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if not temporary.is_dir():
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+            raise UserError(f"{path}: the disk is full.", fix="Free some space and run the same command again.") from error
+        if error.errno in (13, 30):  # EACCES, EROFS
+            raise UserError(f"{path}: this place cannot be written.", fix="Choose another output folder.") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes left half-written in `folder` (not below it)."""
+    for stale in folder.glob(f"*{TEMPORARY}-*"):
+        stale.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` as a whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write `content` to `path` as a whole or not at all, UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def save(path: Path, record: Saved) -> None:
+    """Write `record` as readable JSON with its name and schema version on top."""
+    head = {"autoseg": type(record).__name__.lower(), "schema": type(record).SCHEMA}
+    write_text(path, dump(head | record.model_dump(mode="json")) + "\n")
+
+
+def load(path: Path, kind: type[AnySaved]) -> AnySaved:
+    """Read the record of type `kind` at `path`.
+
+    Raises UserError when the file is missing, no JSON, of another kind, of a newer schema, or wrong in a named field.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.", fix="Is this the right folder?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew.") from error
+    return parse(content, kind, str(path))
+
+
+def parse(content: object, kind: type[AnySaved], where: str) -> AnySaved:
+    """Turn a decoded JSON file into a record; `where` names it in errors (see `load`)."""
+    name, version = kind.__name__.lower(), kind.SCHEMA
+    if not isinstance(content, dict) or content.get("autoseg") != name:
+        raise UserError(f"{where}: this is not an autoseg {name} file.")
+    fields = dict(content)
+    fields.pop("autoseg")
+    found = fields.pop("schema", None)
+    if not isinstance(found, int) or found < 1:
+        raise UserError(f"{where}: the schema version {found!r} is not a positive number.")
+    if found > version:
+        raise UserError(
+            f"{where}: schema {found} is newer than the {version} that this autoseg reads.", fix="Install a newer autoseg."
+        )
+    while found < version:
+        upgrade = UPGRADES.get((name, found))
+        if upgrade is None:
+            raise UserError(f"{where}: schema {found} is too old to be upgraded.", fix="Make it anew.")
+        fields, found = upgrade(fields), found + 1
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or name
+        raise UserError(f"{where}: field {field}: {first['msg']}.") from error
+
+
+def dump(content: object, indent: int = 0) -> str:
+    """JSON with one line per short value: readable, and small in a diff. Lists of plain values stay on one line."""
+    flat = json.dumps(content)
+    if len(flat) + indent <= 110 or not isinstance(content, (dict, list)) or not content:
+        return flat
+    inner = " " * (indent + 1)
+    if isinstance(content, list):
+        if all(not isinstance(each, (dict, list)) for each in content):
+            return flat
+        return "[\n" + ",\n".join(inner + dump(each, indent + 1) for each in content) + "\n" + " " * indent + "]"
+    rows = (f"{inner}{json.dumps(key)}: {dump(value, indent + 1)}" for key, value in content.items())
+    return "{\n" + ",\n".join(rows) + "\n" + " " * indent + "}"
