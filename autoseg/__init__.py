@@ -1,0 +1,56 @@
+"""autoseg: from a folder of images with label maps to a trained segmentation pipeline.
+
+The public functions are those of the command line and do the same; each is imported when it is first asked for, so
+`import autoseg` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from autoseg.steps.compare import compare
+    from autoseg.steps.ensemble import ensemble
+    from autoseg.steps.evaluate import evaluate
+    from autoseg.steps.plan import plan
+    from autoseg.steps.postprocess import postprocess_apply
+    from autoseg.steps.postprocess import postprocess_learn as postprocess
+    from autoseg.steps.predict import Predictor, predict
+    from autoseg.steps.preprocess import preprocess
+    from autoseg.steps.run import run
+    from autoseg.steps.train import train
+
+__all__ = [
+    "Predictor", "__version__", "compare", "ensemble", "evaluate", "plan", "postprocess", "postprocess_apply",
+    "predict", "preprocess", "run", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'autoseg' has no attribute {name!r}")
+    module, attribute = PUBLIC[name].split(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+PUBLIC: dict[str, str] = {
+    "plan": "autoseg.steps.plan:plan",
+    "preprocess": "autoseg.steps.preprocess:preprocess",
+    "train": "autoseg.steps.train:train",
+    "predict": "autoseg.steps.predict:predict",
+    "Predictor": "autoseg.steps.predict:Predictor",
+    "ensemble": "autoseg.steps.ensemble:ensemble",
+    "postprocess": "autoseg.steps.postprocess:postprocess_learn",
+    "postprocess_apply": "autoseg.steps.postprocess:postprocess_apply",
+    "evaluate": "autoseg.steps.evaluate:evaluate",
+    "compare": "autoseg.steps.compare:compare",
+    "run": "autoseg.steps.run:run",
+}
+"""Public name -> where it lives."""

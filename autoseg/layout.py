@@ -43,6 +43,11 @@ class Layout:
         """Folder with one preprocessed file per case."""
         return self.root / "cache" / configuration
 
+    @property
+    def models(self) -> Path:
+        """Folder with one folder per configuration."""
+        return self.root / "models"
+
     def configuration(self, configuration: str) -> Path:
         return self.root / "models" / configuration
 
@@ -107,3 +112,47 @@ def probabilities_file(folder: Path, case: str) -> Path:
 def scores_file(folder: Path) -> Path:
     """Scores of a prediction folder."""
     return folder / "scores.json"
+
+
+def scores_csv(folder: Path) -> Path:
+    """The same scores as a table for spreadsheets."""
+    return folder / "scores.csv"
+
+
+def case_stats_file(folder: Path, case: str) -> Path:
+    """What the fingerprint knows of `case`, in the folder `Layout.case_stats`."""
+    return folder / f"{case}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFiles:
+    """The files of one preprocessed case in the folder `Layout.cache(configuration)`; `mark` is written last."""
+
+    folder: Path
+    case: str
+
+    @property
+    def image(self) -> Path:
+        return self.folder / f"{self.case}.image.b2nd"
+
+    @property
+    def labels(self) -> Path:
+        return self.folder / f"{self.case}.labels.b2nd"
+
+    @property
+    def locations(self) -> Path:
+        return self.folder / f"{self.case}.locations.npz"
+
+    @property
+    def mark(self) -> Path:
+        return self.folder / f"{self.case}.json"
+
+
+def comparison_file(folder: Path) -> Path:
+    """What a comparison of several sets of scores found."""
+    return folder / "comparison.json"
+
+
+def comparison_picture(folder: Path) -> Path:
+    """Its differences with their intervals as a picture."""
+    return folder / "comparison.png"

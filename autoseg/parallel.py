@@ -1,11 +1,15 @@
 """One function over many cases in worker processes, without hangs: a dead or failing worker ends the work at once."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +17,9 @@ from autoseg.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+"""Set to 1 in workers: with one worker per core, more threads only wait for each other."""
 
 
 def allowed_cores() -> int:
@@ -29,49 +36,135 @@ def allowed_cores() -> int:
 
 
 def over_cases(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, name: Callable[[Item], str]
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    name: Callable[[Item], str],
+    head_start_seconds: float = 0.0,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, function(item)) as they finish, from `workers` processes (1: in this one).
 
     At most 2 x workers items are under way, so memory stays bounded. `function` and its items must be picklable.
     An exception of `function` is raised here with the item named; a killed worker raises UserError with the likely cause.
+    Starting workers takes about a second of imports: with `head_start_seconds` this process works on the first items
+    meanwhile, so that a small data set is done before a worker is needed.
     """
-    if workers <= 1 or len(items) <= 1:
-        for item in items:
-            yield item, function(item)
-        return
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=context)
-    waiting: dict[Future[Result], Item] = {}
     rest = iter(items)
+    if workers <= 1 or len(items) <= 1:
+        yield from _here(function, rest, name)
+        return
+    context = _context(function)
+    if head_start_seconds > 0:
+        yield from _here(function, rest, name, until=time.monotonic() + head_start_seconds)
+    first = list(_take(rest, 2 * workers))
+    if not first:
+        return
+    pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_begin_worker)
+    waiting: dict[Future[Result], Item] = {}
     try:
-        for item in rest:
-            waiting[pool.submit(function, item)] = item
-            if len(waiting) >= 2 * workers:
-                break
+        for item in first:
+            waiting[_submit(pool, function, item, waiting, name)] = item
         while waiting:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 item = waiting.pop(future)
                 yield item, _result(future, item, [*waiting.values(), item], name)
-                for following in rest:
-                    waiting[pool.submit(function, following)] = following
-                    break
+                for following in _take(rest, 1):
+                    waiting[_submit(pool, function, following, waiting, name)] = following
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _take(rest: Iterator[Item], most: int) -> Iterator[Item]:
+    for _ in range(most):
+        for item in rest:
+            yield item
+            break
+
+
+def _here(
+    function: Callable[[Item], Result], rest: Iterator[Item], name: Callable[[Item], str], until: float = float("inf")
+) -> Iterator[tuple[Item, Result]]:
+    """Work in this process until the clock says `until`."""
+    while time.monotonic() < until:
+        for item in rest:
+            try:
+                result = function(item)
+            except UserError:
+                raise
+            except Exception as error:
+                error.add_note(f"while working on {name(item)}")
+                raise
+            yield item, result
+            break
+        else:
+            return
+
+
+def _context(function: Callable) -> BaseContext:
+    """Fork a small server that has imported the function's module, without the threads that make plain forks hang.
+
+    The server is started, not waited for. It inherits one thread per worker from the environment.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", getattr(function, "__module__", __name__)])
+    before = {setting: os.environ.get(setting) for setting in THREAD_SETTINGS}
+    os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
+    try:
+        forkserver.ensure_running()
+    finally:
+        for setting, value in before.items():
+            if value is None:
+                os.environ.pop(setting)
+            else:
+                os.environ[setting] = value
+    return context
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and die with it: a worker whose parent was killed would wait for work for ever.
+
+    The fork server goes when the parent goes, and on Linux the kernel then ends its children.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _submit(
+    pool: ProcessPoolExecutor,
+    function: Callable[[Item], Result],
+    item: Item,
+    waiting: dict[Future[Result], Item],
+    name: Callable[[Item], str],
+) -> Future[Result]:
+    try:
+        return pool.submit(function, item)
+    except BrokenProcessPool as error:  # a worker died since the last result
+        raise _killed([*waiting.values()], name) from error
 
 
 def _result(future: Future[Result], item: Item, under_way: list[Item], name: Callable[[Item], str]) -> Result:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        cases = ", ".join(sorted(name(each) for each in under_way))
-        raise UserError(
-            f"A worker process was killed while these cases were under way: {cases}. Most likely the machine ran out of memory.",
-            fix="Run the same command again with --workers 1.",
-        ) from error
+        raise _killed(under_way, name) from error
     except UserError:
         raise
     except Exception as error:
         error.add_note(f"while working on {name(item)}")
         raise
+
+
+def _killed(under_way: list[Item], name: Callable[[Item], str]) -> UserError:
+    cases = ", ".join(sorted(name(each) for each in under_way))
+    return UserError(
+        f"A worker process was killed while these cases were under way: {cases}. Most likely the machine ran out of memory.",
+        fix="Run the same command again with --workers 1.",
+    )

@@ -88,8 +88,9 @@ class Intensities(Record):
 class CaseStats(Saved):
     """What one case tells the planner. Shapes and shares are those after cropping to the nonzero region.
 
-    `class_voxels[k]`, `class_mm3[k]` and `class_components[k]` (number of connected components) count label index k,
-    background included at 0; `class_median_component_voxels[k]` is the median size of its components.
+    `class_voxels[k]` and `class_mm3[k]` count label index k, background included at 0. `class_components[k]` is its number
+    of connected components and `class_median_component_voxels[k]` their median size; both are 0 for the background.
+    `intensity_sample[c]` holds foreground intensities of channel c at evenly spaced ranks.
     `content` is the hash of the files' bytes and of the label values it was computed with.
     """
 
@@ -369,7 +370,9 @@ class Scores(Saved):
 class Rule(Record):
     """One post-processing step for one label (or the joined foreground: `label` None) and what it gained in learning.
 
-    `drop_small` sets components below `fraction` of the largest to background; `keep_largest` all but the largest.
+    `drop_small` sets components below `fraction` of the largest to background; `keep_largest` all but the largest;
+    `drop_volume` those below `minimum_mm3`; `fill_holes` gives enclosed background to the label. Dice and the volume of
+    false positives are means per case over the cases learned on; `p_value` is None where no test was asked for.
     """
 
     label: str | None
@@ -379,6 +382,9 @@ class Rule(Record):
     connectivity: int = 1
     dice_before: float
     dice_after: float
+    false_positive_mm3_before: float = 0.0
+    false_positive_mm3_after: float = 0.0
+    p_value: float | None = None
 
 
 class Postprocessing(Saved):

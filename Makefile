@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all a new machine needs: each makes .venv first where it is absent.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check bench docs plans
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup  ## a small synthetic data set through the whole pipeline, under five minutes on 2 cores
+	$(BIN)/autoseg demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup  ## paired measurements; not part of the tests
+	$(BIN)/python bench/run.py
+
+docs: setup  ## docs/*.md to HTML in site/; fails at a link that leads nowhere
+	$(BIN)/python docs/build.py
+
+plans: setup  ## plans/*/plan-*.json anew from their fingerprints; the diff is the review
+	$(BIN)/python -m autoseg.steps.plan

@@ -1,0 +1,66 @@
+"""The region of an image that holds anything: finding it, cutting it out, and putting results back.
+
+Axes: C channel, Z Y X voxels. A box is ((z0, z1), (y0, y1), (x0, x1)), half open.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from autoseg.image.volume import Box
+
+
+def nonzero_mask(image_CZYX: np.ndarray) -> np.ndarray:
+    """Voxels where any channel is not 0, with holes filled: bool Z Y X.
+
+    A hole is zero voxels that no path over faces connects with the border of the image.
+    """
+    mask_ZYX = image_CZYX[0] != 0
+    for channel_ZYX in image_CZYX[1:]:
+        mask_ZYX |= channel_ZYX != 0
+    inside_ZYX = crop(mask_ZYX, box_of(mask_ZYX))  # a view; what lies around the box is connected with the border
+    if not inside_ZYX.all():
+        _fill_holes(inside_ZYX, [axis for axis in range(3) if mask_ZYX.shape[axis] > 1])
+    return mask_ZYX
+
+
+def _fill_holes(mask_ZYX: np.ndarray, axes: Sequence[int]) -> None:
+    """Fill in place what no border across `axes` touches (a 2D image has no border along the third axis).
+
+    Labelling the background once takes linear time, unlike dilation until nothing changes.
+    """
+    parts_ZYX, count = ndimage.label(~mask_ZYX)
+    is_hole = np.ones(count + 1, bool)
+    is_hole[0] = False  # the mask itself
+    for axis in axes:
+        for side in (0, -1):
+            is_hole[np.take(parts_ZYX, side, axis)] = False
+    if is_hole.any():
+        mask_ZYX |= is_hole[parts_ZYX]
+
+
+def box_of(mask_ZYX: np.ndarray) -> Box:
+    """The smallest box around the True voxels; the whole array when there is none (an empty image stays whole)."""
+    plane_YX = np.asarray(mask_ZYX.any(axis=0))
+    lines = [np.asarray(line) for line in (mask_ZYX.any(axis=(1, 2)), plane_YX.any(axis=1), plane_YX.any(axis=0))]
+    if not lines[0].any():
+        depth, height, width = mask_ZYX.shape
+        return (0, depth), (0, height), (0, width)
+    (z0, z1), (y0, y1), (x0, x1) = ((int(line.argmax()), len(line) - int(line[::-1].argmax())) for line in lines)
+    return (z0, z1), (y0, y1), (x0, x1)
+
+
+def crop(array: np.ndarray, box: Box) -> np.ndarray:
+    """The part of `array` (..., Z, Y, X) inside `box`, as a view."""
+    (z0, z1), (y0, y1), (x0, x1) = box
+    return array[..., z0:z1, y0:y1, x0:x1]
+
+
+def insert(small: np.ndarray, box: Box, shape_ZYX: Sequence[int], fill: float) -> np.ndarray:
+    """Undo `crop`: an array (..., *shape_ZYX) of `fill` that holds `small` inside `box`, same dtype as `small`."""
+    if tuple(small.shape[-3:]) == tuple(shape_ZYX):
+        return small
+    whole = np.full((*small.shape[:-3], *shape_ZYX), fill, small.dtype)
+    crop(whole, box)[...] = small
+    return whole

@@ -1,0 +1,327 @@
+"""Reading images and label maps of any format, and writing label maps and probabilities so that geometry survives.
+
+Axes: C channel, K class, Z Y X voxels. SimpleITK reads what it reads well. NIfTI voxels are read here, because ITK
+fills a truncated NIfTI file with zeros and says nothing. What only one format needs lies in `nifti.py` and `nrrd.py`.
+A changed byte in the middle of a file is noticed only where the format has a checksum (.nii.gz, PNG).
+"""
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from autoseg.errors import UserError
+from autoseg.image import nifti, nrrd
+from autoseg.image.probabilities import read_probabilities as read_probabilities
+from autoseg.image.probabilities import write_probabilities as write_probabilities
+from autoseg.image.volume import FileHeader, Geometry, Volume, displacement_mm
+from autoseg.store import replacing
+
+READABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+PHOTOGRAPHS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+LARGEST_LABEL = {".png": 65535, ".tif": 65535, ".tiff": 65535, ".bmp": 255}
+LABEL_ENDINGS = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha"}
+DAMAGED = "It is damaged or incomplete: copy it again, or leave this case out."
+SAME_GRID = 0.1
+"""Channels of one case may lie this share of the smallest spacing apart."""
+
+
+def ending_of(path: Path | str) -> str:
+    """The ending of `READABLE` that the file name has, in lower case; "" if it has none."""
+    name = Path(path).name.lower()
+    return next((ending for ending in READABLE if name.endswith(ending) and name != ending), "")
+
+
+def stem_of(path: Path | str) -> str:
+    """The file name without the ending of `ending_of` ("a.b.nii.gz" -> "a.b")."""
+    name = Path(path).name
+    ending = ending_of(path)
+    return name[: -len(ending)] if ending else Path(path).stem
+
+
+def label_ending(image_ending: str) -> str:
+    """The ending for label maps of images with `image_ending`: the same, but PNG for JPEG (its loss changes labels)."""
+    return LABEL_ENDINGS.get(image_ending, image_ending)
+
+
+def read_geometry(path: Path | str) -> Geometry:
+    """Where the voxels of a file lie, from its header alone. Raises UserError when it cannot be read."""
+    path = _existing(path)
+    return _geometry(_read_header(path), path)
+
+
+def read_image(paths: Sequence[Path | str]) -> Volume:
+    """One case: a file per channel, or files whose colours, components or fourth axis are channels; float32.
+
+    A constant alpha channel is dropped. The geometry is that of the first file.
+    Raises UserError naming the file when one cannot be read, or when the files do not lie on the same grid.
+    """
+    if not paths:
+        raise UserError("An image needs at least one file.")
+    first_path, *more = paths
+    arrays, geometry = _read(first_path, np.float32)
+    channels = [arrays]
+    for path in more:
+        array_CZYX, other = _read(path, np.float32)
+        apart_mm = displacement_mm(geometry, other)
+        if apart_mm > SAME_GRID * min(geometry.spacing_mm):
+            raise UserError(
+                f"{path}: this channel lies on another grid than {first_path}: "
+                f"{_difference(geometry, other, apart_mm)}.",
+                fix="Resample all channels of a case to the same grid.",
+            )
+        channels.append(array_CZYX)
+    return Volume(channels[0] if len(channels) == 1 else np.concatenate(channels), geometry)
+
+
+def read_labels(path: Path | str) -> tuple[np.ndarray, Geometry]:
+    """A label map with the values of the file: (Z, Y, X) int32, and where it lies.
+
+    Colour masks with equal channels and floating point numbers that are whole are accepted.
+    Raises UserError naming the file when it cannot be read or holds anything else.
+    """
+    path = Path(path)
+    array_CZYX, geometry = _read(path, None)
+    if any(not np.array_equal(array_CZYX[0], other_ZYX) for other_ZYX in array_CZYX[1:3]):
+        raise UserError(
+            f"{path}: the {len(array_CZYX)} channels of this label map differ, so a voxel has no single value.",
+            fix="Save the label map with one channel that holds the label values.",
+        )
+    labels_ZYX = array_CZYX[0]
+    if labels_ZYX.dtype.kind == "f":
+        labels_ZYX = _whole_numbers(labels_ZYX, path)
+    elif labels_ZYX.dtype.itemsize >= 4 and (labels_ZYX.max() > 2**31 - 1 or labels_ZYX.min() < -(2**31)):
+        raise UserError(f"{path}: label {labels_ZYX.max()} is too large.", fix="Use label values below 2147483648.")
+    return np.ascontiguousarray(labels_ZYX, np.int32), geometry
+
+
+def write_labels(path: Path | str, labels_ZYX: np.ndarray, geometry: Geometry) -> None:
+    """Write a label map in the format of the path's ending, as a whole or not at all.
+
+    The smallest integer type that holds the values is used, and the geometry is restored to the last bit where the
+    source had the same format. Raises UserError for an ending or a label value that the format cannot hold.
+    """
+    path = Path(path)
+    if labels_ZYX.shape != geometry.size_voxels:
+        raise ValueError(f"labels have shape {labels_ZYX.shape}, their geometry {geometry.size_voxels}")
+    ending = ending_of(path)
+    if not ending or ending in (".jpg", ".jpeg"):
+        raise UserError(f"{path}: label maps cannot have this format.", fix="Use .png, .nii.gz, .nrrd or .mha.")
+    labels_ZYX = _in_smallest_type(labels_ZYX, path, ending)
+    writer = EXACT_WRITERS.get(ending)
+    suffix = ".mha" if ending == ".mhd" else ending  # one file: an .mhd may hold its data itself, as .mha does
+    with replacing(path, suffix) as temporary:
+        if writer is None or not writer(temporary, labels_ZYX, geometry):
+            _write_with_itk(temporary, labels_ZYX, geometry)
+
+
+def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
+    """Array (C, Z, Y, X) of `dtype` (None: as in the file) and geometry."""
+    path = _existing(path)
+    if complaint := CHECKS.get(ending_of(path), _nothing_to_check)(path):
+        raise UserError(f"{path}: {complaint}.", fix=DAMAGED)
+    header = _read_header(path)
+    geometry = _geometry(header, path)
+    array = None
+    if ending_of(path) in (".nii", ".nii.gz") and header.components == 1:
+        array = nifti.read_voxels(path, header.size[::-1])
+    if array is None:
+        array = _read_with_itk(path)
+    array_CZYX = _channels_first(array, header, geometry, path)
+    if ending_of(path) in PHOTOGRAPHS and len(array_CZYX) in (2, 4) and np.ptp(array_CZYX[-1]) == 0:
+        array_CZYX = array_CZYX[:-1]
+    if _is_grey_palette(path) and np.array_equal(array_CZYX[:1].repeat(len(array_CZYX) - 1, 0), array_CZYX[1:]):
+        array_CZYX = array_CZYX[:1]
+    return np.require(array_CZYX, dtype, ("C", "W")), geometry
+
+
+def _is_grey_palette(path: Path) -> bool:
+    """Whether ITK makes three channels of a BMP file with one byte or less per pixel."""
+    if ending_of(path) != ".bmp":
+        return False
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(30)[28:], "little") <= 8
+
+
+def _channels_first(array: np.ndarray, header: FileHeader, geometry: Geometry, path: Path) -> np.ndarray:
+    """Bring ITK's axis order (channel, Z, Y, X of a 4D file; or Z, Y, X, component) to C Z Y X."""
+    if array.dtype.kind not in "uif":
+        raise UserError(f"{path}: voxels of type {array.dtype} cannot be used.", fix="Save it with real numbers.")
+    fourth_axis, components = len(header.size) == 4, header.components
+    if fourth_axis and components > 1:
+        raise UserError(f"{path}: it has a fourth axis and {components} components.", fix="Save one file per channel.")
+    if fourth_axis:
+        return array
+    if components > 1:
+        array = np.moveaxis(array, -1, 0)
+    return array.reshape(components, *geometry.size_voxels)
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.", fix="Is the path right, and is the disk there?")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty.", fix=DAMAGED)
+    return path
+
+
+def _read_header(path: Path) -> FileHeader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        with _quiet():
+            reader.ReadImageInformation()
+    except RuntimeError as error:
+        skewed = nifti.skewed_header(path) if "orthonormal" in str(error) else None
+        if skewed is None:
+            raise _unreadable(path, error) from error
+        return skewed
+    axes = reader.GetDimension()
+    if axes not in (2, 3, 4):
+        raise UserError(f"{path}: an image with {axes} axes.", fix="autoseg takes 2D and 3D images.")
+    dimension = min(axes, 3)
+    cosines = np.reshape(reader.GetDirection(), (axes, axes))[:dimension, :dimension]
+    return FileHeader(
+        size=tuple(int(each) for each in reader.GetSize()),
+        components=reader.GetNumberOfComponents(),
+        spacing=tuple(float(each) for each in reader.GetSpacing()[:dimension]),
+        origin=tuple(float(each) for each in reader.GetOrigin()[:dimension]),
+        direction=tuple(float(each) for each in cosines.ravel()),
+    )
+
+
+def _read_with_itk(path: Path) -> np.ndarray:
+    try:
+        with _quiet():
+            return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except RuntimeError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: RuntimeError) -> UserError:
+    last_line = str(error).strip().splitlines()[-1]
+    reason = re.sub(r"^.*?(?:ITK ERROR|sitk::ERROR): (?:\w+\(0x[0-9a-f]+\): )?", "", last_line).strip(" .")
+    fix = "Save it as grey or RGB." if "Unknown PixelType" in reason else DAMAGED
+    return UserError(f"{path}: this image cannot be read ({reason}).", fix=fix)
+
+
+def _geometry(header: FileHeader, path: Path) -> Geometry:
+    ending, dimension = ending_of(path), len(header.spacing)
+    depth, height, width = (1, *header.size[:dimension][::-1])[-3:]
+    thickness, row, column = (1.0, *header.spacing[::-1])[-3:] if ending not in PHOTOGRAPHS else (1.0, 1.0, 1.0)
+    return Geometry(
+        dimension=dimension,
+        size_voxels=(depth, height, width),
+        spacing_mm=(thickness, row, column),
+        origin=header.origin,
+        direction=header.direction,
+        itk_spacing=header.spacing,
+        header=HEADERS[ending](path, dimension) if ending in HEADERS else "",
+    )
+
+
+def _difference(one: Geometry, other: Geometry, apart_mm: float) -> str:
+    if one.size_voxels != other.size_voxels:
+        return f"{other.size_voxels} voxels (Z Y X) instead of {one.size_voxels}"
+    return f"its corners are up to {apart_mm:.3g} mm away"
+
+
+def _whole_numbers(labels_ZYX: np.ndarray, path: Path) -> np.ndarray:
+    rounded_ZYX = np.rint(labels_ZYX)
+    with np.errstate(invalid="ignore"):
+        close_ZYX = np.abs(labels_ZYX - rounded_ZYX) < 1e-3  # False for NaN and infinity too
+    close_ZYX &= np.abs(rounded_ZYX) < 2**31
+    if not close_ZYX.all():
+        wrong = labels_ZYX[~close_ZYX][0]
+        raise UserError(f"{path}: the label map holds {wrong:g}, which is no whole number.", fix="Is it an image?")
+    return rounded_ZYX
+
+
+def _in_smallest_type(labels_ZYX: np.ndarray, path: Path, ending: str) -> np.ndarray:
+    low, high = (int(labels_ZYX.min()), int(labels_ZYX.max())) if labels_ZYX.size else (0, 0)
+    largest = LARGEST_LABEL.get(ending, 2**31 - 1)
+    if high > largest or (low < 0 and ending in LARGEST_LABEL):
+        raise UserError(f"{path}: this format holds labels 0 to {largest}, not {low} to {high}.", fix="Use .nii.gz.")
+    fitting = (kind for kind in (np.uint8, np.uint16, np.int16, np.int32) if np.iinfo(kind).min <= low)
+    return labels_ZYX.astype(next(kind for kind in fitting if high <= np.iinfo(kind).max), order="C", copy=False)
+
+
+def _write_with_itk(path: Path, labels_ZYX: np.ndarray, geometry: Geometry) -> None:
+    image = sitk.GetImageFromArray(labels_ZYX[0] if geometry.dimension == 2 else labels_ZYX)
+    image.SetSpacing(geometry.itk_spacing)
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    try:
+        with _quiet():
+            sitk.WriteImage(image, str(path), useCompression=not path.name.endswith(".bmp"))
+    except RuntimeError as error:
+        raise OSError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep C++ messages of ITK's libraries off the screen; what matters comes as an exception too.
+
+    The descriptors belong to the whole process, so nothing is done while other threads might write to them.
+    """
+    if threading.active_count() > 1:
+        yield
+        return
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for descriptor in kept:
+            os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(nowhere)
+
+
+def _nothing_to_check(path: Path) -> str:
+    return ""
+
+
+def _jpeg_is_cut(path: Path) -> str:
+    """libjpeg fills what is missing with grey; the end marker must come after the start of the last scan."""
+    content = path.read_bytes()
+    return "" if content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda") else "the end of this JPEG file is missing"
+
+
+def _bmp_is_cut(path: Path) -> str:
+    with open(path, "rb") as file:
+        declared = int.from_bytes(file.read(6)[2:], "little")
+    actual = path.stat().st_size
+    return f"it has {actual} bytes instead of {declared}" if actual < declared else ""
+
+
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+CHECKS: dict[str, Callable[[Path], str]] = {".jpg": _jpeg_is_cut, ".jpeg": _jpeg_is_cut, ".bmp": _bmp_is_cut}
+"""Ending -> what is wrong with a file that ITK would read without complaint, "" if nothing."""
+
+HEADERS: dict[str, Callable[[Path, int], str]] = {
+    ".nii.gz": nifti.header_of,
+    ".nii": nifti.header_of,
+    ".nrrd": nrrd.header_of,
+}
+"""Ending -> `Geometry.header` of (path, dimension)."""
+
+EXACT_WRITERS: dict[str, Callable[[Path, np.ndarray, Geometry], bool]] = {
+    ".nii.gz": nifti.write,
+    ".nii": nifti.write,
+    ".nrrd": nrrd.write,
+}
+"""Ending -> function that writes with the geometry of the source's own header, or returns False if there is none."""

@@ -1,0 +1,104 @@
+"""Which device, which precision, and how the process is set up for it."""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from autoseg.errors import UserError
+from autoseg.parallel import allowed_cores
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where to compute and in which precision; `precision` is a key of DTYPES."""
+
+    torch_device: torch.device
+    precision: str
+
+    @property
+    def name(self) -> str:
+        return str(self.torch_device)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Mixed precision for the forward pass and the loss; nothing at all in fp32."""
+        with torch.autocast(self.torch_device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            yield
+
+
+def pick(device: str | None = None, precision: str | None = None) -> Device:
+    """Choose the device named by the user, else the first GPU, else the CPU; and the precision that is native on it.
+
+    Raises UserError for a device that is not there or a precision it cannot compute.
+    """
+    if device is None:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: torch knows no such device.", fix="Use cpu, cuda, cuda:1 or mps.") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: torch sees no CUDA device here.", fix="Use --device cpu.")
+        chosen = torch.device("cuda", chosen.index or 0)
+        if chosen.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices.")
+    if precision is not None and precision not in DTYPES:
+        raise UserError(f"--precision {precision} is not one of {', '.join(DTYPES)}.")
+    if precision == "fp16" and chosen.type == "cpu":
+        raise UserError("--precision fp16 is computed by a scalar reference on CPUs.", fix="Use bf16 or fp32.")
+    return Device(chosen, precision or native_precision(chosen))
+
+
+def native_precision(device: torch.device) -> str:
+    """bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if device.type == "cpu":
+        return "bf16" if _cpu_multiplies_bf16() else "fp32"
+    return "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.is_file() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def set_up(device: Device) -> None:
+    """Prepare this process once before the first tensor: threads, allocator, convolution search."""
+    if device.torch_device.type == "cpu":
+        torch.set_num_threads(allowed_cores())
+        keep_freed_memory()
+        # denormal numbers appear in the tails of trained networks and cost hundreds of cycles each
+        torch.set_flush_denormal(True)
+    if device.is_cuda:
+        torch.backends.cudnn.benchmark = True
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from giving every large freed block back to the system; True if it could be arranged.
+
+    Each activation of a step would otherwise be mapped anew and faulted in page by page, which costs a third of the
+    step on CPUs (docs/benchmarks.md).
+    """
+    if sys.platform != "linux":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another libc
+        return False
+    largest = 2**31 - 1
+    return bool(mallopt(mmap_threshold, largest)) and bool(mallopt(trim_threshold, largest))

@@ -1,0 +1,320 @@
+"""Every loss by name, how a name with options is read, and how a loss is spread over the outputs of deep supervision.
+
+Legend: B batch, K class (0 = background), Z Y X voxels (2D: Y X).
+A loss takes logits (B, K, Z, Y, X) or (B, K, Y, X) in any floating type and target (B, Z, Y, X) or (B, Y, X) of integer
+class indices, -1 = ignore, and returns a scalar in float32 (float64 for float64 logits).
+A spec names a loss and its options: "dice_ce" or "dice_focal:gamma=2,alpha=0.25"; several numbers are joined by "/".
+To add a loss: write the function in one of the `losses_*` files (or a sum of two here) and one line in `LOSSES`.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from autoseg.errors import UserError
+from autoseg.network.losses_pixel import boundary_weights, ce, ce_of, focal, topk_ce, weighted_ce, weighted_ce_of
+from autoseg.network.losses_region import (
+    boundary,
+    cldice,
+    dice,
+    dice_of,
+    focal_tversky,
+    generalized_dice,
+    tversky,
+)
+from autoseg.network.losses_sums import Reduce, alone, class_sums
+
+Value = float | int | bool | tuple[float, ...]
+Supervised = Callable[[list[Tensor] | Tensor, Tensor], Tensor]
+
+# ------------------------------------------------------------------------------------------------ sums of two losses
+
+
+def dice_ce(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    batch_dice: bool = False,
+    background: bool = False,
+    squared: bool = False,
+    smooth: float = 1e-5,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """dice_weight * `dice` + ce_weight * `ce`, from one softmax (Isensee et al. 2021). Range [0, inf)."""
+    sums = class_sums(logits, target, square=squared)
+    region = dice_of(sums, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
+    return dice_weight * region + ce_weight * ce_of(sums, reduce=reduce)
+
+
+def dice_weighted_ce(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    class_weights: Sequence[float] | None = None,
+    border: float = 10.0,
+    sigma: float = 3.0,
+    batch_dice: bool = False,
+    background: bool = False,
+    smooth: float = 1e-5,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """dice_weight * `dice` + ce_weight * `weighted_ce`, from one softmax. Range [0, inf)."""
+    weight = boundary_weights(target, border, sigma)
+    sums = class_sums(logits, target, weight=weight)
+    region = dice_of(sums, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
+    return dice_weight * region + ce_weight * weighted_ce_of(sums, target, weight, class_weights, reduce)
+
+
+def dice_focal(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    focal_weight: float = 1.0,
+    gamma: float = 2.0,
+    alpha: float = -1.0,
+    class_weights: Sequence[float] | None = None,
+    batch_dice: bool = False,
+    background: bool = False,
+    smooth: float = 1e-5,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """dice_weight * `dice` + focal_weight * `focal` (Zhu et al. 2019, AnatomyNet). Range [0, inf)."""
+    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
+    pixel = focal(logits, target, gamma=gamma, alpha=alpha, class_weights=class_weights, reduce=reduce)
+    return dice_weight * region + focal_weight * pixel
+
+
+def dice_topk(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    topk_weight: float = 1.0,
+    k: float = 0.1,
+    batch_dice: bool = False,
+    background: bool = False,
+    smooth: float = 1e-5,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """dice_weight * `dice` + topk_weight * `topk_ce`. Range [0, inf)."""
+    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
+    return dice_weight * region + topk_weight * topk_ce(logits, target, k=k, reduce=reduce)
+
+
+def dice_boundary(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    boundary_weight: float = 0.01,
+    radius: int = 16,
+    batch_dice: bool = False,
+    background: bool = False,
+    smooth: float = 1e-5,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """dice_weight * `dice` + boundary_weight * `boundary` (Kervadec et al. 2019). Range from slightly below 0."""
+    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
+    return dice_weight * region + boundary_weight * boundary(logits, target, radius=radius, reduce=reduce)
+
+
+def dice_cldice(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 0.5,
+    cldice_weight: float = 0.5,
+    steps: int = 3,
+    batch_dice: bool = False,
+    background: bool = False,
+    smooth: float = 1e-5,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """dice_weight * `dice` + cldice_weight * `cldice` (Shit et al. 2021, equation 4). Range [0, 1] with weights 0.5."""
+    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
+    return dice_weight * region + cldice_weight * cldice(logits, target, steps=steps, reduce=reduce)
+
+
+# ------------------------------------------------------------------------------------------------ specs
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name with the options that differ from their defaults."""
+
+    name: str
+    options: dict[str, Value] = field(default_factory=dict)
+
+
+def parse(spec: str) -> LossSpec:
+    """Read "name" or "name:option=value,option=value".
+
+    Raises UserError with the valid names, options or range when one is wrong.
+    """
+    name, _, rest = spec.strip().partition(":")
+    if name not in LOSSES:
+        raise UserError(f"There is no loss '{name}'.", fix=f"Choose one of {', '.join(LOSSES)}.")
+    known = options_of(name)
+    options: dict[str, Value] = {}
+    for part in rest.split(",") if rest.strip() else []:
+        option, equals, text = (each.strip() for each in part.partition("="))
+        if option not in known or not equals:
+            raise UserError(
+                f"Loss {name} does not understand '{part.strip()}'.",
+                fix=f"Options are written name=value; it has {_listed(known)}." if known else "It has no options.",
+            )
+        options[option] = _value(name, option, text, known[option])
+    return LossSpec(name, options)
+
+
+def options_of(name: str) -> dict[str, Value | None]:
+    """Options that a spec may set for the loss `name`, with their defaults."""
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in NOT_IN_SPECS}
+
+
+def _value(name: str, option: str, text: str, default: Value | None) -> Value:
+    low, high = RANGES[option]
+    wanted = "yes or no" if isinstance(default, bool) else f"a number from {low:g} to {high:g}"
+    wrong = UserError(f"Loss {name}: {option}={text} is not possible.", fix=f"Give {wanted}.")
+    if isinstance(default, bool):
+        if text.lower() not in YES_NO:
+            raise wrong
+        return YES_NO[text.lower()]
+    try:
+        numbers = tuple(float(each) for each in text.split("/"))
+    except ValueError:
+        raise wrong from None
+    if not all(low <= each <= high for each in numbers):  # also refuses nan
+        raise wrong
+    if default is None:
+        return numbers
+    if len(numbers) != 1 or (isinstance(default, int) and numbers[0] % 1):
+        raise wrong
+    return int(numbers[0]) if isinstance(default, int) else numbers[0]
+
+
+def _listed(known: dict[str, Value | None]) -> str:
+    shown = {option: "one number per class, joined by /" if d is None else d for option, d in known.items()}
+    return ", ".join(f"{option} ({default})" for option, default in shown.items())
+
+
+# ------------------------------------------------------------------------------------------------ deep supervision
+
+
+def build(
+    spec: str,
+    *,
+    batch_dice: bool,
+    class_weights: Sequence[float] | None = None,
+    reduce: Reduce = alone,
+    lowest_weight: float = 0.0,
+) -> Supervised:
+    """The loss of all outputs of a network: sum_i w_i loss(logits_i, target_i), computed in full precision.
+
+    Weights as in `supervision_weights`; targets of lower outputs are picked at the nearest voxel. Outputs of weight 0
+    are not touched, so the layer behind them gets no gradient.
+
+    Args:
+        spec: see `parse`.
+        batch_dice: overlap is summed over the batch before it is divided; for losses that know it.
+        class_weights: one per class, for losses that know them and whose spec names none.
+        reduce: adds a tensor over the processes that share a batch, with gradient.
+        lowest_weight: share of the lowest output before scaling, as a factor of its weight; distributed training that
+            needs a gradient for every parameter gives a tiny positive number.
+    Returns a function of (logits: list, highest resolution first, or one tensor; target (B, Z, Y, X) or (B, Y, X)).
+    """
+    parsed = parse(spec)
+    function = LOSSES[parsed.name]
+    known = inspect.signature(function).parameters
+    plan = {"batch_dice": batch_dice, "class_weights": class_weights, "reduce": reduce}
+    options = {name: value for name, value in plan.items() if name in known} | parsed.options
+
+    def supervised(logits: list[Tensor] | Tensor, target: Tensor) -> Tensor:
+        outputs = [logits] if isinstance(logits, Tensor) else logits
+        total = torch.zeros((), device=target.device)
+        with torch.autocast(target.device.type, enabled=False):
+            for output, weight in zip(outputs, supervision_weights(len(outputs), lowest_weight), strict=True):
+                if weight > 0:
+                    total = total + weight * function(output, shrunk(target, tuple(output.shape[2:])), **options)
+        return total
+
+    return supervised
+
+
+def supervision_weights(outputs: int, lowest_weight: float = 0.0) -> tuple[float, ...]:
+    """1, 1/2, 1/4, ... of the outputs from the highest resolution down, scaled to a sum of 1.
+
+    With three or more outputs the lowest counts `lowest_weight` of its share (Isensee et al. 2021 drop it).
+    """
+    weights = [0.5**i for i in range(outputs)]
+    if outputs > 2:
+        weights[-1] *= lowest_weight
+    return tuple(w / sum(weights) for w in weights)
+
+
+def shrunk(target: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The target (B, ...) at the lower resolution `shape`: of each cell the voxel at or just after its middle."""
+    for axis, (old, new) in enumerate(zip(target.shape[1:], shape, strict=True), start=1):
+        if old % new == 0:
+            step = old // new
+            target = target[(slice(None),) * axis + (slice(step // 2, None, step),)]
+        else:
+            places = [min(old - 1, (2 * i + 1) * old // (2 * new)) for i in range(new)]
+            target = target.index_select(axis, torch.tensor(places, device=target.device))
+    return target
+
+
+NOT_IN_SPECS = ("reduce", "batch_dice")
+"""Keyword arguments that the plan or the training sets, not the spec."""
+
+YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+
+RANGES: dict[str, tuple[float, float]] = {
+    "dice_weight": (0, 1000),
+    "ce_weight": (0, 1000),
+    "focal_weight": (0, 1000),
+    "topk_weight": (0, 1000),
+    "boundary_weight": (0, 1000),
+    "cldice_weight": (0, 1000),
+    "class_weights": (0, 1e6),
+    "border": (0, 1000),
+    "sigma": (0.1, 50),
+    "gamma": (0, 10),
+    "alpha": (0, 1),
+    "beta": (0, 1),
+    "k": (1e-4, 1),
+    "smooth": (0, 1),
+    "radius": (1, 256),
+    "steps": (1, 50),
+    "background": (0, 1),
+    "squared": (0, 1),
+}
+"""Smallest and largest value of each option."""
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dice_ce": dice_ce,
+    "ce": ce,
+    "weighted_ce": weighted_ce,
+    "focal": focal,
+    "topk_ce": topk_ce,
+    "dice": dice,
+    "generalized_dice": generalized_dice,
+    "tversky": tversky,
+    "focal_tversky": focal_tversky,
+    "boundary": boundary,
+    "cldice": cldice,
+    "dice_focal": dice_focal,
+    "dice_topk": dice_topk,
+    "dice_weighted_ce": dice_weighted_ce,
+    "dice_boundary": dice_boundary,
+    "dice_cldice": dice_cldice,
+}

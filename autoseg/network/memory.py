@@ -1,0 +1,273 @@
+"""The memory to plan for, and how many bytes of it one training step needs: measured on the device, or simulated.
+
+A budget names what one process may hold on a device in all: tensors, the allocator's slack, workspaces and the CUDA
+context. `measurer(budget)` returns a function with the same meaning, so the planner compares like with like.
+"""
+
+import gc
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pynvml
+import torch
+
+from autoseg.errors import UserError
+from autoseg.network import simulate as simulation
+from autoseg.network.device import Device, native_precision, pick, set_up
+from autoseg.network.simulate import Reading
+from autoseg.records import Budget, Configuration, NetworkSpec
+
+MIB, GIB = 2**20, 2**30
+UNITS = {"MB": MIB, "MIB": MIB, "M": MIB, "GB": GIB, "GIB": GIB, "G": GIB, "TB": 1024 * GIB, "TIB": 1024 * GIB}
+"""Cards are named in powers of two: an "11 GB" card has 11 x 2^30 bytes, so GB and GiB mean the same here."""
+
+RESERVE_BYTES = 256 * MIB
+"""Left free on every card: what a desktop, ECC and the driver take between planning and training."""
+CONTEXT_BYTES = int(0.6 * GIB)
+"""A process' CUDA context and kernels, which torch does not count: 287 MB lazily, 667 MB eagerly loaded
+(pytorch PR #86509), 300 to 430 MiB in pytorch #107667, more as further kernels are loaded."""
+CUBLAS_BYTES = 8 * MIB
+"""Workspace of cuBLAS, from the caching allocator (pytorch #95668)."""
+MARGIN = 0.07
+"""Copies inside kernels (contiguous gradients) and rounding that the simulation does not see; to be fitted anew
+whenever a GPU is at hand with `python bench/memory.py --device cuda`."""
+CPU_MARGIN = 0.05
+"""The same for CPUs, where library copies are part of the simulation."""
+CPU_MOST_BYTES = 8 * GIB
+"""Budget of a CPU when nothing is asked for: this, or half of the memory the process may use if that is less."""
+WARM_STEPS = 2
+MEASURED_STEPS = 2
+
+Source = Literal["measured", "simulated"]
+
+
+# ------------------------------------------------------------------------------------------------ the budget
+
+
+def budget_for(memory: str | None = None, device: str | None = None) -> Budget:
+    """The memory to plan for.
+
+    Args:
+        memory: such as "11GB" or "8000MB" (GB = GiB = 2^30 bytes, as cards are named); None: what `device` has free.
+        device: "cuda:1", "cpu"; None with `memory`: a CUDA card of that size that need not be there; None without: the
+            first GPU if there is one, else the CPU.
+
+    Raises UserError for a size or device that makes no sense or is not there.
+    """
+    asked = None if memory is None else parse_bytes(memory)
+    if asked is not None and device is None:
+        return _budget("cuda", asked, asked - RESERVE_BYTES)
+    chosen = pick(device).torch_device
+    if chosen.type == "cuda":
+        card = _card(chosen)
+        total, driver = card.total_bytes, card.driver
+        free = total - card.others_bytes
+        what = f"{chosen} has {_text(free)} free of {_text(total)}"
+    else:
+        total, driver = allowed_ram_bytes(), ""
+        free = total
+        what = f"this machine allows {_text(free)}"
+    if asked is not None and asked > total:
+        raise UserError(
+            f"--memory {memory}: {what}.",
+            fix="Ask for less, or leave --device out to plan for a card that is not here.",
+        )
+    if chosen.type == "cuda":
+        return _budget(str(chosen), total, min(free, asked or free) - RESERVE_BYTES, driver)
+    return _budget(str(chosen), total, asked or min(CPU_MOST_BYTES, total // 2))
+
+
+def parse_bytes(text: str) -> int:
+    """ "11GB" -> bytes; see `UNITS`. Raises UserError for anything without a unit, and for zero or less."""
+    fix = "Write a positive number and a unit, such as 11GB or 8000MB (1GB = 2^30 bytes)."
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise UserError(f"--memory {text} is not an amount of memory.", fix=fix)
+    size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size <= 0:
+        raise UserError(f"--memory {text} is no memory at all.", fix=fix)
+    return size
+
+
+def allowed_ram_bytes() -> int:
+    """Memory this process may use: the machine's, or the limit of its cgroups (version 1 or 2) if that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    files = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        path = line.split(":", 2)[-1].lstrip("/")
+        files += [root / path / "memory.max", root / "memory" / path / "memory.limit_in_bytes"]
+    for file in files:
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def _budget(device: str, total: int, budget: int, driver: str = "") -> Budget:
+    if budget <= 0:
+        raise UserError(
+            f"{_text(total)} on {device} leaves nothing to train with after {_text(RESERVE_BYTES)} in reserve"
+            " and what other processes hold.",
+            fix="Free memory on the device or give more with --memory.",
+        )
+    return Budget(
+        device=device, total_bytes=total, budget_bytes=budget, driver=driver, torch_version=str(torch.__version__)
+    )
+
+
+def _text(size: int) -> str:
+    return f"{size / GIB:.2f} GB"
+
+
+# ------------------------------------------------------------------------------------------------ bytes of a step
+
+
+def measurer(budget: Budget) -> tuple[Callable[[Configuration], int], Source]:
+    """The function that says how many bytes of `budget` one training step needs, and where its figures come from.
+
+    A numbered CUDA device ("cuda:0") is measured; the CPU and a card that is not there ("cuda") are simulated.
+    """
+    kind, _, number = budget.device.partition(":")
+    if kind == "cuda" and number:
+        device = pick(budget.device)
+        return lambda configuration: measure_on_device(configuration, device), "measured"
+    device_type = "cuda" if kind == "cuda" else "cpu"
+    precision = "bf16" if kind == "cuda" else native_precision(torch.device(kind))
+    return lambda c: needed_bytes(simulation.replay(c, precision, device_type), device_type), "simulated"
+
+
+def needed_bytes(simulated: Reading, device_type: str = "cuda") -> int:
+    """What a device must hold for a step that was simulated.
+
+    CUDA: what the caching allocator would reserve with workspaces, cuBLAS and the margin, and the context. CPU: live
+    tensors with the copies its library makes, and a margin; the interpreter and the data come on top.
+    """
+    if device_type == "cpu":
+        return int(simulated.peak_with_copies_bytes * (1 + CPU_MARGIN))
+    return int((simulated.reserved_bytes + CUBLAS_BYTES) * (1 + MARGIN)) + CONTEXT_BYTES
+
+
+def compare(configuration: Configuration, device: Device) -> tuple[int, int]:
+    """(simulated, measured) bytes of one training step on a device that is there.
+
+    CUDA: what the card must hold in all. CPU: torch's own count of live bytes; takes two real steps of this size.
+    """
+    device_type = device.torch_device.type
+    reading = simulation.replay(configuration, device.precision, device_type)
+    if device.is_cuda:
+        return needed_bytes(reading, device_type), measure_on_device(configuration, device)
+    return reading.peak_with_copies_bytes, simulation.real_cpu_peak(configuration, device.precision)
+
+
+def measure_on_device(configuration: Configuration, device: Device) -> int:
+    """Bytes this process holds on a CUDA card while it trains: allocator's peak with workspaces, and the context.
+
+    Runs warm-up steps (they search for algorithms and make the optimizer's state), forgets their peak and runs more.
+    A step that does not fit gives a number above the card's size. Leaves no memory behind. What other processes hold
+    is no part of it.
+    """
+    card = device.torch_device
+    set_up(device)
+    _clean(card)
+    total = torch.cuda.mem_get_info(card)[1]
+    step = None
+    try:
+        step = simulation.make_step(configuration, device)
+        for _ in range(WARM_STEPS):
+            step.run()
+        torch.cuda.synchronize(card)
+        torch.cuda.empty_cache()  # what only the search for algorithms needed
+        torch.cuda.reset_peak_memory_stats(card)
+        for _ in range(MEASURED_STEPS):
+            step.run()
+        torch.cuda.synchronize(card)
+        return torch.cuda.max_memory_reserved(card) + context_bytes(card)
+    except torch.cuda.OutOfMemoryError:
+        return total + torch.cuda.max_memory_reserved(card)
+    finally:
+        del step
+        _clean(card)
+
+
+def _clean(card: torch.device) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(card)
+
+
+# ------------------------------------------------------------------------------------------------ the card
+
+
+class _Card(NamedTuple):
+    """What a card's driver tells; `own_bytes` is None where it does not know this process."""
+
+    total_bytes: int
+    used_bytes: int
+    own_bytes: int | None
+    driver: str
+
+    @property
+    def others_bytes(self) -> int:
+        return max(0, self.used_bytes - (self.own_bytes or 0))
+
+
+def _card(card: torch.device) -> _Card:
+    """Ask NVML; where it is missing, CUDA, which knows no processes.
+
+    In a container the driver's process numbers are not ours: own_bytes is then what torch has reserved, so that our
+    context counts as another's, on the safe side.
+    """
+    reserved = torch.cuda.memory_reserved(card)
+    try:
+        told = _ask_nvml(str(torch.cuda.get_device_properties(card).uuid))
+    except pynvml.NVMLError:
+        free, total = torch.cuda.mem_get_info(card)
+        return _Card(total, total - free, reserved, "")
+    return told if told.own_bytes is not None else told._replace(own_bytes=reserved)
+
+
+def _ask_nvml(uuid: str) -> _Card:
+    pynvml.nvmlInit()
+    try:
+        # by UUID: CUDA_VISIBLE_DEVICES renumbers the cards for torch but not for NVML
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        own = next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
+        return _Card(int(memory.total), int(memory.used), own, str(pynvml.nvmlSystemGetDriverVersion()))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def context_bytes(card: torch.device) -> int:
+    """What this process holds on the card beside torch's allocator; `CONTEXT_BYTES` where the driver does not tell."""
+    try:
+        own = _ask_nvml(str(torch.cuda.get_device_properties(card).uuid)).own_bytes
+    except pynvml.NVMLError:
+        own = None
+    return CONTEXT_BYTES if own is None else max(0, own - torch.cuda.memory_reserved(card))
+
+
+# ------------------------------------------------------------------------------------------------ safe shapes
+
+
+def unsafe_reason(spec: NetworkSpec, patch_voxels: Sequence[int], device_type: str, precision: str) -> str | None:
+    """Why this network on this patch may compute wrong numbers without a word; None where nothing is known against it.
+
+    In bf16 on a CPU a 3D convolution that strides the last axis down to one voxel returns garbage, also its gradient
+    and the transposed convolution back (pytorch #169688; seen with torch 2.13 and 2.15).
+    """
+    if device_type != "cpu" or precision != "bf16" or spec.dimension != 3:
+        return None
+    size = patch_voxels[-1]
+    for stage, stride in enumerate(spec.strides):
+        size //= stride[-1]
+        if stride[-1] > 1 and size == 1:
+            return (
+                f"stage {stage} strides the last axis of patch {tuple(patch_voxels)} down to one voxel, which bf16"
+                " convolutions on a CPU compute wrongly"
+            )
+    return None

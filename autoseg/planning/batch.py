@@ -1,0 +1,41 @@
+"""How many samples a batch may hold, whatever the memory, and the normalization layer that suits the batch."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal
+
+from autoseg.planning.search import SMALLEST_BATCH
+from autoseg.planning.wording import percent
+from autoseg.records import Choice
+
+LARGEST_SHARE_OF_DATA = 0.05
+BATCH_NORM_FROM = 32
+
+
+def batch_cap(dataset_voxels: int, patch_voxels: Sequence[int]) -> int:
+    """Most samples per batch: together at most 5 % of the data set's voxels, but at least 2."""
+    return max(SMALLEST_BATCH, round(LARGEST_SHARE_OF_DATA * dataset_voxels / prod(patch_voxels)))
+
+
+def choose_norm(batch_size: int) -> Literal["instance", "batch"]:
+    """Batch statistics from 32 samples on, else each sample's own."""
+    return "batch" if batch_size >= BATCH_NORM_FROM else "instance"
+
+
+def describe_norm(batch_size: int) -> Choice:
+    """The normalization layer as a choice with its source."""
+    source = "Wu & He, Group Normalization, 2018: batch norm is at its best from 16 samples per device and worse below"
+    if choose_norm(batch_size) == "batch":
+        because = f"{batch_size} samples give reliable batch statistics, also when two devices share them ({source})."
+    else:
+        because = f"{batch_size} samples are too few for batch statistics, used from {BATCH_NORM_FROM} on ({source})."
+    return Choice(field="network.norm", value=choose_norm(batch_size), because=because)
+
+
+def describe_cap(cap: int, dataset_voxels: int, preset: str) -> str:
+    """Why a batch ended at the cap, as a clause."""
+    share = percent(LARGEST_SHARE_OF_DATA)
+    clause = f"a batch may hold at most {share} of the data set's {dataset_voxels:.3g} voxels: {cap}"
+    if preset != "standard":
+        clause += " (nnU-Net lifts this for its residual presets, but the sets it published them on never reach it)"
+    return clause

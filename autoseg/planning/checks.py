@@ -1,0 +1,93 @@
+"""What planning cannot work with, said clearly: wrong spacings, slices among volumes, edited plans that break."""
+
+from math import prod
+
+from autoseg.errors import UserError
+from autoseg.image.normalize import NORMALIZATIONS
+from autoseg.planning.topology import strided_to_one
+from autoseg.planning.wording import some
+from autoseg.records import CaseStats, Configuration, Fingerprint, Plan
+
+
+def check_fingerprint(fingerprint: Fingerprint) -> None:
+    """Raise UserError for the first thing in a fingerprint that no plan can be made from."""
+    for case in fingerprint.cases:
+        _check_case(case, fingerprint)
+    single = [case.id for case in fingerprint.cases if case.full_shape_voxels[0] == 1]
+    if fingerprint.dimension == 3:
+        thin = [case.id for case in fingerprint.cases if 1 in case.full_shape_voxels]
+        if thin:
+            all_or_some = "all" if len(thin) == len(fingerprint.cases) else f"{len(thin)} of {len(fingerprint.cases)}"
+            raise UserError(
+                f"The data set is 3D, but {all_or_some} images have a single slice: {some(thin)}.",
+                fix="Train 2D images as a data set of their own, or leave these cases out with --skip-bad.",
+            )
+    elif len(single) < len(fingerprint.cases):
+        total = len(fingerprint.cases)
+        thick = [case.id for case in fingerprint.cases if case.id not in set(single)]
+        raise UserError(
+            f"The data set is 2D, but {len(thick)} of {total} images have several slices: {some(thick)}.",
+            fix="Keep 2D and 3D images in two data sets.",
+        )
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise UserError where an edited plan contradicts itself (records.py checks the patches)."""
+    names = [configuration.name for configuration in plan.configurations]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"The plan has two configurations of the same name among {', '.join(names)}.", fix="Rename one."
+        )
+    for configuration in plan.configurations:
+        if configuration.previous is not None and configuration.previous not in names:
+            raise UserError(
+                f"Configuration {configuration.name} follows {configuration.previous!r}, which the plan does not have.",
+                fix=f"Choose one of {', '.join(names)}.",
+            )
+        _check_configuration(configuration, plan)
+
+
+def _check_case(case: CaseStats, fingerprint: Fingerprint) -> None:
+    if min(case.spacing_mm) <= 0:
+        raise UserError(
+            f"{case.id}: the voxel spacing is {case.spacing_mm} mm (Z Y X), but has to be above zero on every axis.",
+            fix="Mend the image's header.",
+        )
+    if min(case.shape_voxels) < 1:
+        raise UserError(f"{case.id}: the image has no voxels ({case.shape_voxels}).", fix="Remove it or mend the file.")
+    counted, named = len(case.class_voxels), len(fingerprint.labels)
+    if counted != named:
+        raise UserError(
+            f"{case.id}: the fingerprint counts {counted} classes, but the data set has {named}.",
+            fix="Run autoseg plan on the data again.",
+        )
+
+
+def _check_configuration(configuration: Configuration, plan: Plan) -> None:
+    name, channels = configuration.name, len(plan.channels)
+    for field in ("normalization", "mask_for_normalization"):
+        given = getattr(configuration, field)
+        if len(given) != channels:
+            raise UserError(f"Configuration {name}: {field} has {len(given)} entries for {channels} channels.")
+    unknown = [each for each in configuration.normalization if each not in NORMALIZATIONS]
+    if unknown:
+        raise UserError(
+            f"Configuration {name}: there is no normalization {unknown[0]!r}.",
+            fix=f"Choose one of {', '.join(NORMALIZATIONS)}.",
+        )
+    spacing = [each for each in configuration.spacing_mm if each is not None]
+    if min(spacing) <= 0 or (configuration.dimension == 3 and len(spacing) < 3):
+        raise UserError(f"Configuration {name}: spacing_mm is {configuration.spacing_mm}, but has to be above zero.")
+    inputs = channels + (plan.classes - 1 if configuration.previous else 0)
+    if configuration.network.in_channels != inputs or configuration.network.classes != plan.classes:
+        raise UserError(
+            f"Configuration {name}: the network has {configuration.network.in_channels} input channels and "
+            f"{configuration.network.classes} classes, the data {inputs} and {plan.classes}.",
+        )
+    if unsafe := strided_to_one(configuration.network.strides, configuration.patch_voxels):
+        least = 2 * prod(stride[-1] for stride in configuration.network.strides)
+        raise UserError(
+            f"Configuration {name}: stage {unsafe[0]} would leave a single voxel on the last axis of the patch, which "
+            "some processors compute wrongly in bf16.",
+            fix=f"Make the last axis of patch_voxels at least {least}, or its stride in that stage 1.",
+        )

@@ -1,0 +1,119 @@
+"""A plan in plain rows and lines, for screens and reports: choices, readings, costs, and a drawing of each network.
+
+Nothing here prints. Costs are counted on paper (cost.py), times are a rough guess from such counts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autoseg.planning.cost import parameters, receptive_fields, sizes_per_stage, training_operations
+from autoseg.planning.wording import device, gigabytes, voxels
+from autoseg.records import Configuration, Plan
+
+OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12}
+"""What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); bf16 on two CPU cores with AMX (fp32: a
+third)."""
+LONGEST_BAR = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, the headings of the columns, and rows of text."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables(plan: Plan) -> tuple[Table, ...]:
+    """Everything about a plan that fits into tables: choices, costs, readings."""
+    return choice_table(plan), cost_table(plan), attempt_table(plan)
+
+
+def choice_table(plan: Plan) -> Table:
+    """One row per decision: what, value, why."""
+    rows = tuple((choice.field, choice.value, choice.because) for choice in plan.choices)
+    return Table(f"Choices for {plan.dataset}", ("field", "value", "because"), rows)
+
+
+def attempt_table(plan: Plan) -> Table:
+    """One row per reading, in the order they were taken."""
+    rows = []
+    for configuration in plan.configurations:
+        for attempt in configuration.memory.attempts:
+            row = (configuration.name, voxels(attempt.patch_voxels), str(attempt.batch_size))
+            rows.append((*row, gigabytes(attempt.peak_bytes), "yes" if attempt.fits else "no"))
+    sources = ", ".join(sorted({configuration.memory.source for configuration in plan.configurations}))
+    title = f"Training steps, {sources} on {device(plan.budget.device)} with {gigabytes(plan.budget.budget_bytes)}"
+    return Table(title, ("configuration", "patch", "batch", "peak", "fits"), tuple(rows))
+
+
+def cost_table(plan: Plan) -> Table:
+    """One row per configuration: size of the network, work per step, memory, and a rough time per epoch."""
+    rows = []
+    for configuration in plan.configurations:
+        spec = configuration.network
+        operations = training_operations(spec, configuration.patch_voxels, configuration.batch_size)
+        row = (
+            configuration.name,
+            voxels(configuration.patch_voxels),
+            str(configuration.batch_size),
+            f"{parameters(spec) / 1e6:.1f} M",
+            f"{operations / 1e12:.3g} TFLOP",
+            voxels(receptive_fields(spec)[-1]),
+            gigabytes(configuration.memory.peak_bytes),
+            duration(seconds_per_epoch(configuration, plan.budget.device)),
+        )
+        rows.append(row)
+    headings = ("configuration", "patch", "batch", "parameters", "step", "receptive field", "memory", "epoch, roughly")
+    return Table("Networks", headings, tuple(rows))
+
+
+def seconds_per_epoch(configuration: Configuration, device: str) -> float:
+    """A guess within a factor of a few: operations of an epoch at a rate that such training has reached."""
+    rate = OPERATIONS_PER_SECOND["cuda" if device.startswith("cuda") else "cpu"]
+    operations = training_operations(configuration.network, configuration.patch_voxels, configuration.batch_size)
+    return configuration.train.steps_per_epoch * operations / rate
+
+
+def duration(seconds: float) -> str:
+    """E.g. "45 s", "12 min", "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def drawing(configuration: Configuration) -> tuple[str, ...]:
+    """The U of one configuration, a line per stage from the finest to the bottom; bars show the number of channels."""
+    spec = configuration.network
+    head = (
+        f"{configuration.name}: {spec.kind} U-Net, {spec.in_channels} channels in, {spec.classes} classes out, "
+        f"{spec.norm} norm, {parameters(spec) / 1e6:.1f} M parameters"
+    )
+    return head, *_aligned(tuple(_stage_rows(configuration)))
+
+
+def _stage_rows(configuration: Configuration) -> Iterator[tuple[str, ...]]:
+    spec = configuration.network
+    sizes, fields = sizes_per_stage(spec, configuration.patch_voxels), receptive_fields(spec)
+    yield ("stage", "stride", "kernel", "channels", "size", "encoder", "decoder", "sees", "")
+    for stage in range(len(spec.features)):
+        has_decoder = stage < len(spec.decoder_blocks)
+        bar = "#" * max(1, round(LONGEST_BAR * spec.features[stage] / max(spec.features)))
+        yield (
+            str(stage),
+            "x".join(map(str, spec.strides[stage])),
+            "x".join(map(str, spec.kernels[stage])),
+            str(spec.features[stage]),
+            voxels(sizes[stage]),
+            f"{spec.encoder_blocks[stage]} {'blocks' if spec.kind == 'residual' else 'conv'}",
+            f"{spec.decoder_blocks[stage]} conv" if has_decoder else "bottom",
+            voxels(fields[stage]),
+            f"{'  ' * stage}{bar}",
+        )
+
+
+def _aligned(rows: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return tuple("  ".join(cells).rstrip() for cells in padded)

@@ -1,0 +1,179 @@
+"""One configuration before its patch is known: its grid, what is the same for all of them, and its draft and search."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from autoseg.errors import UserError
+from autoseg.planning.architecture import Preset, describe_network, network_spec
+from autoseg.planning.batch import batch_cap, describe_cap, describe_norm
+from autoseg.planning.patch import LEAST_STAGES, patch_chain
+from autoseg.planning.search import CLOSE_ENOUGH, SMALLEST_BATCH, Draft, Fit, Patch, Readings, fit
+from autoseg.planning.topology import SMALLEST_EDGE, Topology, choose_topology
+from autoseg.planning.train import choose_augment, choose_train
+from autoseg.planning.wording import device, gigabytes, millimetres, voxels
+from autoseg.records import Choice, Configuration, Memory, Millimetres3, Resampling, Voxels3
+
+Source = Literal["measured", "simulated", "assumed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all configurations of a plan have in common. `cases` counts them; `sided` names labels with a side."""
+
+    channels: int
+    classes: int
+    cases: int
+    axes: Voxels3
+    normalization: tuple[str, ...]
+    masks: tuple[bool, ...]
+    sided: tuple[str, ...]
+    preset_name: str
+    preset: Preset
+    source: Source
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A configuration's name and grid, after transposition; `previous` names the configuration it refines."""
+
+    name: str
+    dimension: Literal[2, 3]
+    spacing_mm: Millimetres3
+    median_shape_voxels: Voxels3
+    batch_dice: bool = False
+    previous: str | None = None
+
+    @property
+    def patch_spacing_mm(self) -> tuple[float, ...]:
+        return self.spacing_mm[3 - self.dimension :]
+
+    @property
+    def patch_median_voxels(self) -> tuple[int, ...]:
+        return self.median_shape_voxels[3 - self.dimension :]
+
+
+def chain_of(grid: Grid) -> tuple[Topology, ...]:
+    """All candidate patches of a grid, largest first. Raises UserError when the images are too small for a U-Net."""
+    chain = patch_chain(grid.patch_spacing_mm, grid.patch_median_voxels)
+    if chain[0].stages < LEAST_STAGES:
+        raise UserError(
+            f"Configuration {grid.name}: the median image has only {voxels(grid.patch_median_voxels)} voxels at "
+            f"{millimetres(grid.patch_spacing_mm)}, too few to be halved even once.",
+            fix=f"Two axes of at least {2 * SMALLEST_EDGE} voxels are needed: crop less, or resample the images.",
+        )
+    return chain
+
+
+def drafter(grid: Grid, shared: Shared) -> Draft:
+    """The function that turns a patch and a batch size into the grid's full configuration, not measured yet."""
+    known: dict[tuple[Patch, int], Configuration] = {}
+
+    def draft(patch: Patch, batch_size: int) -> Configuration:
+        if (patch, batch_size) not in known:
+            known[patch, batch_size] = _configuration(grid, shared, patch, batch_size)
+        return known[patch, batch_size]
+
+    return draft
+
+
+def capper(grid: Grid, shared: Shared) -> Callable[[Patch], int]:
+    """The function that gives the most samples per batch for a patch."""
+    return lambda patch: batch_cap(shared.cases * prod(grid.median_shape_voxels), patch)
+
+
+def plan_grid(
+    grid: Grid, chain: tuple[Patch, ...], shared: Shared, readings: Readings
+) -> tuple[Configuration, tuple[Choice, ...]]:
+    """The configuration with the largest patch of `chain` and then the largest batch that fit, and its choices.
+
+    Raises UserError when the smallest patch at batch 2 does not fit.
+    """
+    draft = drafter(grid, shared)
+    found = fit(chain, capper(grid, shared), draft, readings)
+    if found is None:
+        least = min(readings.attempts, key=lambda attempt: attempt.peak_bytes)
+        raise UserError(
+            f"A budget of {gigabytes(readings.budget_bytes)} is too small for configuration {grid.name}: its smallest "
+            f"patch, {voxels(least.patch_voxels)} at batch {least.batch_size}, needs {gigabytes(least.peak_bytes)}.",
+            fix="Give more with --memory.",
+        )
+    configuration = draft(found.patch_voxels, found.batch_size).model_copy(
+        update={"memory": Memory(source=shared.source, peak_bytes=found.peak_bytes, attempts=readings.attempts)}
+    )
+    return configuration, _choices(configuration, grid, chain, shared, found, readings.budget_bytes)
+
+
+def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) -> Configuration:
+    topology = choose_topology(grid.patch_spacing_mm, patch)
+    augment, _ = choose_augment(patch, shared.axes, shared.sided)
+    spacing = grid.spacing_mm
+    inputs = shared.channels + (shared.classes - 1 if grid.previous else 0)
+    return Configuration(
+        name=grid.name,
+        dimension=grid.dimension,
+        axes=shared.axes,
+        spacing_mm=spacing if grid.dimension == 3 else (None, spacing[1], spacing[2]),
+        median_shape_voxels=grid.median_shape_voxels,
+        patch_voxels=patch,
+        batch_size=batch_size,
+        normalization=shared.normalization,
+        mask_for_normalization=shared.masks,
+        resampling=Resampling(),
+        batch_dice=grid.batch_dice,
+        network=network_spec(shared.preset.kind, inputs, shared.classes, topology, batch_size),
+        train=choose_train(augment),
+        memory=Memory(source=shared.source, peak_bytes=0),
+        previous=grid.previous,
+    )
+
+
+def _choices(
+    configuration: Configuration, grid: Grid, chain: tuple[Patch, ...], shared: Shared, found: Fit, budget_bytes: int
+) -> tuple[Choice, ...]:
+    _, augment = choose_augment(found.patch_voxels, shared.axes, shared.sided)
+    own = (
+        _patch_choice(grid, chain, found, budget_bytes),
+        _batch_choice(grid, shared, found, budget_bytes),
+        *describe_network(configuration.network, found.patch_voxels),
+        describe_norm(found.batch_size),
+        *augment,
+        Choice(
+            field="memory",
+            value=gigabytes(found.peak_bytes),
+            because=f"{shared.source} on {device(shared.device)}, readings: {len(configuration.memory.attempts)}; "
+            f"the budget is {gigabytes(budget_bytes)}.",
+        ),
+    )
+    return tuple(choice.model_copy(update={"field": f"{grid.name}.{choice.field}"}) for choice in own)
+
+
+def _patch_choice(grid: Grid, chain: tuple[Patch, ...], found: Fit, budget_bytes: int) -> Choice:
+    share = prod(found.patch_voxels) / prod(grid.patch_median_voxels)
+    because = f"covers {100 * share:.0f} % of the median shape {voxels(grid.patch_median_voxels)}"
+    if found.too_large is None:
+        largest = (
+            "the patch of configuration 3d" if grid.previous else "the largest that spacing and median shape justify"
+        )
+        because += f"; it is {largest}, and it fits."
+    else:
+        larger, need = found.too_large
+        because += (
+            f"; shrunk from {voxels(chain[0])} until a step at batch {SMALLEST_BATCH} fit {gigabytes(budget_bytes)}: "
+            f"the next larger, {voxels(larger)}, needs {gigabytes(need)}."
+        )
+    return Choice(field="patch_voxels", value=voxels(found.patch_voxels), because=because)
+
+
+def _batch_choice(grid: Grid, shared: Shared, found: Fit, budget_bytes: int) -> Choice:
+    cap = describe_cap(found.batch_cap, shared.cases * prod(grid.median_shape_voxels), shared.preset_name)
+    if found.batch_size < found.batch_cap:
+        most = "as many as fit, to 5 %" if found.batch_size * CLOSE_ENOUGH > 1 else "the most that fits"
+        because = f"{most}: {gigabytes(found.peak_bytes)} of {gigabytes(budget_bytes)}; {cap}."
+    elif found.batch_size > SMALLEST_BATCH:
+        because = f"{cap}; it needs {gigabytes(found.peak_bytes)} of {gigabytes(budget_bytes)}."
+    else:
+        because = f"{cap}; a batch has at least {SMALLEST_BATCH} samples."
+    return Choice(field="batch_size", value=str(found.batch_size), because=because)

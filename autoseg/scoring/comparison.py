@@ -1,0 +1,46 @@
+"""What a comparison of methods found, as records."""
+
+from autoseg.records import Record, Saved
+
+
+class Difference(Record):
+    """One metric of one label (or "foreground": the mean over classes) compared between two methods, case by case.
+
+    `difference` is the mean of first - second over the `cases` where both are defined, with its bootstrap interval at
+    the comparison's level; `better` names the better method where `p_wilcoxon_holm` is below 1 - level, else None. The
+    P values are None where there are too few cases to test.
+    """
+
+    first: str
+    second: str
+    metric: str
+    label: str
+    cases: int
+    mean_first: float | None
+    mean_second: float | None
+    difference: float | None
+    low: float | None = None
+    high: float | None = None
+    effect_size: float | None = None
+    p_t: float | None = None
+    p_t_holm: float | None = None
+    p_wilcoxon: float | None = None
+    p_wilcoxon_holm: float | None = None
+    better: str | None = None
+
+
+class Comparison(Saved):
+    """Several methods scored on the same cases. `rank_shares[m][r]`: how often method m comes on rank r (0 best).
+
+    The ranking is by the first metric's foreground mean; shares are over drawings of the cases with replacement.
+    """
+
+    methods: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    cases: int
+    level: float
+    conclusion: str
+    ranking: tuple[str, ...]
+    rank_shares: tuple[tuple[float, ...], ...]
+    differences: tuple[Difference, ...]

@@ -1,0 +1,152 @@
+"""Paired statistics: is one method better than another on the same cases, or is it chance?
+
+`differences` are a - b, one number per case, without missing values. Tests need at least `FEWEST` cases: with five, a
+two-sided Wilcoxon test cannot fall below 0.05 even if all agree. P values are two-sided unless told otherwise.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import special, stats
+
+from autoseg.errors import UserError
+
+FEWEST = 6
+Alternative = Literal["two-sided", "greater"]
+
+
+class Interval(NamedTuple):
+    """A confidence interval of a mean."""
+
+    low: float
+    high: float
+
+
+def paired_t(differences: np.ndarray, alternative: Alternative = "two-sided") -> float:
+    """P value of the paired t-test (Student 1908): is the mean difference zero?
+
+    1 when all differences are 0; 0 when they are all the same other number (on the side asked for).
+
+    Raises:
+        UserError: fewer than six cases.
+    """
+    enough(differences.size)
+    mean, spread = differences.mean(), differences.std(ddof=1)
+    if spread == 0:
+        return float(mean == 0 or (alternative == "greater" and mean < 0))
+    t = mean / (spread / np.sqrt(differences.size))
+    if alternative == "greater":
+        return float(special.stdtr(differences.size - 1, -t))
+    return float(2 * special.stdtr(differences.size - 1, -abs(t)))
+
+
+def wilcoxon(differences: np.ndarray, alternative: Alternative = "two-sided") -> float:
+    """P value of Wilcoxon's signed-rank test: are differences symmetric around zero?
+
+    Zero differences are left out (Wilcoxon 1945). Exact where 50 or fewer remain and no two sizes are equal, else the
+    normal approximation with tie correction; 1 when nothing remains.
+
+    Raises:
+        UserError: fewer than six cases.
+    """
+    enough(differences.size)
+    moved = differences[differences != 0]
+    if not moved.size:
+        return 1.0
+    ranks = stats.rankdata(np.abs(moved))
+    n, statistic = moved.size, float(ranks[moved > 0].sum())
+    sizes = np.unique(ranks, return_counts=True)[1]
+    if n <= 50 and sizes.max() == 1 and moved.size == differences.size:
+        return _exact_signed_rank(int(statistic), n, alternative)
+    mean = n * (n + 1) / 4
+    variance = n * (n + 1) * (2 * n + 1) / 24 - float((sizes**3 - sizes).sum()) / 48
+    z = (statistic - mean) / np.sqrt(variance)
+    return float(special.ndtr(-z)) if alternative == "greater" else float(2 * special.ndtr(-abs(z)))
+
+
+def bootstrap_interval(
+    differences: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Bias-corrected and accelerated (BCa) bootstrap interval of the mean difference (Efron 1987).
+
+    Args:
+        level: share of repetitions in which the interval should hold the true mean.
+        resamples: drawings of as many cases with replacement.
+
+    Raises:
+        UserError: fewer than six cases.
+    """
+    enough(differences.size)
+    n, mean = differences.size, float(differences.mean())
+    if differences.std() == 0:
+        return Interval(mean, mean)
+    chance = np.random.default_rng(seed)
+    block = max(1, 2_000_000 // n)
+    means = np.concatenate([
+        differences[chance.integers(0, n, (min(block, resamples - start), n))].mean(axis=1)
+        for start in range(0, resamples, block)
+    ])
+    below = ((means < mean).sum() + (means <= mean).sum()) / (2 * resamples)
+    bias = special.ndtri(np.clip(below, 1 / resamples, 1 - 1 / resamples))
+    without = (differences.sum() - differences) / (n - 1)
+    pull = without.mean() - without
+    acceleration = (pull**3).sum() / (6 * (pull**2).sum() ** 1.5)
+    tails = special.ndtri(np.array([(1 - level) / 2, (1 + level) / 2]))
+    at = special.ndtr(bias + (bias + tails) / (1 - acceleration * (bias + tails)))
+    low, high = np.quantile(means, at)
+    return Interval(float(low), float(high))
+
+
+def effect_size(differences: np.ndarray) -> float | None:
+    """Cohen's d of paired differences: mean / standard deviation; None when all differences are equal and not 0."""
+    spread = float(differences.std(ddof=1)) if differences.size > 1 else 0.0
+    if spread == 0:
+        return 0.0 if not differences.any() else None
+    return float(differences.mean()) / spread
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P values adjusted by Holm (1979): the chance of even one false finding in the family stays below the level."""
+    m = p_values.size
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(m)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p_values[order] * np.arange(m, 0, -1)))
+    return adjusted
+
+
+def ranking_stability(scores_MN: np.ndarray, resamples: int = 2_000, seed: int = 0) -> np.ndarray:
+    """How often method m comes on rank r when the cases are drawn anew.
+
+    Args:
+        scores_MN: M methods x N cases, higher is better, no missing values.
+
+    Returns:
+        (M, M) shares: [m, r] is the share of drawings where m has rank r (0 best) by mean; ties go to the first.
+    """
+    methods, cases = scores_MN.shape
+    chance = np.random.default_rng(seed)
+    shares = np.zeros((methods, methods))
+    for _ in range(resamples):
+        means = scores_MN[:, chance.integers(0, cases, cases)].mean(axis=1)
+        shares[np.argsort(-means, kind="stable"), np.arange(methods)] += 1
+    return shares / resamples
+
+
+def enough(cases: int) -> None:
+    """Raise UserError when there are too few cases to test anything."""
+    if cases < FEWEST:
+        raise UserError(
+            f"{cases} paired case{'s are' if cases != 1 else ' is'} too few for a test; it needs {FEWEST}.",
+            fix="Score more cases, or look at the numbers without a test.",
+        )
+
+
+def _exact_signed_rank(statistic: int, n: int, alternative: Alternative) -> float:
+    """P value from the exact null distribution of the sum of positive ranks 1..n."""
+    ways = np.zeros(n * (n + 1) // 2 + 1)
+    ways[0] = 1.0
+    for rank in range(1, n + 1):
+        ways[rank:] += ways[:-rank].copy()
+    chances = ways / ways.sum()
+    at_least, at_most = chances[statistic:].sum(), chances[: statistic + 1].sum()
+    return float(at_least if alternative == "greater" else min(1.0, 2 * min(at_least, at_most)))

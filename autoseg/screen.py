@@ -1,0 +1,303 @@
+"""What a person sees: live bars and tables on a terminal, plain lines without control codes everywhere else.
+
+Progress, warnings and errors go to stderr; results (tables, JSON) to stdout, so that they can be piped.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from autoseg.errors import UserError
+from autoseg.events import Advanced, Event, Finished, Report, Said, Started, Trained, Warned
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from autoseg.records import Plan, Postprocessing, Run, Scores
+    from autoseg.scoring.comparison import Comparison
+
+PLAIN_WIDTH = 120
+PLAIN_SECONDS = 5.0
+"""Where there is no terminal, a running piece of work says one line in this time at most."""
+
+
+@contextmanager
+def screen(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[Report]:
+    """Give a `Report` that shows events on `stream` (default stderr): live on a terminal, else as throttled lines."""
+    console = _console(stream or sys.stderr)
+    if not console.is_terminal:
+        yield _Lines(console, clock).show
+        return
+    shown = _Panel(console)
+    with Live(get_renderable=shown.render, console=console, refresh_per_second=4, transient=True):
+        yield shown.show
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+@dataclass
+class _Lines:
+    """Plain lines: work is announced when it begins and ends, and at most every `PLAIN_SECONDS` in between."""
+
+    console: Console
+    clock: Callable[[], float]
+    began: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    said_at: float = -math.inf
+
+    def show(self, event: Event) -> None:
+        now = self.clock()
+        match event:
+            case Started(what, of):
+                self.began[what], self.counts[what] = now, (0, of)
+                self._say(f"{what}: {of} to do" if of else what, now)
+            case Advanced(what, done, of, note):
+                self.counts[what] = (done, of)
+                if now - self.said_at >= PLAIN_SECONDS:
+                    self._say(f"{what}: {done}" + (f"/{of}" if of else "") + (f" ({note})" if note else ""), now)
+            case Finished(what):
+                seconds = now - self.began.pop(what, now)
+                done, _ = self.counts.pop(what, (0, 0))
+                self._say(f"{what}: done" + (f", {done}" if done else "") + f" in {duration(seconds)}", now)
+            case Said(text):
+                self._say(text, now)
+            case Warned(text):
+                self._say(f"warning: {text}", now)
+            case Trained(epoch, epochs, step, steps, figures):
+                if now - self.said_at >= PLAIN_SECONDS or (step == steps and epoch == epochs):
+                    self._say(f"{_place(epoch, epochs, step, steps)}  {_joined(figures)}", now)
+
+    def _say(self, text: str, now: float) -> None:
+        self.said_at = now
+        _line(self.console, text)
+
+
+class _Panel:
+    """Live bars, one per piece of work under way, below the figures of a training."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            console=console,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.training: Trained | None = None
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Started(what, of):
+                self._remove(what)
+                self.tasks[what] = self.bars.add_task(what, total=of or None, note="")
+            case Advanced(what, done, of, note):
+                if what not in self.tasks:
+                    self.show(Started(what, of))
+                self.bars.update(self.tasks[what], completed=done, total=of or None, note=note)
+            case Finished(what):
+                self._remove(what)
+                self.training = None
+            case Said(text):
+                _line(self.console, text)
+            case Warned(text):
+                _line(self.console, text, "yellow")
+            case Trained():
+                self.training = event
+
+    def _remove(self, what: str) -> None:
+        if what in self.tasks:
+            self.bars.remove_task(self.tasks.pop(what))
+
+    def render(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self.training is not None:
+            now = self.training
+            parts.append(Text(f"training  {_place(now.epoch, now.epochs, now.step, now.steps)}", style="bold"))
+            grid = Table.grid(padding=(0, 2))
+            for name, value in now.figures.items():
+                grid.add_row(Text(f"  {_readable(name)}", style="dim"), Text(_figure(name, value)))
+            parts.append(grid)
+        if self.bars.tasks:
+            parts.append(self.bars)
+        return Group(*parts)
+
+
+def _place(epoch: int, epochs: int, step: int, steps: int) -> str:
+    where = f"epoch {epoch}" + (f"/{epochs}" if epochs else "")
+    return where + (f"  step {step}/{steps}" if steps else "")
+
+
+def _joined(figures: Mapping[str, float]) -> str:
+    return "  ".join(f"{_readable(name)} {_figure(name, value)}" for name, value in figures.items())
+
+
+def _readable(name: str) -> str:
+    return name.replace("_", " ").removesuffix(" seconds")
+
+
+def _figure(name: str, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    if name == "eta" or name.endswith("seconds"):
+        return duration(value)
+    if "dice" in name.lower():
+        return f"{value:.3f}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "0.4 s", "12 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def say(text: str) -> None:
+    """One line on stdout."""
+    _line(_console(sys.stdout), text)
+
+
+def show(result: "BaseModel", explain: bool = False) -> None:
+    """The table of whatever a step returned; `explain` adds the reasons to a plan."""
+    shown_by = SHOWN[type(result).__name__]
+    if explain and shown_by is show_plan:
+        shown_by(result, explain=True)
+    else:
+        shown_by(result)
+
+
+def show_plan(plan: "Plan", explain: bool = False) -> None:
+    """The networks of a plan; with `explain` also every decision with its reason, every reading, and a drawing."""
+    from autoseg.planning.explain import attempt_table, choice_table, cost_table, drawing
+
+    for each in (choice_table(plan), attempt_table(plan), cost_table(plan)) if explain else (cost_table(plan),):
+        _table(_filled(each.title, each.headings, each.rows))
+    for configuration in plan.configurations if explain else ():
+        say("\n".join(("", *drawing(configuration))))
+
+
+def show_run(run: "Run") -> None:
+    """How a training ended."""
+    state = "finished" if run.finished else "stopped early"
+    say(f"{run.configuration.name}, fold {run.fold}: {state} after {run.steps} steps in {duration(run.seconds)}")
+    if run.validation_dice:
+        dice = ", ".join("-" if d is None else f"{d:.4f}" for d in run.validation_dice)
+        known = [d for d in run.validation_dice if d is not None]
+        mean = f", mean {sum(known) / len(known):.4f}" if known else ""
+        say(f"validation Dice per class: {dice}{mean}")
+
+
+def show_scores(scores: "Scores") -> None:
+    """Mean of every metric per class, and over the foreground."""
+    table = Table(title=f"Scores of {len(scores.cases)} cases")
+    table.add_column("class", overflow="fold")
+    for metric in scores.mean:
+        table.add_column(Text(_readable(metric)), justify="right")
+    for index, label in enumerate(scores.labels):
+        table.add_row(Text(label), *(_score(values[index]) for values in scores.mean.values()))
+    table.add_section()
+    table.add_row("foreground", *(_score(scores.foreground_mean.get(metric)) for metric in scores.mean))
+    _table(table)
+    say(scores.policy)
+
+
+def show_rules(learned: "Postprocessing") -> None:
+    """The post-processing rules that were worth keeping."""
+    if not learned.rules:
+        say(f"No rule raised the mean Dice of the {learned.cases} cases; predictions stay as they are.")
+        return
+    rows = [(r.label or "foreground", r.action, f"{r.dice_before:.4f} -> {r.dice_after:.4f}") for r in learned.rules]
+    _table(_filled(f"Learned on {learned.cases} cases", ("class", "rule", "mean Dice"), rows))
+
+
+def show_comparison(found: "Comparison") -> None:
+    """Every difference with its interval, and the conclusion."""
+    rows = []
+    for each in found.differences:
+        interval = "-" if each.low is None or each.high is None else f"{each.low:+.4f} to {each.high:+.4f}"
+        chance = "-" if each.p_wilcoxon_holm is None else f"{each.p_wilcoxon_holm:.2g}"
+        difference = "-" if each.difference is None else f"{each.difference:+.4f}"
+        pair = f"{each.first} - {each.second}"
+        rows.append((each.metric, each.label, pair, difference, interval, chance, each.better or "-"))
+    headings = ("metric", "class", "pair", "difference", f"{100 * found.level:.3g} % interval", "p", "better")
+    _table(_filled(f"Comparison on {found.cases} cases", headings, rows))
+    say(found.conclusion)
+
+
+def show_error(error: UserError) -> None:
+    """One red sentence on stderr; where the error lists problems of cases, a table of them before it."""
+    console = _console(sys.stderr)
+    problems = getattr(error, "problems", ())
+    if problems:
+        rows = [(p.case, p.what, p.fix) for p in problems]
+        console.print(_filled(f"{len(rows)} problems", ("case", "problem", "fix"), rows))
+        _line(console, f"{error.what.splitlines()[0].rstrip(':')}. {error.fix}".strip(), "red")
+        return
+    _line(console, str(error), "red")
+
+
+def show_stopped(text: str) -> None:
+    """What to do after Ctrl-C, on stderr."""
+    _line(_console(sys.stderr), text, "yellow")
+
+
+def _filled(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _score(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _console(stream: TextIO) -> Console:
+    """Text is data here: no markup, no emoji, no colouring of what looks like a number."""
+    live = stream.isatty()
+    width = None if live else PLAIN_WIDTH
+    return Console(file=stream, force_terminal=live, width=width, markup=False, emoji=False, highlight=False)
+
+
+def _table(table: Table) -> None:
+    _console(sys.stdout).print(table)
+
+
+def _line(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+SHOWN: dict[str, Callable[..., None]] = {
+    "Plan": show_plan,
+    "Run": show_run,
+    "Scores": show_scores,
+    "Postprocessing": show_rules,
+    "Comparison": show_comparison,
+}
+"""Record name -> its table."""

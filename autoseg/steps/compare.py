@@ -1,0 +1,307 @@
+"""`autoseg compare`: which differences between methods scored on the same cases are real, and which may be chance.
+
+Every pair of methods is compared per class and metric on the cases where both have a score. What counts is Wilcoxon's
+signed-rank test, corrected by Holm over all classes and pairs of a metric; the mean over classes ("foreground") is a
+family of its own, over the pairs. The t-test is reported beside it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from autoseg import store
+from autoseg.errors import UserError
+from autoseg.events import Report, Said, Warned, silent
+from autoseg.image.labels import some
+from autoseg.layout import comparison_file, comparison_picture, scores_file
+from autoseg.records import CaseScore, Scores
+from autoseg.scoring import overlap, statistics
+from autoseg.scoring.comparison import Comparison, Difference
+from autoseg.steps.evaluate import dataset_near
+
+FOREGROUND, VOLUME = "foreground", "reference_mm3"
+DEFAULT_METRICS = ("dice", "surface_dice", "hd95_mm")
+
+
+def compare(
+    *scores: Path,
+    metrics: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    groups: Mapping[str, str] | None = None,
+    level: float = 0.95,
+    output: Path | None = None,
+    report: Report = silent,
+) -> Comparison:
+    """Compare two or more sets of scores of the same cases.
+
+    Args:
+        scores: `scores.json` files, or prediction folders that hold one.
+        metrics: of `BETTER`; None takes Dice, surface Dice and HD95 as far as all have them. The first one ranks.
+        names: what to call the methods; None takes the folders' names.
+        groups: patient of each case, to warn when cases are not independent; None looks them up in the run's data set.
+        level: of the intervals; a difference is real when its corrected P value is below 1 - level.
+        output: folder for `comparison.json` and `comparison.png`; None writes nothing.
+
+    Raises:
+        UserError: fewer than two sets or six cases, or sets of different cases, labels or references.
+    """
+    if len(scores) < 2:
+        raise UserError("A comparison needs at least two sets of scores.")
+    read = [_read(path) for path in scores]
+    called = _names(scores, names)
+    _check_paired(read, scores)
+    statistics.enough(len(read[0].cases))
+    chosen = _metrics(read, metrics)
+    _warn_of_groups(read[0], groups, report)
+    rows = [
+        row
+        for metric in chosen
+        for family in ((FOREGROUND,), read[0].labels)
+        for row in _corrected(list(_family(read, called, metric, family, level)), level)
+    ]
+    ranking, shares = _ranking(read, called, chosen[0])
+    found = Comparison(
+        methods=called,
+        labels=read[0].labels,
+        metrics=chosen,
+        cases=len(read[0].cases),
+        level=level,
+        conclusion=conclude(rows, called, len(read[0].cases)),
+        ranking=ranking,
+        rank_shares=shares,
+        differences=tuple(rows),
+    )
+    report(Said(found.conclusion))
+    if output is not None:
+        draw(found, comparison_picture(output))
+        store.save(comparison_file(output), found)
+    return found
+
+
+def conclude(rows: Sequence[Difference], methods: Sequence[str], cases: int) -> str:
+    """One sentence: which differences are real, and that the others may be chance."""
+    real = [row for row in rows if row.better is not None]
+    untested = sum(row.p_wilcoxon is None for row in rows)
+    too_few = f"; {untested} could not be tested for lack of cases" if untested else ""
+    if not real:
+        return f"No difference between {' and '.join(methods)} on {cases} cases is more than chance{too_few}."
+    parts = []
+    for row in real[:12]:
+        worse = row.second if row.better == row.first else row.first
+        size = f"{abs(row.difference or 0.0):.4g} (p = {row.p_wilcoxon_holm:.2g})"
+        parts.append(f"{row.better} beats {worse} in {row.metric} of {row.label} by {size}")
+    more = f", and {len(real) - 12} more" if len(real) > 12 else ""
+    chance = len(rows) - len(real) - untested
+    rest = f"; the other {chance} differences may be chance" if chance else ""
+    return f"On {cases} cases {', '.join(parts)}{more}{rest}{too_few}."
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """Save a picture of all differences with their intervals, one panel per metric, real ones in colour."""
+    from matplotlib.figure import Figure
+
+    count = max(sum(row.metric == metric for row in found.differences) for metric in found.metrics)
+    figure = Figure(figsize=(4.5 * len(found.metrics) + 2.5, 1.2 + 0.3 * count), layout="constrained")
+    panels = figure.subplots(1, len(found.metrics), squeeze=False)[0]
+    for panel, metric in zip(panels, found.metrics, strict=True):
+        rows = [row for row in found.differences if row.metric == metric and row.difference is not None][::-1]
+        for place, row in enumerate(rows):
+            middle = row.difference or 0.0
+            low, high = (row.low, row.high) if row.low is not None and row.high is not None else (middle, middle)
+            colour = "tab:blue" if row.better else "0.6"
+            panel.plot([low, high], [place, place], color=colour)
+            panel.plot([middle], [place], "o", color=colour)
+        panel.set_yticks(range(len(rows)), [f"{row.label}: {row.first} - {row.second}" for row in rows])
+        panel.axvline(0.0, color="black", linewidth=0.8)
+        panel.set_xlabel(f"{metric}, {'higher' if BETTER[metric] > 0 else 'lower'} is better")
+    with store.replacing(path, path.suffix) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------ tests
+
+
+def _family(
+    read: Sequence[Scores], called: Sequence[str], metric: str, labels: Sequence[str], level: float
+) -> Iterator[Difference]:
+    """Differences of all pairs of methods in these labels, not yet corrected."""
+    for label in labels:
+        values = [_values(scores, metric, label) for scores in read]
+        for one, other in combinations(range(len(read)), 2):
+            both = ~np.isnan(values[one]) & ~np.isnan(values[other])
+            yield _difference(values[one][both], values[other][both], called[one], called[other], metric, label, level)
+
+
+def _difference(
+    first: np.ndarray, second: np.ndarray, name: str, other_name: str, metric: str, label: str, level: float
+) -> Difference:
+    """One row without correction; only means where fewer than six cases are left."""
+    differences = first - second
+    row = Difference(
+        first=name,
+        second=other_name,
+        metric=metric,
+        label=label,
+        cases=differences.size,
+        mean_first=float(first.mean()) if first.size else None,
+        mean_second=float(second.mean()) if second.size else None,
+        difference=float(differences.mean()) if differences.size else None,
+    )
+    if differences.size < statistics.FEWEST:
+        return row
+    low, high = statistics.bootstrap_interval(differences, level)
+    figures = {
+        "low": low,
+        "high": high,
+        "effect_size": statistics.effect_size(differences),
+        "p_t": statistics.paired_t(differences),
+        "p_wilcoxon": statistics.wilcoxon(differences),
+    }
+    return row.model_copy(update=figures)
+
+
+def _corrected(rows: Sequence[Difference], level: float) -> list[Difference]:
+    """The rows of one family with P values corrected by Holm, and the better method where the difference is real."""
+    tested = [row for row in rows if row.p_wilcoxon is not None]
+    t = iter(statistics.holm(np.array([row.p_t for row in tested], float)))
+    signed = iter(statistics.holm(np.array([row.p_wilcoxon for row in tested], float)))
+    result = []
+    for row in rows:
+        if row.p_wilcoxon is None:
+            result.append(row)
+            continue
+        p_t, p_wilcoxon = float(next(t)), float(next(signed))
+        first_is_better = (row.difference or 0.0) * BETTER[row.metric] > 0
+        better = (row.first if first_is_better else row.second) if p_wilcoxon < 1 - level else None
+        result.append(row.model_copy(update={"p_t_holm": p_t, "p_wilcoxon_holm": p_wilcoxon, "better": better}))
+    return result
+
+
+def _ranking(
+    read: Sequence[Scores], called: tuple[str, ...], metric: str
+) -> tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]:
+    """Methods from best to worst by the foreground mean, and how often each has each rank when cases are redrawn."""
+    values_MN = BETTER[metric] * np.stack([_values(scores, metric, FOREGROUND) for scores in read])
+    values_MN = values_MN[:, ~np.isnan(values_MN).any(axis=0)]
+    if not values_MN.size:
+        return called, ()
+    shares = statistics.ranking_stability(values_MN)
+    order = np.argsort(-values_MN.mean(axis=1), kind="stable")
+    return tuple(called[m] for m in order), tuple(tuple(float(share) for share in row) for row in shares)
+
+
+def _values(scores: Scores, metric: str, label: str) -> np.ndarray:
+    """One number per case in the order of the ids, NaN where not defined; volume errors without their sign."""
+    values = [_value(case, metric, label, scores.labels) for case in _ordered(scores)]
+    array = np.array([np.nan if value is None else value for value in values], float)
+    return np.abs(array) if metric == "volume_error" else array
+
+
+def _value(case: CaseScore, metric: str, label: str, labels: Sequence[str]) -> float | None:
+    per_class = case.values[metric]
+    if label == FOREGROUND:
+        return overlap.mean([abs(v) if metric == "volume_error" and v is not None else v for v in per_class])
+    return per_class[labels.index(label)]
+
+
+# ------------------------------------------------------------------------------------------------ input
+
+
+def _read(path: Path) -> Scores:
+    file = scores_file(path) if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: no such file.", fix="Score this folder first: autoseg evaluate.")
+    return store.load(file, Scores)
+
+
+def _names(scores: Sequence[Path], names: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the methods: those given, else the shortest ends of the paths that tell them apart."""
+    if names is not None:
+        if len(names) != len(scores) or len(set(names)) != len(names):
+            raise UserError(f"{len(names)} names for {len(scores)} sets of scores.", fix="Give different names to all.")
+        return tuple(names)
+    folders = [path if path.is_dir() else path.parent / path.stem for path in (each.resolve() for each in scores)]
+    if len(set(folders)) < len(folders):
+        raise UserError("The same scores are given twice.", fix="Compare different sets of scores.")
+    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
+        ends = tuple("/".join(folder.parts[-parts:]) for folder in folders)
+        if len(set(ends)) == len(ends):
+            return ends
+    return tuple(str(folder) for folder in folders)
+
+
+def _check_paired(read: Sequence[Scores], paths: Sequence[Path]) -> None:
+    """Raise UserError unless all sets score the same cases and labels against the same references."""
+    first = read[0]
+    volumes = _volumes(first)
+    for scores, path in zip(read[1:], paths[1:], strict=True):
+        both = f"{paths[0]} and {path}"
+        if scores.labels != first.labels:
+            raise UserError(
+                f"{both} score different labels: {', '.join(first.labels)} against {', '.join(scores.labels)}.",
+                fix="Compare scores of one data set.",
+            )
+        apart = sorted({case.id for case in first.cases} ^ {case.id for case in scores.cases})
+        if apart:
+            raise UserError(
+                f"{both} are not paired: only one of them has {some(apart)}.",
+                fix="Score the same cases with all methods.",
+            )
+        others = volumes | _volumes(scores)
+        moved = [case for case in sorted(volumes) if not np.allclose(volumes[case], others[case], rtol=1e-4)]
+        if moved:
+            raise UserError(
+                f"{both} were scored against different references: their volumes differ in {some(moved)}.",
+                fix="Score all methods against the same references.",
+            )
+
+
+def _volumes(scores: Scores) -> dict[str, np.ndarray]:
+    """Reference volumes per case, the fingerprint of what was scored against; empty for scores without them."""
+    return {case.id: np.array(case.values[VOLUME], float) for case in scores.cases if VOLUME in case.values}
+
+
+def _metrics(read: Sequence[Scores], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    there = [metric for metric in BETTER if all(metric in scores.mean for scores in read)]
+    unknown = [metric for metric in wanted or () if metric not in there]
+    if unknown or not there:
+        raise UserError(
+            f"The scores cannot be compared by {', '.join(unknown) or 'any metric'}.",
+            fix=f"Metrics in all of them: {', '.join(there) or 'none'}.",
+        )
+    return tuple(wanted) if wanted else tuple(metric for metric in DEFAULT_METRICS if metric in there) or (there[0],)
+
+
+def _warn_of_groups(scores: Scores, groups: Mapping[str, str] | None, report: Report) -> None:
+    """Say so when several cases come from one patient: then they are no independent witnesses."""
+    if groups is None:
+        place = Path(scores.reference)
+        known = dataset_near(place) if place.exists() else None
+        groups = {case.id: case.group for case in known.cases if case.group} if known else {}
+    counts = Counter(groups[case.id] for case in scores.cases if case.id in groups)
+    several = sorted(group for group, count in counts.items() if count > 1)
+    if several:
+        who = some(several)
+        report(Warned(f"Several cases come from the same patient ({who}), so P values look better than they are."))
+
+
+def _ordered(scores: Scores) -> list[CaseScore]:
+    return sorted(scores.cases, key=lambda case: case.id)
+
+
+BETTER: dict[str, int] = {
+    "dice": 1,
+    "surface_dice": 1,
+    "hd95_mm": -1,
+    "asd_mm": -1,
+    "iou": 1,
+    "precision": 1,
+    "recall": 1,
+    "lesion_f1": 1,
+    "volume_error": -1,
+    "false_positive_mm3": -1,
+}
+"""What can be compared, and whether more (1) or less (-1) is better."""

@@ -1,0 +1,131 @@
+"""`autoseg plan`: look at the data once, decide everything, and write down why."""
+
+import threading
+from importlib import import_module
+from pathlib import Path
+
+from autoseg.cases.discover import discover
+from autoseg.cases.inspect import fingerprint_of, inspect
+from autoseg.events import Finished, Report, Said, Started, Warned, silent
+from autoseg.layout import Layout
+from autoseg.parallel import allowed_cores
+from autoseg.planning.architecture import preset_named
+from autoseg.planning.checks import check_plan
+from autoseg.planning.plan import make_plan
+from autoseg.planning.wording import GIGABYTE, gigabytes
+from autoseg.records import Budget, Fingerprint, Plan
+from autoseg.store import load, save
+
+
+def plan(
+    data: Path,
+    run: Path,
+    *,
+    memory: str | None = None,
+    device: str | None = None,
+    preset: str = "standard",
+    workers: int | None = None,
+    skip_bad: bool = False,
+    report: Report = silent,
+) -> Plan:
+    """Check and fingerprint the data set in `data`, plan for the memory at hand, and save all three records in `run`.
+
+    Args:
+        data: a Decathlon folder, an nnU-Net raw folder, or a folder with images/ and labels/.
+        run: the run folder to make or to continue.
+        memory: e.g. "11GB", the card to plan for; None: the free memory of `device`, or 8 GB where there is no card.
+        device: e.g. "cuda:1" or "cpu"; None: the first card, if any.
+        preset: "standard", "M", "L" or "XL".
+        workers: processes that read images; None: one per core.
+        skip_bad: leave out cases with problems instead of stopping.
+        report: receives progress.
+
+    Raises:
+        UserError: the data cannot be learned from, or the memory is too small; see cases/inspect.py and planning/.
+    """
+    layout = Layout(run)
+    preset_named(preset)
+    import_early = threading.Thread(target=import_module, args=("autoseg.network.memory",), daemon=True)
+    import_early.start()  # torch takes two seconds to import; the workers read images meanwhile
+    workers = workers or allowed_cores()
+    dataset, stats = inspect(discover(data, workers), layout.case_stats, workers, report, skip_bad)
+    fingerprint = fingerprint_of(dataset, stats)
+    import_early.join()
+    planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
+    _warn_of_trained_models(layout, planned, report)
+    save(layout.dataset, dataset)
+    save(layout.fingerprint, fingerprint)
+    save(layout.plan, planned)
+    return planned
+
+
+def from_fingerprint(
+    fingerprint_file: Path,
+    output: Path | None = None,
+    *,
+    memory: str | None = None,
+    device: str | None = None,
+    preset: str = "standard",
+    file_ending: str = ".nii.gz",
+    report: Report = silent,
+) -> Plan:
+    """Plan without data from a saved fingerprint; `output`, if given, is the run folder that receives both records."""
+    fingerprint = load(fingerprint_file, Fingerprint)
+    planned = _plan_for(fingerprint, memory, device, preset, file_ending, report)
+    if output is not None:
+        save(Layout(output).fingerprint, fingerprint)
+        save(Layout(output).plan, planned)
+    return planned
+
+
+def checked(run: Path) -> Plan:
+    """The plan of a run, edited or not; raises UserError where it contradicts itself or names what does not exist."""
+    planned = load(Layout(run).plan, Plan)
+    check_plan(planned)
+    return planned
+
+
+def _plan_for(
+    fingerprint: Fingerprint, memory: str | None, device: str | None, preset: str, file_ending: str, report: Report
+) -> Plan:
+    from autoseg.network.memory import measurer
+
+    report(Started("planning"))
+    budget = _budget(memory, device, preset)
+    measure, source = measurer(budget)
+    planned = make_plan(
+        fingerprint, budget, measure, source=source, preset=preset, file_ending=file_ending, report=report
+    )
+    report(Finished("planning"))
+    if memory is not None and source == "measured":
+        _check_simulation(planned, report)
+    return planned
+
+
+def _budget(memory: str | None, device: str | None, preset: str) -> Budget:
+    """The memory named by the user; else the card's, of which a residual preset takes no more than it is meant for."""
+    from autoseg.network.memory import budget_for
+
+    budget, chosen = budget_for(memory, device), preset_named(preset)
+    if memory is None and preset != "standard" and budget.device.startswith("cuda"):
+        return budget.model_copy(update={"budget_bytes": min(budget.budget_bytes, chosen.memory_gb * GIGABYTE)})
+    return budget
+
+
+def _check_simulation(planned: Plan, report: Report) -> None:
+    """Say how far the simulation is from the measurement, for each configuration planned on a real card."""
+    from autoseg.network.device import pick
+    from autoseg.network.memory import compare
+
+    for configuration in planned.configurations:
+        simulated, measured = compare(configuration, pick(planned.budget.device))
+        error = 100 * (simulated - measured) / measured
+        text = f"simulated {gigabytes(simulated)}, measured {gigabytes(measured)}: {error:+.1f} %"
+        report(Said(f"{configuration.name}: {text}"))
+
+
+def _warn_of_trained_models(layout: Layout, planned: Plan, report: Report) -> None:
+    """Say so when an older plan, by which networks were trained, is about to be replaced by another."""
+    trained = [c.name for c in planned.configurations if layout.configuration(c.name).is_dir()]
+    if trained and layout.plan.is_file() and load(layout.plan, Plan) != planned:
+        report(Warned(f"The plan changes, but {', '.join(trained)} was trained by the old one: train again."))

@@ -1,0 +1,332 @@
+"""`autoseg postprocess`: learn on the cross-validation which components to remove, and apply what was learned.
+
+Axes: Z Y X voxels. A component's size and its share of true voxels are all that a rule about sizes needs, so each case
+is read and numbered once and every candidate is judged by arithmetic on those lists; only holes need a second reading.
+
+In learning, a class absent from reference and prediction counts as Dice 1 (not as "not defined" as in `evaluate`): a
+rule that removes the last false voxel of a healthy case must gain something, and all candidates need the same cases.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from autoseg import store
+from autoseg.errors import UserError
+from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
+from autoseg.image.components import fill_holes
+from autoseg.image.formats import read_labels, write_labels
+from autoseg.image.labels import label_maps, to_indices
+from autoseg.image.rules import CaseParts, apply_rules, case_parts, index_of, survives
+from autoseg.layout import Layout
+from autoseg.parallel import allowed_cores, over_cases
+from autoseg.records import Dataset, Label, Postprocessing, Rule
+from autoseg.scoring import statistics
+from autoseg.steps.evaluate import Pair, check_grids, validation_pairs
+
+Result = TypeVar("Result")
+
+ACTIONS = ("drop_small", "keep_largest")
+ALL_ACTIONS = (*ACTIONS, "drop_volume", "fill_holes")
+VOLUMES_MM3 = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+"""Candidates of `drop_volume`."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A set of rules with what it achieves: Dice and false-positive mm3, (cases, foreground classes)."""
+
+    rules: tuple[Rule, ...]
+    dice_NK: np.ndarray
+    false_mm3_NK: np.ndarray
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+def postprocess_learn(
+    run: Path,
+    configuration: str | None = None,
+    *,
+    actions: Sequence[str] = ACTIONS,
+    fraction: float = 1.0 / 3.0,
+    connectivity: int = 1,
+    significance: float | None = None,
+    output: Path | None = None,
+    workers: int | None = None,
+    report: Report = silent,
+) -> Postprocessing:
+    """Learn from the predictions of all validation folds which rules raise the mean Dice, and save them.
+
+    For the joined foreground first (kept only if the mean over classes rises and no class falls), then for each class
+    on what is left, the candidate with the highest mean Dice is kept if that is strictly above doing nothing.
+
+    Args:
+        run: run folder; `models/<configuration>/fold_*/validation/` must hold label maps.
+        configuration: None takes the only one that has validation predictions.
+        actions: which of `ALL_ACTIONS` to try.
+        fraction: for `drop_small`, of the largest component.
+        connectivity: 1 faces, 2 edges, 3 corners.
+        significance: keep a rule only if a one-sided Wilcoxon test over cases, corrected for the number of candidates
+            tried, says that it helps at this level; None asks only for a higher mean.
+        output: where to save; None is `postprocess.json` of the run.
+
+    Raises:
+        UserError: no predictions, a prediction without a reference, or differing grids; nothing is written then.
+    """
+    dataset = store.load(Layout(run).dataset, Dataset)
+    name, pairs = validation_pairs(run, dataset, configuration)
+    check_grids(pairs)
+    read = partial(_read_parts, labels=dataset.labels, ignore_value=dataset.ignore_value, connectivity=connectivity)
+    parts = _over(pairs, read, "Components", workers, report)
+    if significance is not None and len(parts) < statistics.FEWEST:
+        report(Warned(f"{len(parts)} cases are too few to tell a gain from chance: no post-processing is learned."))
+        judged = judge(parts, dataset.labels, ())
+    else:
+        judged = search(parts, dataset.labels, _candidates(actions, fraction, connectivity), significance)
+        if "fill_holes" in actions:
+            count = partial(_count_filled, dataset=dataset, rules=judged.rules)
+            judged = _with_holes(judged, _over(pairs, count, "Holes", workers, report), dataset.labels, significance)
+    for rule in judged.rules:
+        report(Said(describe(rule)))
+    if not judged.rules:
+        report(Said(f"Post-processing: nothing helps on {len(pairs)} validation cases, so nothing is applied."))
+    learned = Postprocessing(learned_on=name, cases=len(pairs), rules=judged.rules)
+    store.save(Layout(run).postprocessing if output is None else output, learned)
+    return learned
+
+
+def search(
+    parts: Sequence[CaseParts],
+    labels: tuple[Label, ...],
+    candidates: Sequence[Rule],
+    significance: float | None = None,
+) -> Judged:
+    """Choose among size rules (with `label` None): for the joined foreground, then for each class on what is left."""
+    current = judge(parts, labels, ())
+    joint = [rule for rule in candidates if rule.action in ACTIONS]
+    current = _best(current, parts, labels, joint, None, significance)
+    for k in range(1, len(labels)):
+        own = [rule.model_copy(update={"label": labels[k].name}) for rule in candidates]
+        current = _best(current, parts, labels, own, k, significance)
+    return current
+
+
+def judge(parts: Sequence[CaseParts], labels: tuple[Label, ...], rules: tuple[Rule, ...]) -> Judged:
+    """Dice and false positives of every case and class once `rules` (about sizes only) are applied."""
+    counts_N3K = np.stack([_counts(part, labels, rules) for part in parts])
+    voxel_mm3 = np.array([[part.voxel_mm3] for part in parts])
+    return Judged(rules, *_figures(counts_N3K, voxel_mm3))
+
+
+def _best(
+    current: Judged,
+    parts: Sequence[CaseParts],
+    labels: tuple[Label, ...],
+    candidates: Sequence[Rule],
+    k: int | None,
+    significance: float | None,
+) -> Judged:
+    """`current` with the best of the candidates added, or `current` if none is good enough; `k` None is all classes."""
+    best, best_dice = current, float(_target(current.dice_NK, k).mean())
+    for rule in candidates:
+        tried = judge(parts, labels, (*current.rules, rule))
+        dice = float(_target(tried.dice_NK, k).mean())
+        falls = (tried.dice_NK.mean(axis=0) < current.dice_NK.mean(axis=0) - 1e-12).any()
+        if dice > best_dice + 1e-9 and not falls:
+            best, best_dice = tried, dice
+    return current if best is current else accept(current, best, k, significance, len(candidates))
+
+
+def accept(current: Judged, best: Judged, k: int | None, significance: float | None, tried: int) -> Judged:
+    """`best` with its last rule's gain written down, or `current` if the gain may be chance (see `learn`)."""
+    before, after = _target(current.dice_NK, k), _target(best.dice_NK, k)
+    p_value = None
+    if significance is not None:
+        p_value = min(1.0, tried * statistics.wilcoxon(after - before, "greater"))
+        if p_value > significance:
+            return current
+    classes = slice(None) if k is None else slice(k - 1, k)
+    gain = {
+        "dice_before": float(before.mean()),
+        "dice_after": float(after.mean()),
+        "false_positive_mm3_before": float(current.false_mm3_NK[:, classes].sum(axis=1).mean()),
+        "false_positive_mm3_after": float(best.false_mm3_NK[:, classes].sum(axis=1).mean()),
+        "p_value": p_value,
+    }
+    return replace(best, rules=(*best.rules[:-1], best.rules[-1].model_copy(update=gain)))
+
+
+def _with_holes(
+    judged: Judged, counts: Sequence[np.ndarray], labels: tuple[Label, ...], significance: float | None
+) -> Judged:
+    """Add `fill_holes` for the classes where it helps; `counts` per case: voxel counts after it, (4, classes)."""
+    counts_N4K = np.stack(counts)
+    filled = Judged((), *_figures(counts_N4K[:, :3], counts_N4K[:, 3, :1]))
+    for k in range(1, len(labels)):
+        rule = Rule(label=labels[k].name, action="fill_holes", dice_before=0.0, dice_after=0.0)
+        dice_NK, false_mm3_NK = judged.dice_NK.copy(), judged.false_mm3_NK.copy()
+        dice_NK[:, k - 1], false_mm3_NK[:, k - 1] = filled.dice_NK[:, k - 1], filled.false_mm3_NK[:, k - 1]
+        if dice_NK.mean() > judged.dice_NK.mean() + 1e-9:
+            judged = accept(judged, Judged((*judged.rules, rule), dice_NK, false_mm3_NK), k, significance, 1)
+    return judged
+
+
+def _candidates(actions: Sequence[str], fraction: float, connectivity: int) -> tuple[Rule, ...]:
+    unknown = sorted(set(actions) - set(ALL_ACTIONS))
+    if unknown:
+        raise UserError(f"Unknown post-processing {', '.join(unknown)}.", fix=f"Known: {', '.join(ALL_ACTIONS)}.")
+    if not 0 < fraction <= 1:
+        raise UserError(f"The fraction is {fraction}.", fix="It must be above 0 and at most 1.")
+    small = Rule(
+        label=None, action="drop_small", fraction=fraction, connectivity=connectivity, dice_before=0.0, dice_after=0.0
+    )
+    largest = small.model_copy(update={"action": "keep_largest"})
+    volumes = [small.model_copy(update={"action": "drop_volume", "minimum_mm3": volume}) for volume in VOLUMES_MM3]
+    return tuple(rule for rule in (small, largest, *volumes) if rule.action in actions)
+
+
+def _target(values_NK: np.ndarray, k: int | None) -> np.ndarray:
+    """Per case: the mean over classes, or the value of class k."""
+    return values_NK.mean(axis=1) if k is None else values_NK[:, k - 1]
+
+
+def _figures(counts_N3K: np.ndarray, voxel_mm3_N1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dice (1 where a class is in neither map) and false-positive mm3 from counts (both, prediction, reference)."""
+    both, predicted, referred = np.moveaxis(counts_N3K, 1, 0)
+    total = predicted + referred
+    dice_NK = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+    return dice_NK, (predicted - both) * voxel_mm3_N1
+
+
+def _counts(part: CaseParts, labels: tuple[Label, ...], rules: tuple[Rule, ...]) -> np.ndarray:
+    """Voxels (both, prediction, reference) per foreground class of one case after size rules, (3, classes)."""
+    kept = np.ones(part.sizes.size, bool)
+    for rule in rules:
+        if rule.label is None:
+            present = np.bincount(part.parent[kept], minlength=part.joint_sizes.size) > 0
+            good = np.zeros(part.joint_sizes.size, bool)
+            good[present] = survives(part.joint_sizes[present], rule, part.voxel_mm3)
+            kept &= good[part.parent]
+        else:
+            own = kept & (part.label_of == index_of(rule.label, labels))
+            kept[own] = survives(part.sizes[own], rule, part.voxel_mm3)
+    k = len(labels)
+    both = np.bincount(part.label_of[kept], part.true[kept], minlength=k)[1:]
+    predicted = np.bincount(part.label_of[kept], part.counted[kept], minlength=k)[1:]
+    return np.stack([both, predicted, part.reference])
+
+
+# ------------------------------------------------------------------------------------------------ applying
+
+
+def postprocess_apply(
+    rules: Postprocessing | Path,
+    predictions: Path,
+    output: Path,
+    *,
+    labels: tuple[Label, ...] | None = None,
+    workers: int | None = None,
+    report: Report = silent,
+) -> tuple[Path, ...]:
+    """Apply learned rules to every label map in `predictions`; geometry and label values are kept.
+
+    Args:
+        rules: the rules, or the run folder whose `postprocess.json` holds them.
+        output: folder for the label maps, written whole or not at all one by one; may be `predictions` itself.
+        labels: names and values of the labels; None takes those of the run (needed when `rules` is no run folder).
+
+    Raises:
+        UserError: nothing was learned yet, no label maps, or a value that no label has.
+    """
+    if isinstance(rules, Path):
+        labels = labels or store.load(Layout(rules).dataset, Dataset).labels
+        rules = store.load(Layout(rules).postprocessing, Postprocessing)
+    if labels is None:
+        raise UserError("Post-processing rules name labels, but no labels are given.", fix="Give the run folder.")
+    for rule in rules.rules:
+        if rule.label is not None:
+            index_of(rule.label, labels)
+    paths = label_maps(predictions)
+    pairs = tuple(Pair(case, path, output / path.name) for case, path in paths.items())
+    _over(pairs, partial(_apply_file, rules=rules.rules, labels=labels), "Post-processing", workers, report)
+    return tuple(pair.reference for pair in pairs)
+
+
+def describe(rule: Rule) -> str:
+    """One sentence: what the rule does, to what, and what it gained."""
+    what = {
+        "drop_small": f"drop components below {rule.fraction:.3g} of the largest",
+        "keep_largest": "keep only the largest component",
+        "drop_volume": f"drop components under {rule.minimum_mm3:g} mm3",
+        "fill_holes": "fill holes",
+    }[rule.action]
+    chance = "" if rule.p_value is None else f" (p = {rule.p_value:.2g})"
+    return (
+        f"{rule.label or 'joined foreground'}: {what}: Dice {rule.dice_before:.4f} -> {rule.dice_after:.4f}{chance}, "
+        f"false positives {rule.false_positive_mm3_before:.0f} -> {rule.false_positive_mm3_after:.0f} mm3 per case"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _over(
+    pairs: Sequence[Pair], function: Callable[[Pair], Result], what: str, workers: int | None, report: Report
+) -> list[Result]:
+    """`function(pair)` over all pairs in parallel, in their order."""
+    report(Started(what, len(pairs)))
+    done = {}
+    for pair, result in over_cases(function, pairs, workers or allowed_cores(), lambda pair: pair.id):
+        done[pair.id] = result
+        report(Advanced(what, len(done), len(pairs), pair.id))
+    report(Finished(what))
+    return [done[pair.id] for pair in pairs]
+
+
+def _read_parts(
+    pair: Pair, labels: tuple[Label, ...], ignore_value: int | None, connectivity: int
+) -> CaseParts:
+    predicted_ZYX, referred_ZYX, spacing_mm = _read_pair(pair, labels, ignore_value)
+    voxel_mm3 = float(np.prod(spacing_mm))
+    return case_parts(pair.id, predicted_ZYX, referred_ZYX, len(labels), voxel_mm3, connectivity)
+
+
+def _count_filled(pair: Pair, dataset: Dataset, rules: tuple[Rule, ...]) -> np.ndarray:
+    """Voxels (both, prediction, reference) and voxel_mm3 per class when the holes of that class alone are filled."""
+    predicted_ZYX, referred_ZYX, spacing_mm = _read_pair(pair, dataset.labels, dataset.ignore_value)
+    predicted_ZYX = apply_rules(predicted_ZYX, rules, dataset.labels, spacing_mm)
+    annotated_ZYX = referred_ZYX >= 0
+    columns = []
+    for k in range(1, len(dataset.labels)):
+        mask_ZYX = predicted_ZYX == k
+        mask_ZYX = mask_ZYX | (fill_holes(mask_ZYX) & (predicted_ZYX == 0))
+        real_ZYX = referred_ZYX == k
+        columns.append((
+            (mask_ZYX & real_ZYX).sum(), (mask_ZYX & annotated_ZYX).sum(), real_ZYX.sum(), np.prod(spacing_mm)
+        ))
+    return np.array(columns, float).T
+
+
+def _read_pair(
+    pair: Pair, labels: tuple[Label, ...], ignore_value: int | None
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
+    """Label indices of prediction and reference, and the spacing in mm."""
+    predicted_ZYX, geometry = read_labels(pair.prediction)
+    referred_ZYX, _ = read_labels(pair.reference)
+    return (
+        to_indices(predicted_ZYX, labels, None, str(pair.prediction)),
+        to_indices(referred_ZYX, labels, ignore_value, str(pair.reference)),
+        geometry.spacing_mm,
+    )
+
+
+def _apply_file(pair: Pair, rules: tuple[Rule, ...], labels: tuple[Label, ...]) -> None:
+    values_ZYX, geometry = read_labels(pair.prediction)
+    indices_ZYX = to_indices(values_ZYX, labels, None, str(pair.prediction))
+    values = np.array([label.value for label in labels])
+    write_labels(pair.reference, values[apply_rules(indices_ZYX, rules, labels, geometry.spacing_mm)], geometry)

@@ -1,0 +1,99 @@
+"""`autoseg run`: from a data set to trained networks and their scores. What is finished is not done again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from autoseg import store
+from autoseg.errors import UserError
+from autoseg.events import Report, Said, silent
+from autoseg.layout import Layout, scores_file
+from autoseg.records import Dataset, Plan, Run, Scores
+from autoseg.steps.evaluate import Scoring, score_pairs, summary
+from autoseg.steps.plan import checked, plan
+from autoseg.steps.postprocess import postprocess_learn, validation_pairs
+from autoseg.steps.preprocess import preprocess
+from autoseg.steps.train import train
+
+
+def run(
+    data: Path,
+    run: Path,
+    *,
+    max_seconds: float | None = None,
+    folds: Sequence[str] = ("0",),
+    configuration: str | None = None,
+    memory: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    report: Report = silent,
+) -> Scores:
+    """Plan, preprocess, train every fold, learn the post-processing, and score the validation cases of all folds.
+
+    Args:
+        data: the data set, see `plan`.
+        run: the run folder; one that exists is continued, with its plan as it is there (edited or not).
+        max_seconds: for all trainings together; None: the plan's epochs.
+        folds: "0" to "4", and "all" beside them if wanted.
+        configuration: name in the plan; None: 3d where the plan has it, else 2d.
+
+    Returns the scores before post-processing; they are also saved beside the folds.
+
+    Raises:
+        UserError: bad data, a run folder made for other data, or only fold "all", which has no cases to be scored on.
+    """
+    if not any(fold != "all" for fold in folds):
+        raise UserError("A network that learns from all cases has none to be scored on.", fix="Name a fold, such as 0.")
+    layout = Layout(run)
+    planned = _planned(data, run, memory, device, workers, skip_bad, report)
+    name = configuration or default_configuration(planned)
+    preprocess(run, configuration=name, workers=workers, report=report)
+    share = None if max_seconds is None else max_seconds / len(folds)
+    for fold in folds:
+        if _is_trained(layout, name, fold):
+            report(Said(f"{name}, fold {fold}: trained already."))
+            continue
+        train(
+            run, configuration=name, fold=fold, max_seconds=share, resume="auto", device=device, workers=workers,
+            report=report,
+        )  # fmt: skip
+    postprocess_learn(run, name, workers=workers, report=report)
+    return cross_validation(run, name, workers=workers, report=report)
+
+
+def cross_validation(run: Path, configuration: str, *, workers: int | None = None, report: Report = silent) -> Scores:
+    """Score the validation predictions of all trained folds together and save that beside the folds."""
+    layout = Layout(run)
+    dataset = store.load(layout.dataset, Dataset)
+    _, pairs = validation_pairs(run, dataset, configuration)
+    scoring = Scoring(dataset.labels, dataset.ignore_value, surface=True, tolerance_mm=1.0)
+    folder = layout.configuration(configuration)
+    scores = summary(score_pairs(pairs, scoring, workers, report), dataset.labels, str(folder), str(layout.dataset))
+    store.save(scores_file(folder), scores)
+    return scores
+
+
+def default_configuration(planned: Plan) -> str:
+    """"3d" where the plan has it, else "2d", else the first."""
+    names = [each.name for each in planned.configurations]
+    return next((name for name in ("3d", "2d") if name in names), names[0])
+
+
+def _planned(
+    data: Path, run: Path, memory: str | None, device: str | None, workers: int | None, skip_bad: bool, report: Report
+) -> Plan:
+    """The plan that is there, if it is for this data; else a new one."""
+    layout = Layout(run)
+    if not layout.plan.is_file() or not layout.dataset.is_file():
+        return plan(data, run, memory=memory, device=device, workers=workers, skip_bad=skip_bad, report=report)
+    known = store.load(layout.dataset, Dataset)
+    if known.cases and not Path(known.cases[0].images[0]).is_relative_to(data.resolve()):
+        raise UserError(f"{run} was planned for other data than {data}.", fix="Choose another folder for -o.")
+    report(Said(f"Going on with {layout.plan}."))
+    return checked(run)
+
+
+def _is_trained(layout: Layout, configuration: str, fold: str) -> bool:
+    model = layout.model(configuration, fold)
+    has_scores = fold == "all" or model.scores.is_file()
+    return model.run.is_file() and has_scores and store.load(model.run, Run).finished

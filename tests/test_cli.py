@@ -1,0 +1,155 @@
+"""The command line: fast help, one clear sentence per user error, exit codes, durations."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from autoseg import cli
+from autoseg.errors import Interrupted, UserError
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)  # type: ignore
+DOCUMENTED = Path(__file__).parent.parent / "docs" / "reference" / "commands.md"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "autoseg", *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for steps/preprocess.py, whose function the tests replace."""
+    module = ModuleType("autoseg.steps.preprocess")
+    monkeypatch.setitem(sys.modules, "autoseg.steps.preprocess", module)
+    return module
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource usage of children")
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_takes_less_than_half_a_second(command: str) -> None:
+    """Of processor time: that is the time on a machine with nothing else to do, and holds on a busy one too."""
+    import resource
+
+    took = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ended = run(*([command] if command else []), "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert ended.returncode == 0
+        assert "Usage" in ended.stdout
+        if took[-1] < 0.5:
+            return
+    pytest.fail(f"--help took {min(took):.2f} s")
+
+
+def test_the_version_is_printed() -> None:
+    from autoseg import __version__
+
+    assert run("--version").stdout.strip() == __version__
+
+
+def test_every_command_and_option_is_in_the_reference() -> None:
+    text = DOCUMENTED.read_text()
+    for command in COMMANDS:
+        assert f"## {command}" in text
+        section = text.split(f"## {command}\n")[1].split("\n## ")[0]
+        for parameter in typer.main.get_command(cli.app).commands[command].params:  # type: ignore[attr-defined]
+            for option in parameter.opts:
+                if option.startswith("--") and option != "--help":
+                    assert f"`{option}" in section, f"{command} {option} is not documented"
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("45", 45), ("2M", 120)])
+def test_durations_are_read_in_seconds(text: str, seconds: float) -> None:
+    assert cli.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "ten", "-3m", "0s", "10d", "nan", "inf", "1e999h"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="not a duration"):
+        cli.parse_duration(text)
+
+
+def test_a_bare_resume_means_yes() -> None:
+    assert cli.with_resume_value(["train", "R", "--resume"]) == ["train", "R", "--resume=yes"]
+    assert cli.with_resume_value(["train", "--resume", "R"]) == ["train", "--resume=yes", "R"]
+    assert cli.with_resume_value(["train", "R", "--resume", "auto", "-f", "1"])[2:4] == ["--resume", "auto"]
+
+
+def test_a_user_error_is_one_sentence_without_traceback_and_exit_code_2(tmp_path: Path) -> None:
+    ended = run("train", str(tmp_path / "nowhere"), "--max-time", "soon")
+    assert ended.returncode == 2
+    assert ended.stderr.strip() == "'soon' is not a duration. Write it as 90s, 10m or 1.5h."
+    assert ended.stdout == ""
+
+
+def test_all_problems_of_a_data_set_are_shown_in_one_table(step: ModuleType, tmp_path: Path) -> None:
+    class Problem:
+        def __init__(self, case: str, what: str, fix: str) -> None:
+            self.case, self.what, self.fix = case, what, fix
+
+    class Bad(UserError):
+        problems = (Problem("case_1", "no label", "add one"), Problem("case_[2]", "NaN", "remove it"))
+
+    def fails(*_: object, **__: object) -> None:
+        raise Bad("2 of 9 cases cannot be used:\n  case_1: no label\n", fix="Mend them.")
+
+    step.preprocess = fails  # type: ignore[attr-defined]
+    ended = CliRunner().invoke(cli.app, ["preprocess", str(tmp_path)])
+    assert ended.exit_code == 2
+    assert "2 of 9 cases cannot be used. Mend them." in ended.stderr
+    for words in ("case_1", "no label", "add one", "case_[2]", "NaN", "remove it"):
+        assert words in ended.stderr
+
+
+def test_an_interrupted_step_says_how_to_go_on(step: ModuleType, tmp_path: Path) -> None:
+    def stops(*_: object, **__: object) -> None:
+        raise Interrupted("autoseg train RUN --resume")
+
+    step.preprocess = stops  # type: ignore[attr-defined]
+    ended = CliRunner().invoke(cli.app, ["preprocess", str(tmp_path)])
+    assert ended.exit_code == 130
+    assert "autoseg train RUN --resume" in ended.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(step: ModuleType, tmp_path: Path) -> None:
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    step.preprocess = stops  # type: ignore[attr-defined]
+    ended = CliRunner().invoke(cli.app, ["preprocess", str(tmp_path)])
+    assert ended.exit_code == 130
+    assert "run the same command again" in ended.stderr
+
+
+def test_a_defect_keeps_its_traceback(step: ModuleType, tmp_path: Path) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    step.preprocess = breaks  # type: ignore[attr-defined]
+    ended = CliRunner().invoke(cli.app, ["preprocess", str(tmp_path)])
+    assert ended.exit_code == 1
+    assert isinstance(ended.exception, ZeroDivisionError)
+
+
+def test_a_missing_argument_exits_with_code_2() -> None:
+    assert CliRunner().invoke(cli.app, ["train"]).exit_code == 2
+
+
+def test_input_and_output_of_postprocess_go_together(tmp_path: Path) -> None:
+    ended = CliRunner().invoke(cli.app, ["postprocess", str(tmp_path), "-i", str(tmp_path)])
+    assert ended.exit_code == 2
+    assert "-i and -o go together" in ended.stderr
+
+
+def test_the_public_names_are_those_of_the_package() -> None:
+    import autoseg
+
+    assert set(autoseg.PUBLIC) | {"__version__"} == set(autoseg.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        autoseg.nonsense  # noqa: B018

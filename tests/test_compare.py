@@ -1,0 +1,142 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoseg import store
+from autoseg.errors import UserError
+from autoseg.layout import comparison_file, comparison_picture, scores_file
+from autoseg.records import CaseScore, Scores
+from autoseg.scoring import statistics
+from autoseg.scoring.comparison import Comparison, Difference
+from autoseg.steps.compare import compare
+
+LABELS = ("organ", "lesion")
+
+
+def save(folder: Path, dice_NK: np.ndarray, *, labels=LABELS, volume: float = 100.0, first: int = 0) -> Path:
+    """A prediction folder with scores: Dice, and HD95 that falls as Dice rises; NaN is "not defined"."""
+    cases = []
+    for number, row in enumerate(dice_NK, first):
+        dice = tuple(None if np.isnan(value) else float(value) for value in row)
+        far = tuple(None if value is None else 10 * (1 - value) for value in dice)
+        volumes = tuple(volume + number for _ in row)
+        cases.append(CaseScore(id=f"c{number:03d}", values={"dice": dice, "hd95_mm": far, "reference_mm3": volumes}))
+    means = {metric: tuple(0.0 for _ in labels) for metric in cases[0].values}
+    scores = Scores(
+        prediction=str(folder),
+        reference="nowhere",
+        labels=labels,
+        policy="",
+        cases=tuple(cases),
+        mean=means,
+        foreground_mean=dict.fromkeys(means, 0.0),
+    )
+    store.save(scores_file(folder), scores)
+    return folder
+
+
+def drawn(seed: int, gain: tuple[float, float] = (0.0, 0.0), cases: int = 30) -> np.ndarray:
+    """Dice of organ and lesion; difficulty of the cases is shared, `gain` is added per class."""
+    hard = np.random.default_rng(99).uniform(0.5, 0.8, (cases, 1))
+    return hard + np.random.default_rng(seed).normal(0, 0.02, (cases, 2)) + np.array(gain)
+
+
+def row_of(found: Comparison, metric: str, label: str) -> Difference:
+    return next(row for row in found.differences if (row.metric, row.label) == (metric, label))
+
+
+def test_a_real_difference_is_found_where_it_is_and_only_there(tmp_path):
+    a, b = save(tmp_path / "a", drawn(1, (0.05, 0.0))), save(tmp_path / "b", drawn(2))
+    found = compare(a, b)
+    organ, lesion = row_of(found, "dice", "organ"), row_of(found, "dice", "lesion")
+    assert organ.better == "a"
+    assert lesion.better is None
+    assert organ.low < 0.05 < organ.high
+    assert organ.effect_size > 1
+    assert row_of(found, "hd95_mm", "organ").better == "a"
+    assert found.ranking == ("a", "b")
+    assert found.rank_shares[0][0] > 0.99
+    assert "a beats b in dice of organ by 0.0" in found.conclusion
+    assert "may be chance" in found.conclusion
+    assert not comparison_file(a).exists()
+
+
+def test_p_values_are_those_of_the_tests_with_holm_over_classes(tmp_path):
+    one, other = drawn(1, (0.01, 0.005)), drawn(2)
+    found = compare(save(tmp_path / "a", one), save(tmp_path / "b", other), metrics=["dice"])
+    plain = np.array([statistics.wilcoxon(one[:, k] - other[:, k]) for k in range(2)])
+    rows = [row_of(found, "dice", label) for label in LABELS]
+    assert [row.p_wilcoxon for row in rows] == pytest.approx(plain)
+    assert [row.p_wilcoxon_holm for row in rows] == pytest.approx(statistics.holm(plain))
+    assert rows[0].p_t == pytest.approx(statistics.paired_t(one[:, 0] - other[:, 0]))
+    foreground = row_of(found, "dice", "foreground")
+    assert foreground.p_wilcoxon_holm == pytest.approx(statistics.wilcoxon((one - other).mean(1)))
+
+
+def test_equal_methods_differ_by_chance(tmp_path):
+    found = compare(save(tmp_path / "a", drawn(1)), save(tmp_path / "b", drawn(2)))
+    assert found.conclusion == "No difference between a and b on 30 cases is more than chance."
+
+
+def test_three_methods_are_compared_in_pairs_and_ranked(tmp_path):
+    gains = {"x": 0.0, "y": 0.1, "z": 0.05}
+    folders = [save(tmp_path / name, drawn(n, (gain, gain))) for n, (name, gain) in enumerate(gains.items())]
+    found = compare(*[scores_file(folder) for folder in folders], names=("x", "y", "z"), metrics=["dice"])
+    assert found.ranking == ("y", "z", "x")
+    assert len(found.differences) == 3 * 3
+    assert all(row.better for row in found.differences)
+
+
+def test_cases_where_a_score_is_not_defined_do_not_count(tmp_path):
+    one, other = drawn(1), drawn(2)
+    one[:5, 1], other[5:8, 1] = np.nan, np.nan
+    assert row_of(compare(save(tmp_path / "a", one), save(tmp_path / "b", other)), "dice", "lesion").cases == 22
+    one[:26, 1] = np.nan
+    found = compare(save(tmp_path / "a", one), save(tmp_path / "b", other), metrics=["dice"])
+    assert row_of(found, "dice", "lesion").p_wilcoxon is None
+    assert row_of(found, "dice", "lesion").cases == 4
+    assert "1 could not be tested for lack of cases" in found.conclusion
+
+
+def test_fewer_than_six_cases_are_refused(tmp_path):
+    five, six = (
+        [save(tmp_path / f"{name}{cases}", drawn(n, cases=cases)) for n, name in enumerate("ab")] for cases in (5, 6)
+    )
+    with pytest.raises(UserError, match="5 paired cases are too few"):
+        compare(*five)
+    compare(*six)
+
+
+def test_what_is_not_paired_is_refused_by_name(tmp_path):
+    a = save(tmp_path / "a", drawn(1))
+    with pytest.raises(UserError, match=r"not paired: only one of them has c000, c030"):
+        compare(a, save(tmp_path / "b", drawn(2), first=1))
+    with pytest.raises(UserError, match="different labels: organ, lesion against organ, vessel"):
+        compare(a, save(tmp_path / "c", drawn(2), labels=("organ", "vessel")))
+    with pytest.raises(UserError, match="different references: their volumes differ in c000"):
+        compare(a, save(tmp_path / "d", drawn(2), volume=150.0))
+    with pytest.raises(UserError, match="given twice"):
+        compare(a, a)
+    with pytest.raises(UserError, match="at least two"):
+        compare(a)
+    (tmp_path / "e").mkdir()
+    with pytest.raises(UserError, match="autoseg evaluate"):
+        compare(a, tmp_path / "e")
+    with pytest.raises(UserError, match=r"by beauty\. Metrics in all of them: dice, hd95_mm"):
+        compare(a, save(tmp_path / "f", drawn(2)), metrics=["beauty"])
+
+
+def test_cases_of_one_patient_are_warned_of(tmp_path):
+    heard: list = []
+    groups = {f"c{n:03d}": f"patient {n // 2}" for n in range(30)}
+    compare(save(tmp_path / "a", drawn(1)), save(tmp_path / "b", drawn(2)), groups=groups, report=heard.append)
+    assert any("same patient (patient 0, patient 1" in event.text for event in heard)
+
+
+def test_record_and_picture_are_written_on_request(tmp_path):
+    a, b = save(tmp_path / "run" / "a", drawn(1, (0.05, 0.0))), save(tmp_path / "other" / "a", drawn(2))
+    found = compare(a, b, output=tmp_path / "out")
+    assert found.methods == ("run/a", "other/a")
+    assert store.load(comparison_file(tmp_path / "out"), Comparison) == found
+    assert comparison_picture(tmp_path / "out").stat().st_size > 5000

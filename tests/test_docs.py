@@ -1,0 +1,40 @@
+"""The documentation says what is true: links lead somewhere, and the README names every file."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_names_every_file_of_the_package() -> None:
+    readme = (ROOT / "README.md").read_text()
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "autoseg").rglob("*.py") if path.stat().st_size]
+    missing = [name for name in files if name not in readme]
+    assert not missing, f"run `make docs`: README.md does not name {missing}"
+
+
+def test_every_link_leads_somewhere(build: ModuleType) -> None:
+    markdown = build.MarkdownIt("commonmark").enable("table")
+    parsed = {page: markdown.parse(page.read_text()) for page in build.pages()}
+    assert len(parsed) > 5
+    assert [wrong for page in parsed for wrong in build.broken_links(page, parsed)] == []
+
+
+def test_a_broken_link_is_found(build: ModuleType) -> None:
+    page = ROOT / "docs" / "tour.md"
+    text = "[a](nowhere.md) and [b](#no-heading) and [c](tour.md) and [d](#a-heading)\n\n# A heading"
+    parsed = {page: build.MarkdownIt("commonmark").parse(text)}
+    assert len(build.broken_links(page, parsed)) == 2

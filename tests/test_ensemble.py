@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoseg.errors import UserError
+from autoseg.image.formats import read_labels, write_labels
+from autoseg.image.probabilities import read_classes, read_header, read_probabilities, write_probabilities
+from autoseg.image.volume import Geometry, plain_geometry
+from autoseg.layout import prediction_file, probabilities_file
+from autoseg.steps.ensemble import ensemble, majority
+
+NAMES, VALUES = ("background", "organ", "lesion"), (0, 100, 255)
+GEOMETRY = plain_geometry((4, 6, 5), (2.5, 0.7, 0.7))
+
+
+def random_probabilities(seed: int) -> np.ndarray:
+    logits_KZYX = np.random.default_rng(seed).normal(0, 2, (3, 4, 6, 5))
+    return (np.exp(logits_KZYX) / np.exp(logits_KZYX).sum(0)).astype(np.float32)
+
+
+def save(folder: Path, case: str, probabilities_KZYX: np.ndarray, geometry: Geometry = GEOMETRY, **about) -> None:
+    about = {"label_names": NAMES, "label_values": VALUES} | about
+    write_probabilities(probabilities_file(folder, case), probabilities_KZYX, geometry, **about)
+
+
+def save_map(folder: Path, case: str, labels_ZYX: np.ndarray, geometry: Geometry = GEOMETRY) -> None:
+    write_labels(prediction_file(folder, case, ".nii.gz"), labels_ZYX, geometry)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Three members with two cases each, probabilities only."""
+    members = [tmp_path / name for name in ("one", "two", "three")]
+    for seed, folder in enumerate(members):
+        for number, case in enumerate(("a", "b")):
+            save(folder, case, random_probabilities(10 * seed + number))
+    return members
+
+
+def half(seed: int) -> np.ndarray:
+    return random_probabilities(seed).astype(np.float16).astype(np.float32)
+
+
+def test_the_ensemble_is_the_largest_mean_probability_in_the_users_values(folders, tmp_path):
+    written = ensemble(folders, tmp_path / "out", save_probabilities=True)
+    assert [path.name for path in written] == ["a.nii.gz", "b.nii.gz"]
+    labels, geometry = read_labels(written[1])
+    mean = (half(1) + half(11) + half(21)) / 3
+    assert np.array_equal(labels, np.array(VALUES)[mean.argmax(0)])
+    assert geometry.spacing_mm == pytest.approx(GEOMETRY.spacing_mm)
+    assert geometry.origin == GEOMETRY.origin
+    saved, names, _ = read_probabilities(probabilities_file(tmp_path / "out", "b"))
+    assert names == NAMES
+    assert np.allclose(saved, mean, atol=1e-3)
+
+
+def test_weights_move_the_mean(folders, tmp_path):
+    ensemble(folders, tmp_path / "out", weights=(0, 2, 0))
+    assert np.array_equal(read_labels(tmp_path / "out" / "a.nii.gz")[0], np.array(VALUES)[half(10).argmax(0)])
+    assert not list((tmp_path / "out").glob("*.npz"))
+    for wrong in ((1, 2), (1, -1, 1), (0, 0, 0), (1, float("nan"), 1)):
+        with pytest.raises(UserError, match="weights"):
+            ensemble(folders, tmp_path / "other", weights=wrong)
+
+
+def test_label_maps_vote_and_ties_go_to_the_first_folder(tmp_path):
+    maps = [np.full((4, 6, 5), value, np.int32) for value in (7, 8, 9)]
+    maps[1][0], maps[2][0] = 9, 9
+    for number, labels in enumerate(maps):
+        save_map(tmp_path / str(number), "a", labels)
+    heard: list = []
+    ensemble([tmp_path / str(n) for n in range(3)], tmp_path / "out", report=heard.append)
+    voted = read_labels(tmp_path / "out" / "a.nii.gz")[0]
+    assert (voted[0] == 9).all()
+    assert (voted[1:] == 7).all()
+    assert sum("agrees with the ensemble" in getattr(event, "text", "") for event in heard) == 3
+    assert (majority(maps, (0.2, 0.2, 0.6)) == 9).all()
+    assert (majority([maps[0], maps[1], maps[1]], (1 / 3, 1 / 3, 1 / 3))[1:] == 8).all()
+
+
+def test_one_folder_without_probabilities_makes_all_vote(folders, tmp_path):
+    for folder in folders:
+        for case in ("a", "b"):
+            save_map(folder, case, np.full((4, 6, 5), 100))
+    save_map(tmp_path / "four", "a", np.zeros((4, 6, 5)))
+    save_map(tmp_path / "four", "b", np.zeros((4, 6, 5)))
+    heard: list = []
+    ensemble([*folders, tmp_path / "four"], tmp_path / "out", report=heard.append)
+    assert (read_labels(tmp_path / "out" / "a.nii.gz")[0] == 100).all()
+    assert any("holds no probabilities" in getattr(event, "text", "") for event in heard)
+    with pytest.raises(UserError, match="four: there are no probabilities"):
+        ensemble([*folders, tmp_path / "four"], tmp_path / "other", method="mean")
+
+
+def test_staple_trusts_the_members_that_agree(tmp_path):
+    truth = np.zeros((4, 6, 5), np.int32)
+    truth[1:3, 1:5, 1:4] = 255
+    noisy = np.random.default_rng(0).choice([0, 255], truth.shape)
+    for number, labels in enumerate((noisy, truth, truth)):
+        save_map(tmp_path / str(number), "a", labels)
+    ensemble([tmp_path / str(n) for n in range(3)], tmp_path / "out", method="staple")
+    assert np.array_equal(read_labels(tmp_path / "out" / "a.nii.gz")[0], truth)
+
+
+def refused(folders: list[Path], output: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ensemble(folders, output)
+    assert not output.exists()
+    assert not list(output.parent.glob(f"{output.name}*"))
+
+
+def test_different_cases_are_named_and_nothing_is_written(folders, tmp_path):
+    save(folders[2], "c", random_probabilities(5))
+    refused(folders, tmp_path / "out", "different cases: only .*three has c")
+
+
+def test_different_classes_are_named_and_nothing_is_written(folders, tmp_path):
+    save(folders[1], "b", random_probabilities(5), label_names=("background", "organ", "vessel"))
+    refused(folders, tmp_path / "out", "b: .*one and .*two have different classes: .*lesion 255 against .*vessel 255")
+    save(folders[1], "b", random_probabilities(5), label_values=(0, 1, 2))
+    refused(folders, tmp_path / "out", "lesion 255 against .*lesion 2")
+
+
+def test_different_grids_are_named_and_nothing_is_written(folders, tmp_path):
+    save(folders[1], "b", random_probabilities(5), plain_geometry((4, 6, 5), (2.5, 0.7, 0.8)))
+    refused(folders, tmp_path / "out", "b: .* lie on different grids")
+
+
+def test_what_does_not_sum_to_one_is_named_and_nothing_is_written(folders, tmp_path):
+    save(folders[1], "b", random_probabilities(5) * 2)
+    refused(folders, tmp_path / "out", r"two/b\.prob.*sum to 2 to 2, not to 1")
+    broken = random_probabilities(5)
+    broken[0, 0, 0, 0] = np.nan
+    save(folders[1], "b", broken)
+    refused(folders, tmp_path / "out", r"two/b\.prob.*sum to nan")
+
+
+def test_a_damaged_file_is_named_and_nothing_is_written(folders, tmp_path):
+    path = probabilities_file(folders[1], "b")
+    path.write_bytes(path.read_bytes()[:-40])
+    refused(folders, tmp_path / "out", r"two/b\.probabilities\.npz: these are no probabilities")
+
+
+def test_one_folder_or_probabilities_without_values_are_refused(folders, tmp_path):
+    refused(folders[:1], tmp_path / "out", "at least two")
+    for folder in folders:
+        save(folder, "a", random_probabilities(1), label_values=None)
+    refused(folders, tmp_path / "out", "does not say which values")
+
+
+def test_probabilities_come_back_class_by_class(tmp_path):
+    path = tmp_path / "x.probabilities.npz"
+    probabilities = random_probabilities(0)
+    write_probabilities(path, iter(probabilities), GEOMETRY, NAMES, VALUES)
+    header = read_header(path)
+    assert (header.names, header.values, header.geometry) == (NAMES, VALUES, GEOMETRY)
+    for one, expected in zip(read_classes(path), probabilities, strict=True):
+        assert one.dtype == np.float32
+        assert np.allclose(one, expected, atol=1e-3)
+    with np.load(path, allow_pickle=False) as plain:
+        assert plain["probabilities_KZYX"].shape == (3, 4, 6, 5)
+    with pytest.raises(ValueError, match="3 names for 2 classes"):
+        write_probabilities(path, iter(probabilities[:2]), GEOMETRY, NAMES)
+
+
+def test_files_already_in_the_output_stay_and_what_a_killed_run_left_goes(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.unfinished-1").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    ensemble(folders, tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["a.nii.gz", "b.nii.gz", "notes.txt"]
+    assert not list(tmp_path.glob("*unfinished*"))

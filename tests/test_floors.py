@@ -1,0 +1,178 @@
+"""The rules of the house, checked on the source itself: who may import whom, who may print, how long things may be."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "autoseg"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = {
+    "records": 0, "store": 0, "layout": 0, "events": 0, "errors": 0, "parallel": 0,
+    "image": 1, "network": 1, "scoring": 1,
+    "planning": 2, "cases": 2,
+    "steps": 3,
+    "cli": 4, "screen": 4,
+    "__init__": 5, "__main__": 5,
+}  # fmt: skip
+SHARED_ROOMS = {"records", "store", "layout", "events", "errors", "parallel", "cli", "screen", "__main__"}
+"""Files that lie side by side in autoseg/ itself: those of one floor may import each other."""
+SLOW = {"torch", "numpy", "scipy", "skimage", "SimpleITK", "matplotlib", "blosc2", "pydantic"}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def run_at_import(tree: ast.AST) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported: none inside functions or `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.stmt):
+            yield node
+        yield from run_at_import(node)
+
+
+def imported_at_top(tree: ast.AST) -> set[str]:
+    statements = [node for node in run_at_import(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {name for node in statements for name, _ in imports(node)}
+
+
+def forbidden(room: str, target: str) -> bool:
+    if target == room:
+        return False
+    if room in SHARED_ROOMS and target in SHARED_ROOMS:
+        return FLOORS[target] > FLOORS[room]
+    return FLOORS[target] >= FLOORS[room]
+
+
+@pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def source(request: pytest.FixtureRequest) -> tuple[Path, ast.Module]:
+    return request.param, ast.parse(request.param.read_text())
+
+
+def test_every_file_has_a_floor() -> None:
+    unknown = [str(path) for path in FILES if room_of(path) not in FLOORS]
+    assert not unknown, f"give these a floor in {Path(__file__).name}: {unknown}"
+
+
+def test_a_file_imports_only_from_lower_floors_or_its_own_folder(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    for name, line in imports(tree):
+        parts = name.split(".")
+        if parts[0] != "autoseg" or name == "autoseg.__version__":
+            continue
+        if path.name == "__init__.py" and room_of(path) == "__init__":
+            continue
+        assert parts[1] in FLOORS, f"{path}:{line} imports {name}, which has no floor"
+        assert not forbidden(room_of(path), parts[1]), f"{path}:{line} imports {name} from a floor it may not see"
+
+
+def test_the_floor_rule_itself_refuses_what_it_should() -> None:
+    assert forbidden("image", "network")
+    assert forbidden("planning", "cases")
+    assert forbidden("planning", "steps")
+    assert forbidden("steps", "cli")
+    assert forbidden("records", "image")
+    assert not forbidden("steps", "network")
+    assert not forbidden("cli", "screen")
+    assert not forbidden("image", "image")
+
+
+def test_torch_is_imported_at_the_top_only_in_network_and_steps(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    if room_of(path) in ("network", "steps"):
+        return
+    for name in imported_at_top(tree):
+        assert name.split(".")[0] != "torch", f"{path} imports torch when it is imported"
+        assert not name.startswith("autoseg.network"), f"{path} imports {name}, which brings torch, when it is imported"
+
+
+def test_nothing_below_the_screen_prints(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "input"), f"{path}:{node.lineno} talks to the terminal"
+    if FLOORS[room_of(path)] < 4:
+        brings = {name.split(".")[0] for name, _ in imports(tree)}
+        assert not brings & {"rich", "typer"}, f"{path} imports {brings & {'rich', 'typer'}}"
+
+
+def test_environment_variables_are_not_read(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
+            line = path.read_text().splitlines()[node.lineno - 1]
+            allowed = path.name == "parallel.py" and re.search("SLURM|setting|SETTINGS", line)
+            assert allowed, f"{path}:{node.lineno} reads the environment: make it an option"
+
+
+def test_functions_are_short_and_files_too(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than 400 lines"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.body[0].lineno + 1
+            assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_names_say_what_a_thing_is(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    assert not re.search(r"util|helper|common|manager|misc", path.stem), f"{path}: name it after what is in it"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            assert not re.search(r"^Base|Mixin$|Manager$", node.name), f"{path}:{node.lineno} class {node.name}"
+
+
+def test_modules_and_public_functions_explain_themselves(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    if not tree.body:
+        return
+    assert ast.get_docstring(tree), f"{path} does not say what it is"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name} has no docstring"
+
+
+def test_arguments_are_never_checked_by_assert(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        arguments = {each.arg for each in (*function.args.args, *function.args.kwonlyargs)} - {"self"}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assert):
+                names = {each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)}
+                assert not names & arguments, f"{path}:{node.lineno} asserts on an argument: raise UserError"
+
+
+def test_nothing_executable_is_loaded_from_files(source: tuple[Path, ast.Module]) -> None:
+    path, tree = source
+    for name, line in imports(tree):
+        first = name.split(".")[0]
+        assert first not in ("pickle", "dill", "joblib", "shelve", "marshal"), f"{path}:{line} imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "torch.save", "eval", "exec"), f"{path}:{node.lineno} calls {called}"
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    code = "import sys, autoseg.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not SLOW & set(loaded)

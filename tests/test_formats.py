@@ -1,0 +1,330 @@
+"""Every format is read, written back with its geometry to the last bit, and refused by name when damaged."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
+
+from autoseg.errors import UserError
+from autoseg.image import formats
+from autoseg.image.formats import read_geometry, read_image, read_labels, write_labels
+from autoseg.image.volume import Geometry, displacement_mm, plain_geometry
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+VOLUMES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+
+
+def itk_geometry(path: Path) -> tuple:
+    image = sitk.ReadImage(str(path))
+    return image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()
+
+
+def write_oblique(path: Path, seed: int, dtype: type = np.int16, vector: bool = False) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    array = draw.integers(0, 100, (3, 4, 5, 2) if vector else (3, 4, 5)).astype(dtype)
+    image = sitk.GetImageFromArray(array, isVector=vector)
+    cosines = Rotation.random(random_state=seed).as_matrix() @ np.diag([1, 1, (-1) ** seed])
+    image.SetDirection(cosines.ravel().tolist())
+    image.SetSpacing(draw.uniform(0.2, 5, 3).tolist())
+    image.SetOrigin(draw.normal(0, 300, 3).tolist())
+    sitk.WriteImage(image, str(path))
+    return array
+
+
+@pytest.mark.parametrize("ending", VOLUMES)
+def test_oblique_geometry_survives_to_the_last_bit(tmp_path: Path, ending: str) -> None:
+    for seed in range(25):
+        source, copy, again = (tmp_path / f"{name}{ending}" for name in ("source", "copy", "again"))
+        write_oblique(source, seed)
+        labels, geometry = read_labels(source)
+        write_labels(copy, labels, geometry)
+        write_labels(again, *read_labels(copy))
+        assert itk_geometry(copy) == itk_geometry(source) == itk_geometry(again)
+        assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(copy))), labels)
+
+
+def test_geometry_is_what_itk_says(tmp_path: Path) -> None:
+    write_oblique(tmp_path / "a.nii.gz", 3)
+    geometry = read_geometry(tmp_path / "a.nii.gz")
+    size, spacing, origin, direction = itk_geometry(tmp_path / "a.nii.gz")
+    assert (geometry.size_voxels[::-1], geometry.itk_spacing) == (size, spacing)
+    assert (geometry.origin, geometry.direction, geometry.spacing_mm) == (origin, direction, spacing[::-1])
+    assert Geometry.from_json(geometry.to_json()) == geometry
+
+
+def test_geometry_goes_over_into_another_format(tmp_path: Path) -> None:
+    for seed, (before, after) in enumerate([(".nrrd", ".nii.gz"), (".nii.gz", ".nrrd"), (".nii.gz", ".mha")]):
+        array = write_oblique(tmp_path / f"a{before}", seed)
+        write_labels(tmp_path / f"b{after}", *read_labels(tmp_path / f"a{before}"))
+        labels, geometry = read_labels(tmp_path / f"b{after}")
+        assert np.array_equal(labels, array)
+        assert displacement_mm(geometry, read_geometry(tmp_path / f"a{before}")) < 1e-3
+
+
+def test_a_nifti_file_with_skewed_axes_is_read_and_its_axes_are_given_back(tmp_path: Path) -> None:
+    source, copy = tmp_path / "a.nii", tmp_path / "b.nii.gz"
+    array = write_oblique(source, 0)
+    content = bytearray(source.read_bytes())
+    struct.pack_into("<hh", content, 252, 0, 2)
+    struct.pack_into("<12f", content, 280, 1, 0.02, 0, 5, 0, 1, 0, 6, 0, 0.01, 2, 7)
+    source.write_bytes(content)
+    labels, geometry = read_labels(source)
+    assert np.array_equal(labels, array)
+    cosines = np.reshape(geometry.direction, (3, 3))
+    assert np.allclose(cosines @ cosines.T, np.eye(3), atol=1e-12)
+    assert np.allclose(cosines, np.diag([-1, -1, 1]), atol=0.02)
+    assert np.allclose(geometry.itk_spacing, (1, 1, 2), atol=1e-3)
+    assert geometry.origin == (-5, -6, 7)
+    write_labels(copy, labels, geometry)
+    assert gzip.decompress(copy.read_bytes())[252:328] == content[252:328]
+    assert read_geometry(copy).direction == geometry.direction
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.float32, np.float64])
+def test_nifti_voxels_are_those_of_itk(tmp_path: Path, dtype: type) -> None:
+    write_oblique(tmp_path / "a.nii.gz", 1, dtype)
+    expected = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.nii.gz")))
+    volume = read_image([tmp_path / "a.nii.gz"])
+    assert volume.array_CZYX.dtype == np.float32
+    assert np.array_equal(volume.array_CZYX[0], expected)
+    assert volume.array_CZYX.flags.writeable
+    assert volume.array_CZYX.flags.c_contiguous
+
+
+def test_nifti_scaling_and_byte_order_are_applied(tmp_path: Path) -> None:
+    array = write_oblique(tmp_path / "a.nii", 1)
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    struct.pack_into("<2f", content, 112, 0.5, -7)
+    (tmp_path / "scaled.nii").write_bytes(content)
+    assert np.array_equal(read_image([tmp_path / "scaled.nii"]).array_CZYX[0], array * 0.5 - 7)
+    assert np.array_equal(
+        read_image([tmp_path / "scaled.nii"]).array_CZYX[0],
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "scaled.nii"))),
+    )
+    swapped = bytearray(content[:352])
+    for start, stop, kind in ((0, 4, "i4"), (40, 56, "i2"), (56, 68, "f4"), (68, 76, "i2"), (76, 120, "f4")):
+        swapped[start:stop] = np.frombuffer(content[start:stop], kind).byteswap().tobytes()
+    for start, stop, kind in ((120, 148, "f4"), (252, 256, "i2"), (256, 328, "f4")):
+        swapped[start:stop] = np.frombuffer(content[start:stop], kind).byteswap().tobytes()
+    struct.pack_into(">2f", swapped, 112, 1, 0)
+    (tmp_path / "big.nii").write_bytes(bytes(swapped) + array.astype(">i2").tobytes())
+    labels, geometry = read_labels(tmp_path / "big.nii")
+    assert np.array_equal(labels, array)
+    write_labels(tmp_path / "out.nii", labels, geometry)
+    assert itk_geometry(tmp_path / "out.nii") == itk_geometry(tmp_path / "a.nii")
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out.nii"))), array)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_components_are_channels_and_labels_keep_the_geometry(tmp_path: Path, ending: str) -> None:
+    array = write_oblique(tmp_path / f"a{ending}", 2, np.float32, vector=True)
+    volume = read_image([tmp_path / f"a{ending}"])
+    assert np.array_equal(volume.array_CZYX, np.moveaxis(array, -1, 0))
+    write_labels(tmp_path / f"b{ending}", np.ones((3, 4, 5), np.int16), volume.geometry)
+    assert itk_geometry(tmp_path / f"b{ending}") == itk_geometry(tmp_path / f"a{ending}")
+
+
+def test_the_fourth_axis_of_a_nifti_file_holds_channels(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).normal(size=(4, 3, 5, 6)).astype(np.float32)
+    image = sitk.JoinSeries([sitk.GetImageFromArray(each) for each in array])
+    image.SetSpacing((0.7, 0.8, 2.5, 1.0))
+    sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+    volume = read_image([tmp_path / "a.nii.gz"])
+    assert np.array_equal(volume.array_CZYX, array)
+    assert volume.geometry.size_voxels == (3, 5, 6)
+    assert volume.geometry.dimension == 3
+    write_labels(tmp_path / "b.nii.gz", np.zeros((3, 5, 6), np.int16), volume.geometry)
+    written = read_geometry(tmp_path / "b.nii.gz")
+    assert (written.itk_spacing, written.origin) == (volume.geometry.itk_spacing, volume.geometry.origin)
+    with pytest.raises(UserError, match=r"a.nii.gz: the 4 channels of this label map differ"):
+        read_labels(tmp_path / "a.nii.gz")
+
+
+def test_a_file_per_channel_must_lie_on_one_grid(tmp_path: Path) -> None:
+    first, same, moved, small = (tmp_path / f"{name}.nrrd" for name in ("first", "same", "moved", "small"))
+    a, b = write_oblique(first, 4), write_oblique(same, 4)
+    assert np.array_equal(read_image([first, same]).array_CZYX, np.stack([a, b]))
+    image = sitk.ReadImage(str(first))
+    image.SetOrigin([each + 2 for each in image.GetOrigin()])
+    sitk.WriteImage(image, str(moved))
+    sitk.WriteImage(image[1:], str(small))
+    with pytest.raises(UserError, match=r"moved.nrrd.*another grid than .*first.nrrd.*3.46 mm"):
+        read_image([first, moved])
+    with pytest.raises(UserError, match=r"small.nrrd.*\(3, 4, 4\) voxels"):
+        read_image([first, small])
+
+
+@pytest.mark.parametrize(
+    ("ending", "dtype"), [(".png", "u1"), (".png", "u2"), (".tif", "u1"), (".tif", "u2"), (".bmp", "u1")]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photographs_have_one_slice_and_millimetre_pixels(
+    tmp_path: Path, ending: str, dtype: str, channels: int
+) -> None:
+    top = np.iinfo(dtype).max
+    array = np.random.default_rng(0).integers(0, top, (12, 17, channels)).astype(dtype)
+    path = tmp_path / f"a{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(array if channels > 1 else array[..., 0], isVector=channels > 1), str(path))
+    volume = read_image([path])
+    assert np.array_equal(volume.array_CZYX, np.moveaxis(array, -1, 0)[:, None])
+    assert volume.geometry.spacing_mm == (1, 1, 1)
+    assert volume.geometry.size_voxels == (1, 12, 17)
+
+
+def test_the_print_size_of_a_photograph_is_no_spacing(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.zeros((5, 6), np.uint8))
+    image.SetSpacing((0.25, 0.25))
+    sitk.WriteImage(image, str(tmp_path / "a.png"))
+    geometry = read_geometry(tmp_path / "a.png")
+    assert geometry.spacing_mm == (1, 1, 1)
+    assert geometry.itk_spacing == (0.25, 0.25)
+
+
+def test_alpha_is_dropped_only_when_it_says_nothing(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 255, (8, 9, 4)).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=True), str(tmp_path / "varied.png"))
+    array[..., 3] = 255
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=True), str(tmp_path / "constant.png"))
+    assert len(read_image([tmp_path / "varied.png"]).array_CZYX) == 4
+    assert len(read_image([tmp_path / "constant.png"]).array_CZYX) == 3
+
+
+def test_jpeg_photographs_are_read_but_label_maps_are_never_written_as_such(tmp_path: Path) -> None:
+    array = np.kron(np.random.default_rng(0).integers(0, 255, (4, 4)), np.ones((8, 8))).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "a.jpg"))
+    volume = read_image([tmp_path / "a.jpg"])
+    assert volume.array_CZYX.shape == (1, 1, 32, 32)
+    assert np.abs(volume.array_CZYX[0, 0] - array).mean() < 5
+    with pytest.raises(UserError, match=r"b.jpg: label maps cannot have"):
+        write_labels(tmp_path / "b.jpg", np.zeros((1, 32, 32), int), volume.geometry)
+    assert formats.label_ending(".jpg") == formats.label_ending(".jpeg") == ".png"
+    assert formats.label_ending(".tif") == ".tif"
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif", ".tiff", ".bmp"])
+@pytest.mark.parametrize("top", [3, 255, 256])
+def test_flat_label_maps_come_back_as_written(tmp_path: Path, ending: str, top: int) -> None:
+    labels = np.random.default_rng(0).integers(0, top + 1, (1, 14, 15)).astype(np.int32)
+    labels[0, 0, 0] = top
+    geometry = Geometry(2, (1, 14, 15), (1, 1, 1), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0), (1.0, 1.0))
+    if (ending, top) == (".bmp", 256):
+        with pytest.raises(UserError, match=r"0 to 255"):
+            write_labels(tmp_path / "a.bmp", labels, geometry)
+        return
+    write_labels(tmp_path / f"a{ending}", labels, geometry)
+    assert np.array_equal(read_labels(tmp_path / f"a{ending}")[0], labels)
+    if ending != ".bmp":  # which ITK reads as colours
+        assert sitk.ReadImage(str(tmp_path / f"a{ending}")).GetPixelID() == (
+            sitk.sitkUInt8 if top < 256 else sitk.sitkUInt16
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ((0, 255), "8-bit unsigned"),
+        ((0, 256), "16-bit unsigned"),
+        ((-1, 9), "16-bit signed"),
+        ((0, 70000), "32-bit signed"),
+    ],
+)
+@pytest.mark.parametrize("ending", VOLUMES)
+def test_the_smallest_type_that_holds_the_labels_is_written(
+    tmp_path: Path, values: tuple, kind: str, ending: str
+) -> None:
+    write_oblique(tmp_path / f"a{ending}", 0)
+    labels = np.full((3, 4, 5), values[0], np.int32)
+    labels[1] = values[1]
+    for geometry in (read_geometry(tmp_path / f"a{ending}"), plain_geometry((3, 4, 5), (2.0, 1.0, 1.0))):
+        write_labels(tmp_path / f"b{ending}", labels, geometry)
+        assert np.array_equal(read_labels(tmp_path / f"b{ending}")[0], labels)
+        assert kind in sitk.ReadImage(str(tmp_path / f"b{ending}")).GetPixelIDTypeAsString()
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_colour_masks_with_equal_channels_and_whole_floats_are_label_maps(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 3, (6, 7)).astype(np.uint8)
+    alpha = np.arange(42, dtype=np.uint8).reshape(6, 7)
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.stack([grey] * 3 + [alpha], -1), isVector=True), str(tmp_path / "rgba.png")
+    )
+    assert np.array_equal(read_labels(tmp_path / "rgba.png")[0][0], grey)
+    sitk.WriteImage(sitk.GetImageFromArray(grey.astype(np.float64)[None]), str(tmp_path / "whole.nrrd"))
+    assert np.array_equal(read_labels(tmp_path / "whole.nrrd")[0][0], grey)
+    for wrong in (0.5, np.nan, np.inf):
+        sitk.WriteImage(sitk.GetImageFromArray(np.full((2, 2, 2), wrong, np.float32)), str(tmp_path / "wrong.nii.gz"))
+        with pytest.raises(UserError, match=f"wrong.nii.gz: the label map holds {wrong}"):
+            read_labels(tmp_path / "wrong.nii.gz")
+
+
+@pytest.mark.parametrize("ending", formats.READABLE)
+@pytest.mark.parametrize("damage", ["empty", "half", "end", "junk"])
+def test_damaged_files_are_named_and_nothing_is_printed(
+    tmp_path: Path, ending: str, damage: str, capfd: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / f"case_07{ending}"
+    if ending in formats.PHOTOGRAPHS:
+        array = np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(array, isVector=True), str(path))
+    else:
+        write_oblique(path, 0)
+    whole = path.read_bytes()
+    junk = np.random.default_rng(0).bytes(600)
+    path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "end": whole[:-20], "junk": junk}[damage])
+    for read in (lambda each: read_image([each]), read_labels):
+        with pytest.raises(UserError, match=f"case_07{ending}: .*"):
+            read(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_wrong_checksum_in_a_compressed_nifti_file_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii.gz"
+    array = np.random.default_rng(0).integers(0, 2**15, (90, 90, 90)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a.nii.gz: the file is truncated or damaged"):
+        read_image([path])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing.nii.gz: no such file"):
+        read_geometry(tmp_path / "nothing.nii.gz")
+
+
+def test_probabilities_come_back_with_names_and_geometry(tmp_path: Path) -> None:
+    write_oblique(tmp_path / "a.nii.gz", 5)
+    geometry = read_geometry(tmp_path / "a.nii.gz")
+    probabilities = np.random.default_rng(0).random((2, 3, 4, 5)).astype(np.float32)
+    path = tmp_path / "a.probabilities.npz"
+    formats.write_probabilities(path, probabilities, geometry, ("background", "Läsion"))
+    read, names, where = formats.read_probabilities(path)
+    assert read.dtype == np.float32
+    assert np.abs(read - probabilities).max() < 1e-3
+    assert names == ("background", "Läsion")
+    assert where == geometry
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"a.probabilities.npz"):
+        formats.read_probabilities(path)
+
+
+def test_endings_are_found_in_any_case_and_stems_keep_their_dots() -> None:
+    assert formats.ending_of("x/a.b.NII.GZ") == ".nii.gz"
+    assert formats.stem_of("x/a.b.NII.GZ") == "a.b"
+    assert formats.ending_of("a.gz") == formats.ending_of(".png") == formats.ending_of("a") == ""
+    assert formats.stem_of("case_0000.tif") == "case_0000"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the folder ../shared/data is not here")
+def test_real_photographs_and_scans_are_read() -> None:
+    volume = read_image([DATA / "drive" / "images" / "21.tif"])
+    assert volume.array_CZYX.shape == (3, 1, 584, 565)
+    assert volume.array_CZYX.max() <= 255
+    assert volume.array_CZYX.std() > 10
+    assert np.unique(read_labels(DATA / "drive" / "masks" / "21.png")[0]).tolist() == [0, 255]
+    assert read_image([DATA / "ct" / "ct.nii.gz"]).geometry.spacing_mm == (3, 3, 3)

@@ -1,0 +1,110 @@
+"""The whole pipeline on small synthetic data, as a user goes through it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from synthetic import write_dataset
+from typer.testing import CliRunner, Result
+
+import autoseg
+from autoseg.cli import app
+from autoseg.errors import UserError
+from autoseg.layout import Layout
+from autoseg.records import Dataset, Postprocessing, Scores
+from autoseg.steps.demo import demo, draw
+from autoseg.store import TEMPORARY, load
+
+CPU = ("--device", "cpu")
+
+
+def command(*arguments: str | Path) -> Result:
+    ended = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+    return ended
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which data were made, planned, preprocessed and trained on for a few seconds."""
+    place = tmp_path_factory.mktemp("journey")
+    write_dataset(place / "data", cases=6, shape=(16, 24, 20), held_out=2, spacing_mm=(1.5, 1.0, 1.25))
+    command("plan", place / "data", "-o", place / "run", "--memory", "1GB", *CPU)
+    command("preprocess", place / "run", "-c", "3d")
+    command("train", place / "run", "-c", "3d", "-f", "0", "--max-time", "6s", *CPU)
+    images = place / "data" / "imagesTs"
+    command("predict", place / "run", "-i", images, "-o", place / "out", "--save-probabilities", *CPU)
+    return place
+
+
+def test_training_leaves_weights_history_and_scores(journey: Path) -> None:
+    model = Layout(journey / "run").model("3d", "0")
+    for path in (model.weights, model.run, model.history, model.scores):
+        assert path.is_file(), path
+    assert all(json.loads(line) for line in model.history.read_text().splitlines())
+    assert load(model.scores, Scores).cases
+
+
+def test_predictions_lie_on_the_grid_of_their_images_to_the_last_bit(journey: Path) -> None:
+    images = sorted((journey / "data" / "imagesTs").iterdir())
+    assert len(images) == 2
+    for path in images:
+        image, predicted = sitk.ReadImage(str(path)), sitk.ReadImage(str(journey / "out" / path.name))
+        assert predicted.GetSize() == image.GetSize()
+        assert predicted.GetOrigin() == image.GetOrigin()
+        assert predicted.GetSpacing() == image.GetSpacing()
+        assert predicted.GetDirection() == image.GetDirection()
+        assert set(np.unique(sitk.GetArrayFromImage(predicted))) <= {0, 1, 2}
+
+
+def test_predictions_can_be_combined_postprocessed_and_scored(journey: Path) -> None:
+    command("ensemble", journey / "out", journey / "out", "-o", journey / "ensemble", "--weights", "2,1")
+    for path in (journey / "out").glob("*.nii.gz"):
+        same = sitk.GetArrayFromImage(sitk.ReadImage(str(journey / "ensemble" / path.name)))
+        assert (same == sitk.GetArrayFromImage(sitk.ReadImage(str(path)))).mean() > 0.999
+    command("postprocess", journey / "run")
+    assert load(Layout(journey / "run").postprocessing, Postprocessing).cases == 2
+    command("postprocess", journey / "run", "-i", journey / "ensemble", "-o", journey / "clean")
+    shown = command("evaluate", journey / "clean", journey / "data" / "labelsTs", "--json").stdout
+    assert [case["id"] for case in json.loads(shown)["cases"]] == ["case_06", "case_07"]
+    draw(journey / "picture.png", journey / "data", journey / "clean", "case_06")
+    assert (journey / "picture.png").stat().st_size > 1000
+
+
+def test_a_plan_can_be_made_again_from_its_fingerprint(journey: Path) -> None:
+    shown = command("plan", "--fingerprint", journey / "run" / "fingerprint.json", "--memory", "1GB", "--json", *CPU)
+    assert json.loads(shown.stdout)["dataset"] == "blobs"
+
+
+def test_nothing_unfinished_is_left(journey: Path) -> None:
+    assert not list(journey.rglob(f"*{TEMPORARY}*"))
+
+
+def test_photographs_with_masks_of_0_and_255_keep_their_values(tmp_path: Path) -> None:
+    data = write_dataset(
+        tmp_path / "data", cases=6, shape=(48, 40), dimension=2, layout="plain", label_values=(100, 255), held_out=1
+    )
+    scores = autoseg.run(data, tmp_path / "run", max_seconds=6, memory="1GB", device="cpu")
+    assert scores.labels
+    assert load(Layout(tmp_path / "run").dataset, Dataset).dimension == 2
+    autoseg.predict(tmp_path / "run", data / "imagesTs", tmp_path / "out", device="cpu")
+    [predicted] = (tmp_path / "out").glob("*.png")
+    assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(predicted))))) <= {0, 100, 255}
+    weights = Layout(tmp_path / "run").model("2d", "0").weights
+    written = os.stat(weights).st_mtime_ns
+    again = autoseg.run(data, tmp_path / "run", max_seconds=6, memory="1GB", device="cpu")
+    assert again == scores
+    assert os.stat(weights).st_mtime_ns == written
+    other = write_dataset(tmp_path / "other", cases=5, dimension=2, layout="plain")
+    with pytest.raises(UserError, match="planned for other data"):
+        autoseg.run(other, tmp_path / "run", max_seconds=6)
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_scores_and_a_picture(tmp_path: Path) -> None:
+    scores, picture = demo(tmp_path / "demo", max_seconds=10.0)
+    assert len(scores.cases) == 4
+    assert picture.is_file()

@@ -1,0 +1,81 @@
+"""Work over cases in processes: all results, clear errors, no hang when a worker dies."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from autoseg.errors import UserError
+from autoseg.parallel import allowed_cores, over_cases
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def fail_at_three(number: int) -> int:
+    if number == 3:
+        raise ValueError("three")
+    return number
+
+
+def complain_at_three(number: int) -> int:
+    if number == 3:
+        raise UserError("case 3 is bad.", fix="Remove it.")
+    return number
+
+
+def die_at_three(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def leave_a_mark(folder_and_number: tuple[str, int]) -> int:
+    folder, number = folder_and_number
+    Path(folder, str(number)).touch()
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_item_comes_back_once_with_its_result(workers: int) -> None:
+    found = dict(over_cases(double, range(20), workers, str))
+    assert found == {k: 2 * k for k in range(20)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_items_give_no_results(workers: int) -> None:
+    assert list(over_cases(double, [], workers, str)) == []
+
+
+def test_an_error_in_a_worker_names_the_case() -> None:
+    with pytest.raises(ValueError, match="three") as caught:
+        list(over_cases(fail_at_three, range(6), 2, lambda k: f"case_{k}"))
+    assert "while working on case_3" in "".join(caught.value.__notes__)
+
+
+def test_a_user_error_keeps_its_fix_across_processes() -> None:
+    with pytest.raises(UserError) as caught:
+        list(over_cases(complain_at_three, range(6), 2, str))
+    assert (caught.value.what, caught.value.fix) == ("case 3 is bad.", "Remove it.")
+
+
+def test_a_killed_worker_ends_the_work_soon_and_names_the_cases_under_way() -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"worker process was killed.*case_3"):
+        list(over_cases(die_at_three, range(6), 2, lambda k: f"case_{k}"))
+    assert time.monotonic() - began < 10
+
+
+def test_no_more_than_twice_the_workers_are_under_way(tmp_path: Path) -> None:
+    results = over_cases(leave_a_mark, [(str(tmp_path), k) for k in range(50)], 2, str)
+    next(results)
+    time.sleep(0.5)
+    assert len(list(tmp_path.iterdir())) <= 6
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_at_least_one_core_is_allowed() -> None:
+    assert 1 <= allowed_cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,72 @@
+"""`autoseg plan` on small data sets, without a GPU."""
+
+from pathlib import Path
+
+import pytest
+from fingerprints import alike, fingerprint
+from synthetic import write_dataset
+
+from autoseg.errors import UserError
+from autoseg.events import Warned
+from autoseg.layout import Layout
+from autoseg.records import Dataset, Fingerprint, Plan
+from autoseg.steps.plan import checked, from_fingerprint, plan
+from autoseg.store import load, save
+
+
+def test_plan_saves_data_set_fingerprint_and_plan(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", cases=4, shape=(16, 24, 20))
+    made = plan(data, tmp_path / "run", memory="4GB", workers=1)
+    layout = Layout(tmp_path / "run")
+    assert load(layout.plan, Plan) == made == checked(tmp_path / "run")
+    assert len(load(layout.dataset, Dataset).cases) == len(load(layout.fingerprint, Fingerprint).cases) == 4
+    assert [c.name for c in made.configurations] == ["2d", "3d"]
+    assert made.configurations[1].patch_voxels == (16, 24, 20)
+    assert {c.memory.source for c in made.configurations} == {"simulated"}
+    assert made.budget.total_bytes == 4 * 2**30
+
+
+def test_a_saved_fingerprint_gives_the_same_plan_without_data(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", cases=4, shape=(24, 20), dimension=2)
+    made = plan(data, tmp_path / "run", memory="4GB", workers=1)
+    again = from_fingerprint(tmp_path / "run" / "fingerprint.json", tmp_path / "other", memory="4GB")
+    assert [c.name for c in made.configurations] == ["2d"]
+    assert again.configurations == made.configurations
+    assert load(Layout(tmp_path / "other").plan, Plan) == again
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"), [("0.6GB", "too small for configuration 2d"), ("lots", "not an amount of memory")]
+)
+def test_memory_that_makes_no_sense_is_refused(tmp_path: Path, memory: str, message: str) -> None:
+    save(tmp_path / "fingerprint.json", fingerprint(alike(3, shape=(100, 300, 300))))
+    with pytest.raises(UserError, match=message):
+        from_fingerprint(tmp_path / "fingerprint.json", memory=memory)
+
+
+def test_an_unknown_preset_is_refused_before_any_image_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no preset"):
+        plan(tmp_path / "nothing", tmp_path / "run", preset="huge")
+
+
+def test_an_unknown_preset_is_refused_for_a_fingerprint(tmp_path: Path) -> None:
+    save(tmp_path / "fingerprint.json", fingerprint(alike(3)))
+    with pytest.raises(UserError, match="no preset"):
+        from_fingerprint(tmp_path / "fingerprint.json", memory="8GB", preset="huge")
+
+
+def test_a_plan_that_changes_under_trained_models_is_announced(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", cases=3, shape=(24, 20), dimension=2)
+    events: list = []
+    plan(data, tmp_path / "run", memory="4GB", workers=1, report=events.append)
+    Layout(tmp_path / "run").configuration("2d").mkdir(parents=True)
+    plan(data, tmp_path / "run", memory="4GB", workers=1, report=events.append)
+    assert not [e for e in events if isinstance(e, Warned) and "trained" in e.text]
+    plan(data, tmp_path / "run", memory="5GB", workers=1, report=events.append)
+    assert [e for e in events if isinstance(e, Warned) and "2d was trained by the old one" in e.text]
+
+
+def test_a_plan_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"autoseg": "plan", "schema": 99}')
+    with pytest.raises(UserError, match="newer"):
+        checked(tmp_path)

@@ -1,0 +1,61 @@
+"""Tables and drawings of a plan."""
+
+from fingerprints import alike, budget, counting, fingerprint
+
+from autoseg.planning.cost import layers, parameters, receptive_fields, training_operations
+from autoseg.planning.explain import drawing, duration, tables
+from autoseg.planning.plan import make_plan
+from autoseg.records import NetworkSpec
+
+PLAN = make_plan(fingerprint(alike(200)), budget(8), counting())
+SPEC = NetworkSpec(
+    dimension=2,
+    in_channels=1,
+    classes=2,
+    features=(4, 8),
+    strides=((1, 1), (2, 2)),
+    kernels=((3, 3), (3, 3)),
+    encoder_blocks=(1, 1),
+    decoder_blocks=(1,),
+    deep_supervision=False,
+)
+
+
+def test_tables_have_a_row_per_choice_configuration_and_reading() -> None:
+    choices, costs, attempts = tables(PLAN)
+    assert len(choices.rows) == len(PLAN.choices)
+    assert [row[0] for row in costs.rows] == ["2d", "3d"]
+    assert len(attempts.rows) == sum(len(c.memory.attempts) for c in PLAN.configurations)
+    for table in (choices, costs, attempts):
+        assert all(len(row) == len(table.headings) for row in table.rows)
+
+
+def test_the_drawing_has_a_line_per_stage() -> None:
+    configuration = PLAN.configurations[1]
+    head, columns, *stages = drawing(configuration)
+    assert "plain U-Net" in head
+    assert columns.startswith("stage")
+    assert len(stages) == len(configuration.network.features)
+    assert "40 x 56 x 40" in stages[0]
+    assert "bottom" in stages[-1]
+    assert "5 x 7 x 5" in stages[-1]
+    assert stages[-1].count("#") > stages[0].count("#") > 0
+
+
+def test_parameters_and_operations_are_those_counted_by_hand() -> None:
+    weights = 1 * 4 * 9 + 8 + 4 * 8 * 9 + 16  # two encoder convolutions with their norms
+    weights += 8 * 4 * 4 + 4 + 8 * 4 * 9 + 8 + 4 * 2 + 2  # up, decoder, head
+    assert parameters(SPEC) == weights
+    forward = 2 * (1 * 4 * 9 * 64 + 4 * 8 * 9 * 16 + 8 * 4 * 64 + 8 * 4 * 9 * 64 + 4 * 2 * 64)
+    assert training_operations(SPEC, (8, 8), 5) == 3 * 5 * forward
+    assert [layer.part for layer in layers(SPEC, (8, 8))] == ["encoder", "encoder", "up", "decoder", "head"]
+
+
+def test_the_receptive_field_grows_with_kernels_and_strides() -> None:
+    assert receptive_fields(SPEC) == ((3, 3), (5, 5))
+    deeper = SPEC.model_copy(update={"encoder_blocks": (2, 2)})
+    assert receptive_fields(deeper) == ((5, 5), (11, 11))
+
+
+def test_durations_are_short() -> None:
+    assert [duration(s) for s in (45.2, 720, 12_240)] == ["45 s", "12 min", "3.4 h"]

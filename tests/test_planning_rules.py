@@ -1,0 +1,206 @@
+"""The small rules: spacing, axes, shape, normalization, batch, augmentation, awareness, checks."""
+
+from math import pi, prod
+
+import pytest
+from fingerprints import alike, case, fingerprint
+
+from autoseg.errors import UserError
+from autoseg.image.normalize import NORMALIZATIONS
+from autoseg.planning import awareness
+from autoseg.planning.batch import batch_cap, choose_norm
+from autoseg.planning.checks import check_fingerprint
+from autoseg.planning.normalization import KNOWN, RULES, choose_masks, choose_normalization
+from autoseg.planning.spacing import choose_axes, choose_spacing, coarser, median_shape, percentile, transposed
+from autoseg.planning.train import choose_augment, choose_train, sided_labels
+
+
+def test_target_spacing_is_the_median_per_axis() -> None:
+    spacings = [(3.0, 0.5, 0.6), (2.0, 0.7, 0.7), (2.5, 0.9, 0.5)]
+    cases = [case(shape=(200, 300, 300), spacing=each) for each in spacings]
+    assert choose_spacing(fingerprint(cases))[0] == (2.5, 0.7, 0.6)
+
+
+def test_a_thick_and_short_axis_takes_the_tenth_percentile() -> None:
+    cases = [case(shape=(20, 300, 300), spacing=(z, 1.0, 1.0)) for z in (2.0, 4.0, 5.0, 5.0, 6.0)]
+    assert choose_spacing(fingerprint(cases))[0] == pytest.approx((2.8, 1.0, 1.0))
+
+
+def test_the_tenth_percentile_does_not_get_finer_than_the_other_axes() -> None:
+    cases = [case(shape=(20, 300, 300), spacing=(z, 1.0, 1.0)) for z in (0.5, 0.5, 5.0, 5.0, 6.0)]
+    assert choose_spacing(fingerprint(cases))[0] == pytest.approx((1.00001, 1.0, 1.0), abs=1e-9)
+
+
+def test_a_thick_but_long_axis_keeps_the_median() -> None:
+    cases = [case(shape=(150, 300, 300), spacing=(z, 1.0, 1.0)) for z in (2.0, 4.0, 5.0, 5.0, 6.0)]
+    assert choose_spacing(fingerprint(cases))[0][0] == 5.0
+
+
+def test_percentile_is_that_of_numpy() -> None:
+    np = pytest.importorskip("numpy")
+    values = [3.0, 1.0, 2.0, 8.0, 5.5, 4.0]
+    assert percentile(values, 10) == pytest.approx(np.percentile(values, 10))
+
+
+def test_the_coarsest_axis_comes_first() -> None:
+    assert choose_axes((0.8, 0.8, 3.0), 3)[0] == (2, 0, 1)
+    assert choose_axes((0.8, 3.0, 0.8), 3)[0] == (1, 0, 2)
+    assert choose_axes((1.0, 1.0, 1.0), 3)[0] == (0, 1, 2)
+    assert choose_axes((1.0, 2.0, 3.0), 2)[0] == (0, 1, 2)
+    assert transposed(("z", "y", "x"), (2, 0, 1)) == ("x", "z", "y")
+
+
+def test_median_shape_is_that_after_resampling_with_halves_rounded_up() -> None:
+    cases = [case(shape=(10, 100, 100), spacing=(2.0, 1.0, 1.0)), case(shape=(31, 80, 81), spacing=(1.0, 1.0, 1.0))]
+    assert median_shape(cases, (1.0, 1.0, 1.0)) == (26, 90, 91)
+
+
+def test_low_resolution_first_coarsens_the_fine_axes() -> None:
+    assert coarser((3.0, 1.0, 1.0)) == pytest.approx((3.0, 1.03, 1.03))
+    assert coarser((3.0, 1.6, 1.6)) == pytest.approx((3.09, 1.648, 1.648))
+
+
+@pytest.mark.parametrize(
+    ("channel", "expected"),
+    [
+        ("CT", "ct"), ("ct", "ct"), ("CT_venous", "ct"), ("CT image", "ct"), ("MRI", "zscore"), ("T1w", "zscore"),
+        ("t1gd", "zscore"), ("FLAIR", "zscore"), ("ADC", "zscore"), ("LGE MRI", "zscore"), ("PET", "zscore"),
+        ("red", "zscore"), ("R", "zscore"), ("channel_0", "zscore"), ("image", "zscore"), ("0", "zscore"),
+        ("nonorm", "none"), ("noNormalization", "none"), ("rescale_to_0_1", "rescale_0_1"), ("rgb_to_0_1", "rgb_0_1"),
+        ("z-score", "zscore"), ("zscore", "zscore"), ("cine-MRI", "zscore"),
+    ],
+)  # fmt: skip
+def test_normalization_follows_the_channel_name(channel: str, expected: str) -> None:
+    (found,), (choice,) = choose_normalization([channel])
+    assert found == choice.value == expected
+    assert len(choice.because) > 10
+
+
+@pytest.mark.parametrize("channel", ["banana", "", "rgb_to_0_255", "PET-CT"])
+def test_an_unknown_or_ambiguous_channel_type_is_refused(channel: str) -> None:
+    with pytest.raises(UserError, match="Channel 1 is called") as caught:
+        choose_normalization(["CT", channel])
+    assert "zscore" in caught.value.fix
+
+
+def test_every_rule_leads_to_a_normalization_that_exists() -> None:
+    assert {name for name, _ in RULES.values()} <= set(NORMALIZATIONS)
+    assert set(RULES) == set(KNOWN)
+
+
+def test_only_z_scores_of_widely_cropped_images_use_the_mask() -> None:
+    wide = [case(shape=(50, 50, 50), full_shape=(70, 60, 50))]
+    tight = [case(shape=(50, 50, 50), full_shape=(60, 50, 50))]
+    assert choose_masks(wide, ("zscore", "ct"))[0] == (True, False)
+    assert choose_masks(tight, ("zscore", "ct"))[0] == (False, False)
+
+
+def test_a_batch_holds_at_most_five_percent_of_the_voxels_but_two_samples() -> None:
+    assert batch_cap(200 * 36 * 50 * 35, (40, 56, 40)) == 7
+    assert batch_cap(1000, (40, 56, 40)) == 2
+
+
+def test_batch_norm_needs_a_large_batch() -> None:
+    assert [choose_norm(size) for size in (2, 31, 32, 281)] == ["instance", "instance", "batch", "batch"]
+
+
+def test_left_right_pairs_are_found_by_name() -> None:
+    names = ["left hippocampus", "right hippocampus", "kidney_l", "kidney_r", "LeftLung", "RightLung", "liver"]
+    assert sided_labels(names) == tuple(names[:-1])
+    assert sided_labels(["left atrium", "vertebra_L", "r", "liver"]) == ()
+    assert sided_labels(["lh_cortex", "rh_cortex", "rh_other"]) == ("lh_cortex", "rh_cortex")
+
+
+def test_labels_with_sides_switch_off_mirroring_along_x_only() -> None:
+    sided = ("left lung", "right lung")
+    assert choose_augment((64, 64, 64), (0, 1, 2), ())[0].mirror_axes == (0, 1, 2)
+    assert choose_augment((64, 64, 64), (0, 1, 2), sided)[0].mirror_axes == (0, 1)
+    assert choose_augment((64, 64, 64), (2, 0, 1), sided)[0].mirror_axes == (1, 2)
+    assert choose_augment((64, 64), (0, 1, 2), sided)[0].mirror_axes == (0,)
+    assert choose_augment((64, 64), (2, 0, 1), sided)[0].mirror_axes == (0, 1)
+    _, (_, choice) = choose_augment((64, 64, 64), (2, 0, 1), sided)
+    assert choice.value == "Z Y of the files"
+    assert "left lung" in choice.because
+
+
+def test_rotation_depends_on_the_shape_of_the_patch() -> None:
+    cube, _ = choose_augment((64, 96, 96), (0, 1, 2), ())
+    slab, _ = choose_augment((20, 64, 61), (0, 1, 2), ())
+    square, _ = choose_augment((64, 96), (0, 1, 2), ())
+    strip, _ = choose_augment((64, 97), (0, 1, 2), ())
+    assert (cube.turn_in_plane_only, cube.rotation_rad) == (False, (pi / 6,) * 3)
+    assert (slab.turn_in_plane_only, slab.rotation_rad) == (True, (pi, 0.0, 0.0))
+    assert square.rotation_rad == (pi,)
+    assert strip.rotation_rad == (pi / 12,)
+
+
+def train():
+    return choose_train(choose_augment((64, 64, 64), (0, 1, 2), ())[0])
+
+
+def test_empty_cases_and_missing_classes_are_counted() -> None:
+    cases = [*alike(3), case("nothing", class_voxels=(9, 0, 0)), case("half", class_voxels=(9, 4, 0))]
+    choice = awareness.describe_empty(fingerprint(cases))
+    assert choice.value == "1 of 5"
+    assert "posterior in 2" in choice.because
+    assert "anterior in 1" in choice.because
+    assert "nothing" in choice.because
+
+
+def test_imbalance_is_told_with_the_rarest_class() -> None:
+    cases = alike(4, class_voxels=(1_000_000, 100_000, 20))
+    choice = awareness.describe_imbalance(fingerprint(cases), train())
+    assert "posterior" in choice.because
+    assert "5000 times" in choice.because
+    assert "foreground_share" in choice.because
+    even = awareness.describe_imbalance(fingerprint(alike(4)), train())
+    assert "times" not in even.because
+
+
+def test_tiny_structures_warn_and_propose_a_spacing_that_makes_them_large_enough() -> None:
+    cases = alike(3, spacing=(3.0, 1.0, 1.0), class_voxels=(9000, 500, 12), component_voxels=(9000, 500, 4))
+    cases = [each.model_copy(update={"class_components": (1, 1, 3)}) for each in cases]
+    choice, warnings = awareness.describe_tiny(fingerprint(cases), (3.0, 1.0, 1.0))
+    assert choice.value == "posterior"
+    assert len(warnings) == 1
+    proposed = [float(each) for each in warnings[0].split("spacing of ")[1].split(" mm")[0].split(" x ")]
+    assert 4 * 3.0 / prod(proposed) == pytest.approx(27, rel=0.01)
+    assert proposed[0] == pytest.approx(proposed[1], rel=0.5)
+
+
+def test_large_structures_and_specks_beside_them_do_not_warn() -> None:
+    choice, warnings = awareness.describe_tiny(fingerprint(alike(3)), (1.0, 1.0, 1.0))
+    assert (choice.value, warnings) == ("none", ())
+    vessels = alike(3, shape=(1, 500, 500), class_voxels=(9000, 60_000), component_voxels=(9000, 3), components=(1, 80))
+    choice, warnings = awareness.describe_tiny(fingerprint(vessels, dimension=2, classes=("vessel",)), (1.0, 1.0, 1.0))
+    assert (choice.value, warnings) == ("none", ())
+    assert "specks" in choice.because
+
+
+def test_tiny_structures_in_2d_keep_the_slice_axis() -> None:
+    dots = alike(3, shape=(1, 500, 500), class_voxels=(9000, 30), component_voxels=(9000, 1), components=(1, 30))
+    _, (warning,) = awareness.describe_tiny(fingerprint(dots, dimension=2, classes=("dot",)), (1.0, 1.0, 1.0))
+    assert "1 x 0.3333 x 0.3333 mm" in warning
+
+
+@pytest.mark.parametrize("spacing", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0)])
+def test_spacing_of_zero_or_less_is_refused(spacing: tuple[float, float, float]) -> None:
+    with pytest.raises(UserError, match="broken: the voxel spacing is"):
+        check_fingerprint(fingerprint([*alike(2), case("broken", spacing=spacing)]))
+
+
+def test_single_slices_in_a_3d_data_set_are_refused() -> None:
+    with pytest.raises(UserError, match="3D, but all images have a single slice"):
+        check_fingerprint(fingerprint(alike(2, shape=(1, 50, 50))))
+    with pytest.raises(UserError, match=r"3D, but 1 of 3 images have a single slice: flat"):
+        check_fingerprint(fingerprint([*alike(2), case("flat", shape=(1, 50, 50))]))
+
+
+def test_volumes_in_a_2d_data_set_are_refused() -> None:
+    with pytest.raises(UserError, match="2D, but 1 of 3 images have several slices: deep"):
+        check_fingerprint(fingerprint([*alike(2, shape=(1, 50, 50)), case("deep", shape=(5, 50, 50))], dimension=2))
+
+
+def test_a_case_with_other_classes_than_the_data_set_is_refused() -> None:
+    with pytest.raises(UserError, match="counts 2 classes"):
+        check_fingerprint(fingerprint(alike(1, class_voxels=(5, 5))))

@@ -1,0 +1,199 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoseg import store
+from autoseg.errors import UserError
+from autoseg.image.formats import read_labels, write_labels
+from autoseg.image.rules import apply_rules, case_parts
+from autoseg.image.volume import plain_geometry
+from autoseg.layout import Layout, ModelLayout, prediction_file
+from autoseg.records import Case, Dataset, Label, Postprocessing, Rule
+from autoseg.steps.postprocess import ALL_ACTIONS, VOLUMES_MM3, judge, postprocess_apply, postprocess_learn
+
+LABELS = (Label(name="background", value=0), Label(name="organ", value=10), Label(name="lesion", value=20))
+GEOMETRY = plain_geometry((10, 24, 24), (2.0, 1.0, 1.0))
+
+
+def rule(action: str, label: str | None = "organ", **more) -> Rule:
+    return Rule(label=label, action=action, dice_before=0.0, dice_after=0.0, **more)
+
+
+def organ_map(lesions: int = 2) -> np.ndarray:
+    """Index map: an organ of 216 voxels with a lesion of 8 voxels in it, and `lesions` - 1 further ones of 4."""
+    labels = np.zeros((10, 24, 24), np.int16)
+    labels[2:8, 2:8, 2:8] = 1
+    labels[3:5, 3:5, 3:5] = 2
+    for n in range(lesions - 1):
+        labels[6, 4 + 2 * n, 4:8] = 2
+    return labels
+
+
+def with_crumbs(labels: np.ndarray, seed: int, sizes=(3, 5, 8)) -> np.ndarray:
+    """The same map with false organ components far from the true one."""
+    chance = np.random.default_rng(seed)
+    noisy = labels.copy()
+    for n, size in enumerate(sizes):
+        z, y = int(chance.integers(0, 10)), 12 + 3 * n
+        noisy[z, y, 12 : 12 + size] = 1
+    return noisy
+
+
+def make_run(root: Path, pairs: list[tuple[np.ndarray, np.ndarray]], configuration: str = "3d") -> Path:
+    """A run folder with validation predictions spread over two folds; maps are given as indices."""
+    values = np.array([label.value for label in LABELS])
+    cases = []
+    for number, (predicted, real) in enumerate(pairs):
+        case = f"case_{number:02d}"
+        label = prediction_file(root / "labels", case, ".nii.gz")
+        write_labels(label, values[real], GEOMETRY)
+        validation = Layout(root / "run").model(configuration, str(number % 2)).validation
+        write_labels(prediction_file(validation, case, ".nii.gz"), values[predicted], GEOMETRY)
+        cases.append(Case(id=case, images=("x.nii.gz",), label=str(label)))
+    dataset = Dataset(name="x", dimension=3, channels=("ct",), labels=LABELS, cases=tuple(cases))
+    store.save(Layout(root / "run").dataset, dataset)
+    return root / "run"
+
+
+def test_planted_false_components_are_learned_away_and_a_real_second_one_stays(tmp_path):
+    run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(6)])
+    learned = postprocess_learn(run, workers=1)
+    assert store.load(Layout(run).postprocessing, Postprocessing) == learned
+    assert learned.learned_on == "3d"
+    assert learned.cases == 6
+    assert learned.rules
+    assert all(each.dice_after > each.dice_before for each in learned.rules)
+    postprocess_apply(run, Layout(run).model("3d", "0").validation, tmp_path / "out", workers=1)
+    values, geometry = read_labels(prediction_file(tmp_path / "out", "case_00", ".nii.gz"))
+    assert np.array_equal(values, np.array([0, 10, 20])[organ_map()])
+    assert geometry == read_labels(tmp_path / "labels" / "case_00.nii.gz")[1]
+
+
+def test_where_nothing_helps_nothing_is_learned(tmp_path):
+    two_organs = organ_map()
+    two_organs[1:9, 14:22, 14:22] = 1
+    run = make_run(tmp_path, [(two_organs, two_organs) for _ in range(6)])
+    assert postprocess_learn(run, actions=ALL_ACTIONS, workers=1).rules == ()
+    before = read_labels(tmp_path / "labels" / "case_00.nii.gz")[0]
+    postprocess_apply(run, tmp_path / "labels", tmp_path / "out", workers=1)
+    assert np.array_equal(read_labels(tmp_path / "out" / "case_00.nii.gz")[0], before)
+
+
+def test_a_joint_rule_that_makes_any_class_worse_is_not_kept(tmp_path):
+    """Far lesions are real: dropping small joined components would clean the organ but lose them."""
+    real = organ_map(1)
+    real[8, 20:22, 2:4] = 2
+    run = make_run(tmp_path, [(with_crumbs(real, n), real) for n in range(6)])
+    learned = postprocess_learn(run, workers=1)
+    assert [each.label for each in learned.rules] == ["organ"]
+
+
+def test_a_gain_in_one_case_is_chance_and_in_all_is_not(tmp_path):
+    once = make_run(tmp_path / "once", [(with_crumbs(organ_map(), 0), organ_map())] + [(organ_map(), organ_map())] * 7)
+    assert postprocess_learn(once, workers=1).rules
+    assert postprocess_learn(once, significance=0.05, workers=1).rules == ()
+    often = make_run(tmp_path / "often", [(with_crumbs(organ_map(), n, (3, 5, 3 + n)), organ_map()) for n in range(8)])
+    learned = postprocess_learn(often, significance=0.05, workers=1)
+    assert learned.rules
+    assert learned.rules[0].p_value < 0.05
+
+
+def test_too_few_cases_for_a_test_learn_nothing_and_say_so(tmp_path):
+    run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(3)])
+    heard: list = []
+    assert postprocess_learn(run, significance=0.05, workers=1, report=heard.append).rules == ()
+    assert any("too few" in getattr(event, "text", "") for event in heard)
+
+
+def test_the_gain_in_false_positive_volume_is_stated(tmp_path):
+    run = make_run(tmp_path, [(with_crumbs(organ_map(), n, (4,)), organ_map()) for n in range(6)])
+    first = postprocess_learn(run, workers=1).rules[0]
+    assert first.false_positive_mm3_before == pytest.approx(8.0)
+    assert first.false_positive_mm3_after == 0.0
+
+
+def test_volume_and_hole_rules_are_found(tmp_path):
+    real = np.zeros((10, 24, 24), np.int16)
+    real[2:8, 2:8, 2:8] = 1
+    real[2:6, 14:18, 14:18] = 1
+    holed = real.copy()
+    holed[4:6, 4:6, 4:6] = 0
+    run = make_run(tmp_path, [(holed, real)] * 6)
+    assert [each.action for each in postprocess_learn(run, actions=ALL_ACTIONS, workers=1).rules] == ["fill_holes"]
+    crumbs = real.copy()
+    crumbs[9, 22, 2:6] = 1
+    run = make_run(tmp_path / "v", [(crumbs, real)] * 6)
+    learned = postprocess_learn(run, actions=("drop_volume",), workers=1)
+    assert [each.action for each in learned.rules] == ["drop_volume"]
+    assert 8.0 < learned.rules[0].minimum_mm3 <= 128.0
+    assert learned.rules[0].minimum_mm3 in VOLUMES_MM3
+
+
+def test_judging_by_lists_of_components_equals_applying_the_rules():
+    chance = np.random.default_rng(1)
+    rules = (
+        rule("drop_small", None, fraction=0.4),
+        rule("drop_small", fraction=0.5),
+        rule("keep_largest", "lesion"),
+    )
+    for _ in range(5):
+        predicted = (chance.random((6, 12, 12)) < 0.3).astype(np.int16) * chance.integers(1, 3, (6, 12, 12), np.int16)
+        real = chance.integers(-1, 3, (6, 12, 12)).astype(np.int16)
+        part = case_parts("x", predicted, real, 3, voxel_mm3=2.0)
+        for used in (rules[:1], rules[1:], rules):
+            judged = judge([part], LABELS, used)
+            after = apply_rules(predicted, used, LABELS, (2.0, 1.0, 1.0))
+            for k in (1, 2):
+                p, r = (after == k) & (real >= 0), real == k
+                assert judged.dice_NK[0, k - 1] == pytest.approx(2 * (p & r).sum() / (p.sum() + r.sum()))
+                assert judged.false_mm3_NK[0, k - 1] == pytest.approx(2.0 * (p & ~r).sum())
+
+
+def test_a_class_absent_from_both_counts_as_perfect_in_learning(tmp_path):
+    """A healthy case whose only false voxels are removed must count as a gain."""
+    empty = np.zeros((10, 24, 24), np.int16)
+    part = case_parts("x", empty, empty, 3)
+    assert judge([part], LABELS, ()).dice_NK.tolist() == [[1.0, 1.0]]
+
+
+def test_applied_rules_leave_the_input_and_other_labels_alone():
+    labels = with_crumbs(organ_map(), 0)
+    before = labels.copy()
+    after = apply_rules(labels, (rule("drop_small"), rule("keep_largest", "lesion")), LABELS, (1.0, 1.0, 1.0))
+    assert np.array_equal(labels, before)
+    assert after.dtype == labels.dtype
+    assert ((after == 1) == (organ_map() == 1)).all()
+    assert (after == 2).sum() == 8
+    assert np.array_equal(apply_rules(labels, (), LABELS, (1.0, 1.0, 1.0)), before)
+
+
+def test_holes_are_filled_only_where_there_is_background():
+    shell = np.zeros((10, 24, 24), np.int16)
+    shell[1:7, 1:7, 1:7] = 1
+    shell[3, 3, 3], shell[4, 4, 4] = 0, 2
+    filled = apply_rules(shell, (rule("fill_holes"),), LABELS, (1.0, 1.0, 1.0))
+    assert filled[3, 3, 3] == 1
+    assert filled[4, 4, 4] == 2
+
+
+def test_missing_predictions_and_unknown_labels_are_named(tmp_path):
+    run = make_run(tmp_path, [(organ_map(), organ_map())] * 2)
+    with pytest.raises(UserError, match="no validation predictions of 2d"):
+        postprocess_learn(run, "2d", workers=1)
+    with pytest.raises(UserError, match=r"postprocess\.json: no such file"):
+        postprocess_apply(run, tmp_path / "labels", tmp_path / "out", workers=1)
+    wrong = Postprocessing(learned_on="3d", cases=2, rules=(rule("keep_largest", "spleen"),))
+    with pytest.raises(UserError, match="'spleen', which is no label"):
+        postprocess_apply(wrong, tmp_path / "labels", tmp_path / "out", labels=LABELS, workers=1)
+    assert not (tmp_path / "out").exists()
+    make_run(tmp_path, [(organ_map(), organ_map())] * 2, "2d")
+    with pytest.raises(UserError, match=r"several configurations .* 2d, 3d"):
+        postprocess_learn(run, workers=1)
+
+
+def test_folds_of_other_seeds_are_not_mixed_in(tmp_path):
+    run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(2)])
+    other = ModelLayout(Layout(run).model("3d", "0", seed=3).root).validation
+    write_labels(prediction_file(other, "stranger", ".nii.gz"), organ_map(), GEOMETRY)
+    assert postprocess_learn(run, workers=1).cases == 2

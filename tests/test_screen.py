@@ -1,0 +1,153 @@
+"""What the screen shows for the events and results of the steps."""
+
+import io
+import math
+
+import pytest
+
+from autoseg import screen
+from autoseg.errors import UserError
+from autoseg.events import Advanced, Event, Finished, Said, Started, Trained, Warned
+from autoseg.records import CaseScore, Postprocessing, Rule, Scores
+from autoseg.scoring.comparison import Comparison, Difference
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def shown(events: list[tuple[float, Event]]) -> list[str]:
+    stream, clock = io.StringIO(), Clock()
+    with screen.screen(stream, clock) as report:
+        for at, event in events:
+            clock.now = at
+            report(event)
+    return stream.getvalue().splitlines()
+
+
+def scores() -> Scores:
+    cases = (CaseScore(id="a", values={"dice": (0.5, None)}),)
+    return Scores(
+        prediction="p", reference="r", labels=("left [1]", "right"), policy="empty cases are left out", cases=cases,
+        mean={"dice": (0.5, None)}, foreground_mean={"dice": 0.5},
+    )  # fmt: skip
+
+
+def test_work_is_announced_when_it_begins_and_ends() -> None:
+    lines = shown([(0, Started("checking", 3)), (75, Advanced("checking", 3, 3)), (75, Finished("checking"))])
+    assert lines == ["checking: 3 to do", "checking: 3/3", "checking: done, 3 in 1 min 15 s"]
+
+
+def test_lines_in_between_are_few() -> None:
+    events: list[tuple[float, Event]] = [(0.01 * k, Advanced("checking", k, 1000)) for k in range(1000)]
+    assert len(shown(events)) <= 3
+
+
+def test_the_last_epoch_is_always_shown() -> None:
+    lines = shown([(0, Trained(1, 2, 5, 5, {"loss": 1.0})), (1, Trained(2, 2, 5, 5, {"loss": 0.5}))])
+    assert lines[-1] == "epoch 2/2  step 5/5  loss 0.5"
+
+
+def test_figures_have_the_form_of_what_they_are() -> None:
+    figures = {"loss": 0.123456, "foreground_dice": 0.98765, "eta_seconds": 200.0, "images_per_second": 3.21}
+    [line] = shown([(0, Trained(1, 9, 1, 5, figures))])
+    assert "loss 0.1235  foreground dice 0.988  eta 3 min 20 s  images per second 3.21" in line
+
+
+def test_a_figure_that_is_not_known_is_a_dash() -> None:
+    [line] = shown([(0, Trained(1, 9, 1, 5, {"loss": math.nan}))])
+    assert line.endswith("loss -")
+
+
+def test_text_is_not_taken_for_markup_and_long_lines_are_not_broken() -> None:
+    text = "case [bold]x[/bold] :smile: " + "y" * 500
+    assert shown([(0, Said(text)), (0, Warned(text))]) == [text, f"warning: {text}"]
+
+
+def test_there_are_no_control_codes_where_there_is_no_terminal() -> None:
+    lines = shown([(0, Started("a", 2)), (9, Advanced("a", 1, 2)), (9, Trained(1, 1, 1, 1, {})), (9, Warned("b"))])
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_terminal_shows_bars_and_figures() -> None:
+    stream = Terminal()
+    with screen.screen(stream) as report:
+        report(Started("checking", 4))
+        report(Advanced("checking", 2, 4, "case_02"))
+        report(Trained(3, 9, 1, 5, {"loss": 0.25}))
+        report(Said("one line"))
+    text = stream.getvalue()
+    assert "\x1b" in text
+    assert "one line" in text
+
+
+def test_the_panel_holds_the_work_under_way_and_nothing_that_is_over() -> None:
+    panel = screen._Panel(screen._console(io.StringIO()))
+    panel.show(Started("checking", 4))
+    panel.show(Advanced("checking", 2, 4, "case_02"))
+    panel.show(Trained(3, 9, 1, 5, {"loss": 0.25}))
+    stream = io.StringIO()
+    screen._console(stream).print(panel.render())
+    assert all(words in stream.getvalue() for words in ("checking", "2/4", "case_02", "epoch 3/9", "0.25"))
+    panel.show(Finished("checking"))
+    assert not panel.bars.tasks
+
+
+def test_scores_are_shown_per_class_with_a_dash_where_undefined(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.show(scores())
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert any("left" in row and "[1]" in row and "0.5000" in row for row in rows)
+    assert any("right" in row and "-" in row for row in rows)
+    assert "empty cases are left out" in text
+
+
+def test_learned_rules_are_shown_with_their_gain(capsys: pytest.CaptureFixture[str]) -> None:
+    rule = Rule(label=None, action="keep_largest", dice_before=0.8, dice_after=0.9)
+    screen.show(Postprocessing(learned_on="3d", cases=4, rules=(rule,)))
+    assert "0.8000 -> 0.9000" in capsys.readouterr().out
+
+
+def test_a_comparison_shows_differences_and_its_conclusion(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Difference(
+        first="a", second="b", metric="dice", label="left", cases=9, mean_first=0.9, mean_second=0.8, difference=0.1,
+        low=0.05, high=0.15, p_wilcoxon_holm=0.004, better="a",
+    )  # fmt: skip
+    found = Comparison(
+        methods=("a", "b"), labels=("left",), metrics=("dice",), cases=9, level=0.95, conclusion="a beats b.",
+        ranking=("a", "b"), rank_shares=((1.0, 0.0), (0.0, 1.0)), differences=(one,),
+    )  # fmt: skip
+    screen.show(found)
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("a - b", "+0.1000", "+0.0500 to +0.1500", "0.004", "a beats b."))
+
+
+def test_no_rule_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.show(Postprocessing(learned_on="3d", cases=4))
+    assert "No rule" in capsys.readouterr().out
+
+
+def test_an_error_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.show_error(UserError("case_07 is empty.", fix="Remove it."))
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert caught.err == "case_07 is empty. Remove it.\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.42, "0.4 s"), (12.4, "12 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
+def test_durations_read_as_people_say_them(seconds: float, words: str) -> None:
+    assert screen.duration(seconds) == words

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from autoseg.errors import UserError
+from autoseg.scoring.statistics import (
+    bootstrap_interval,
+    effect_size,
+    holm,
+    paired_t,
+    ranking_stability,
+    wilcoxon,
+)
+
+
+def drawn(seed: int, cases: int, shift: float = 0.2) -> np.ndarray:
+    return np.random.default_rng(seed).normal(shift, 1.0, cases)
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "greater"])
+def test_the_t_test_equals_scipy(alternative):
+    for seed in range(50):
+        differences = drawn(seed, 6 + seed)
+        expected = stats.ttest_1samp(differences, 0.0, alternative=alternative).pvalue
+        assert paired_t(differences, alternative) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "greater"])
+def test_wilcoxon_equals_scipy_exact_and_approximate(alternative):
+    for seed in range(50):
+        for cases in (6, 13, 50, 51, 120):
+            differences = drawn(seed, cases)
+            expected = stats.wilcoxon(differences, alternative=alternative).pvalue
+            assert wilcoxon(differences, alternative) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "greater"])
+def test_wilcoxon_equals_scipy_with_ties_and_zeros(alternative):
+    for seed in range(50):
+        differences = np.round(drawn(seed, 40) * 2) / 2
+        expected = stats.wilcoxon(differences, alternative=alternative, method="asymptotic").pvalue
+        assert wilcoxon(differences, alternative) == pytest.approx(expected, abs=1e-10)
+
+
+def test_differences_without_spread_have_plain_answers():
+    assert paired_t(np.zeros(8)) == 1.0 == wilcoxon(np.zeros(8)) == wilcoxon(np.zeros(8), "greater")
+    assert paired_t(np.full(8, 0.5)) == 0.0
+    assert wilcoxon(np.full(8, 0.5)) < 0.05
+    assert paired_t(np.full(8, -0.5), "greater") == 1.0
+    assert wilcoxon(np.full(8, -0.5), "greater") > 0.9
+    assert bootstrap_interval(np.full(8, 0.5)) == (0.5, 0.5)
+    assert effect_size(np.zeros(8)) == 0.0
+    assert effect_size(np.full(8, 0.5)) is None
+
+
+def test_the_interval_equals_scipys_from_the_same_drawings():
+    for seed in range(10):
+        differences = drawn(seed, 20 + seed)
+        ours = bootstrap_interval(differences, resamples=3000, seed=1)
+        theirs = stats.bootstrap(
+            (differences,), np.mean, n_resamples=3000, method="BCa", rng=np.random.default_rng(1)
+        ).confidence_interval
+        assert ours == pytest.approx((theirs.low, theirs.high), abs=1e-10)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+    held = 0
+    for seed in range(300):
+        low, high = bootstrap_interval(drawn(seed, 40, 0.0), resamples=1000)
+        held += low <= 0.0 <= high
+    assert 0.90 <= held / 300 <= 0.98
+
+
+def test_effect_size_is_the_mean_in_standard_deviations():
+    differences = drawn(0, 20)
+    assert effect_size(differences) == pytest.approx(stats.ttest_1samp(differences, 0).statistic / np.sqrt(20))
+
+
+def test_holm_equals_its_definition():
+    p = np.array([0.01, 0.04, 0.03, 0.005])
+    assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+    assert holm(np.array([0.02])) == pytest.approx([0.02])
+
+
+def test_fewer_than_six_cases_are_refused():
+    for test in (paired_t, wilcoxon, bootstrap_interval):
+        with pytest.raises(UserError, match="5 paired cases are too few"):
+            test(np.arange(5.0))
+        test(np.arange(6.0))
+
+
+def test_under_the_null_tests_and_corrected_families_reject_at_their_level():
+    """2,000 comparisons of equal methods; rejections must lie within the 99.9 % binomial interval around 5 %."""
+    chance = np.random.default_rng(7)
+    rejected = {"t": 0, "wilcoxon": 0, "family": 0}
+    for _ in range(2000):
+        p_values = [wilcoxon(chance.normal(size=20)) for _ in range(4)]
+        rejected["wilcoxon"] += p_values[0] < 0.05
+        rejected["family"] += holm(np.array(p_values)).min() < 0.05
+        rejected["t"] += paired_t(chance.normal(size=20)) < 0.05
+    low, high = stats.binom.interval(0.999, 2000, 0.05)
+    assert low <= rejected["t"] <= high
+    assert low <= rejected["wilcoxon"] <= high
+    assert low <= rejected["family"] <= high
+
+
+def test_the_ranking_is_stable_where_the_gap_is_large_and_not_where_it_is_chance():
+    chance = np.random.default_rng(0)
+    scores = chance.normal(0, 0.05, (3, 30))
+    scores[0] += 0.5
+    stability = ranking_stability(scores)
+    assert np.allclose(stability.sum(0), 1)
+    assert np.allclose(stability.sum(1), 1)
+    assert stability[0, 0] == 1.0
+    assert 0.02 < stability[1, 1] < 0.98

@@ -1,0 +1,128 @@
+"""Records on disk: whole or not at all, versioned, and wrong files are refused by the name of the bad field."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from autoseg import store
+from autoseg.errors import UserError
+from autoseg.records import Case, Dataset, Fold, Label, Splits
+
+
+def a_dataset(cases: int = 2) -> Dataset:
+    return Dataset(
+        name="blobs",
+        dimension=3,
+        channels=("T1",),
+        labels=(Label(name="background", value=0), Label(name="blob", value=255)),
+        cases=tuple(Case(id=f"case_{k}", images=(f"/data/case_{k}.nii.gz",)) for k in range(cases)),
+    )
+
+
+def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    store.save(tmp_path / "deep" / "dataset.json", a_dataset())
+    assert store.load(tmp_path / "deep" / "dataset.json", Dataset) == a_dataset()
+
+
+def test_a_saved_file_names_its_kind_and_version(tmp_path: Path) -> None:
+    store.save(tmp_path / "dataset.json", a_dataset())
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    assert (content["autoseg"], content["schema"]) == ("dataset", 1)
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    target = tmp_path / "notes.txt"
+    store.write_text(target, "old")
+    with pytest.raises(OSError, match="half"), store.replacing(target) as temporary:
+        raise OSError(f"{temporary.write_text('half')} characters: half")
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.json: no such file"):
+        store.load(tmp_path / "dataset.json", Dataset)
+
+
+def test_a_torn_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"autoseg": "dataset", ')
+    with pytest.raises(UserError, match="not valid JSON"):
+        store.load(tmp_path / "dataset.json", Dataset)
+
+
+def test_another_kind_of_record_is_refused(tmp_path: Path) -> None:
+    store.save(tmp_path / "splits.json", Splits(seed=1, grouped=False, folds=(Fold(train=("a",), validation=("b",)),)))
+    with pytest.raises(UserError, match="not an autoseg dataset file"):
+        store.load(tmp_path / "splits.json", Dataset)
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    store.save(tmp_path / "dataset.json", a_dataset())
+    changed = (tmp_path / "dataset.json").read_text().replace('"schema": 1', '"schema": 99')
+    (tmp_path / "dataset.json").write_text(changed)
+    with pytest.raises(UserError, match="schema 99 is newer"):
+        store.load(tmp_path / "dataset.json", Dataset)
+
+
+def test_a_wrong_value_is_named_by_its_place(tmp_path: Path) -> None:
+    store.save(tmp_path / "dataset.json", a_dataset())
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["labels"][1]["value"] = "many"
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"field labels\.1\.value"):
+        store.load(tmp_path / "dataset.json", Dataset)
+
+
+def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    store.save(tmp_path / "dataset.json", a_dataset())
+    content = json.loads((tmp_path / "dataset.json").read_text()) | {"lables": []}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="field lables"):
+        store.load(tmp_path / "dataset.json", Dataset)
+
+
+def test_dumped_json_means_the_same_as_the_content() -> None:
+    content = json.loads(a_dataset(40).model_dump_json())
+    assert json.loads(store.dump(content)) == content
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        store.write_text(tmp_path / "a.txt", "a")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from autoseg import store
+for round in range(10**9):
+    store.write_text(Path(sys.argv[1]), str(round % 10) * 400_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
+    target = tmp_path / "target.txt"
+    for pause in (0.0, 0.01, 0.03):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(target)])
+        began = time.monotonic()
+        while not target.exists() and time.monotonic() - began < 20:
+            time.sleep(0.005)
+        time.sleep(pause)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        content = target.read_text()
+        assert len(content) == 400_000
+        assert len(set(content)) == 1
+        target.unlink()
+    store.remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
