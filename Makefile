@@ -22,10 +22,10 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup  ## paired measurements; not part of the tests
-	$(BIN)/python bench/run.py
+	set -e; for script in $(filter-out bench/plans.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
 
 docs: setup  ## docs/*.md to HTML in site/; fails at a link that leads nowhere
 	$(BIN)/python docs/build.py
 
 plans: setup  ## plans/*/plan-*.json anew from their fingerprints; the diff is the review
-	$(BIN)/python -m autoseg.steps.plan
+	$(BIN)/python bench/plans.py

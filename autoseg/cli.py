@@ -237,7 +237,7 @@ def compare(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo's files go.")] = Path("demo"),
-    max_time: Annotated[str, typer.Option("--max-time", help="Time for each of the two trainings.")] = "60s",
+    max_time: Annotated[str, typer.Option("--max-time", help="Time for each of the two trainings.")] = "50s",
 ) -> None:
     """Make a small synthetic data set and take it through the whole pipeline, in under five minutes on 2 cores."""
     with _session() as report:

@@ -95,6 +95,11 @@ class ModelLayout:
         return self.root / "validation"
 
     @property
+    def for_next_stage(self) -> Path:
+        """Folder with predictions of training cases, which the next stage of a cascade learns from."""
+        return self.root / "for_next_stage"
+
+    @property
     def scores(self) -> Path:
         return self.validation / "scores.json"
 

@@ -1,6 +1,6 @@
 """One function over many cases in worker processes, without hangs: a dead or failing worker ends the work at once."""
 
-import ctypes
+import _thread
 import multiprocessing
 import os
 import signal
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TypeVar
@@ -41,19 +42,21 @@ def over_cases(
     workers: int,
     name: Callable[[Item], str],
     head_start_seconds: float = 0.0,
+    preload: Sequence[str] = (),
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, function(item)) as they finish, from `workers` processes (1: in this one).
 
     At most 2 x workers items are under way, so memory stays bounded. `function` and its items must be picklable.
-    An exception of `function` is raised here with the item named; a killed worker raises UserError with the likely cause.
+    An exception of `function` is raised here with the item named; a killed worker raises UserError with likely cause.
     Starting workers takes about a second of imports: with `head_start_seconds` this process works on the first items
-    meanwhile, so that a small data set is done before a worker is needed.
+    meanwhile, so that a small data set is done before a worker is needed. `preload` names slow modules that `function`
+    imports late; they are imported once for all workers.
     """
     rest = iter(items)
     if workers <= 1 or len(items) <= 1:
         yield from _here(function, rest, name)
         return
-    context = _context(function)
+    context = _context(function, preload)
     if head_start_seconds > 0:
         yield from _here(function, rest, name, until=time.monotonic() + head_start_seconds)
     first = list(_take(rest, 2 * workers))
@@ -101,7 +104,7 @@ def _here(
             return
 
 
-def _context(function: Callable) -> BaseContext:
+def _context(function: Callable, preload: Sequence[str]) -> BaseContext:
     """Fork a small server that has imported the function's module, without the threads that make plain forks hang.
 
     The server is started, not waited for. It inherits one thread per worker from the environment.
@@ -111,7 +114,7 @@ def _context(function: Callable) -> BaseContext:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", getattr(function, "__module__", __name__)])
+    context.set_forkserver_preload([getattr(function, "func", function).__module__, *preload])
     before = {setting: os.environ.get(setting) for setting in THREAD_SETTINGS}
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
     try:
@@ -126,15 +129,18 @@ def _context(function: Callable) -> BaseContext:
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and die with it: a worker whose parent was killed would wait for work for ever.
-
-    The fork server goes when the parent goes, and on Linux the kernel then ends its children.
-    """
+    """Leave Ctrl-C to the parent, and end when it ends: a worker whose parent was killed would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    # A bare thread: `threading.active_count()` stays 1, by which others tell that they may redirect standard output.
+    _thread.start_new_thread(_end_with_parent, ())
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _submit(
@@ -165,6 +171,7 @@ def _result(future: Future[Result], item: Item, under_way: list[Item], name: Cal
 def _killed(under_way: list[Item], name: Callable[[Item], str]) -> UserError:
     cases = ", ".join(sorted(name(each) for each in under_way))
     return UserError(
-        f"A worker process was killed while these cases were under way: {cases}. Most likely the machine ran out of memory.",
+        f"A worker process was killed while these cases were under way: {cases}. "
+        "Most likely the machine ran out of memory.",
         fix="Run the same command again with --workers 1.",
     )

@@ -146,14 +146,16 @@ def _joined(figures: Mapping[str, float]) -> str:
 
 
 def _readable(name: str) -> str:
-    return name.replace("_", " ").removesuffix(" seconds")
+    return name.replace("seconds_left", "time_left").replace("_", " ").removesuffix(" seconds")
 
 
 def _figure(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    if name == "eta" or name.endswith("seconds"):
+    if "seconds" in name:
         return duration(value)
+    if name.endswith("share"):
+        return f"{100 * value:.0f} %"
     if "dice" in name.lower():
         return f"{value:.3f}"
     return f"{value:.4g}"

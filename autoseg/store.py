@@ -31,7 +31,8 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
 
     On an exception the temporary file is removed and `path` keeps its old content. `suffix` is for writers that choose
     the format by the file's ending. Without `durable` the flush (about 4 ms) is left out: a killed process still leaves
-    the old or the new file, a power failure may leave an empty one. Raises UserError when the disk is full or the folder can't be written.
+    the old or the new file, but a power failure may leave an empty one.
+    Raises UserError when the disk is full or the folder can't be written.
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}-{uuid.uuid4().hex[:6]}{suffix}")
     try:
@@ -43,7 +44,9 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise UserError(f"{path}: the disk is full.", fix="Free some space and run the same command again.") from error
+            raise UserError(
+                f"{path}: the disk is full.", fix="Free some space and run the same command again."
+            ) from error
         if error.errno in (13, 30):  # EACCES, EROFS
             raise UserError(f"{path}: this place cannot be written.", fix="Choose another output folder.") from error
         raise
@@ -84,7 +87,9 @@ def load(path: Path, kind: type[AnySaved]) -> AnySaved:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.", fix="Is this the right folder?") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew.") from error
+        raise UserError(
+            f"{path}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew."
+        ) from error
     return parse(content, kind, str(path))
 
 
@@ -100,7 +105,8 @@ def parse(content: object, kind: type[AnySaved], where: str) -> AnySaved:
         raise UserError(f"{where}: the schema version {found!r} is not a positive number.")
     if found > version:
         raise UserError(
-            f"{where}: schema {found} is newer than the {version} that this autoseg reads.", fix="Install a newer autoseg."
+            f"{where}: schema {found} is newer than the {version} that this autoseg reads.",
+            fix="Install a newer autoseg.",
         )
     while found < version:
         upgrade = UPGRADES.get((name, found))

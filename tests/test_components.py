@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from autoseg.errors import UserError
+from autoseg.image import components as module
 from autoseg.image.components import (
     bounding_box,
     components,
@@ -11,6 +12,12 @@ from autoseg.image.components import (
     keep_largest,
     label_components,
 )
+
+
+@pytest.fixture(autouse=True, params=["runs", "voxels"])
+def way(request, monkeypatch) -> None:
+    """Every test goes both ways: along runs, and along voxels as for noise."""
+    monkeypatch.setattr(module, "MANY_RUNS", 1.0 if request.param == "runs" else 0.0)
 
 
 def three_blocks() -> np.ndarray:

@@ -38,3 +38,9 @@ def test_a_broken_link_is_found(build: ModuleType) -> None:
     text = "[a](nowhere.md) and [b](#no-heading) and [c](tour.md) and [d](#a-heading)\n\n# A heading"
     parsed = {page: build.MarkdownIt("commonmark").parse(text)}
     assert len(build.broken_links(page, parsed)) == 2
+
+
+def test_every_decision_is_in_the_index() -> None:
+    pages = {path.name for path in (ROOT / "docs" / "decisions").glob("*.md")} - {"index.md"}
+    index = (ROOT / "docs" / "decisions" / "index.md").read_text()
+    assert [name for name in sorted(pages) if f"({name})" not in index] == []

@@ -60,9 +60,10 @@ def test_the_last_epoch_is_always_shown() -> None:
 
 
 def test_figures_have_the_form_of_what_they_are() -> None:
-    figures = {"loss": 0.123456, "foreground_dice": 0.98765, "eta_seconds": 200.0, "images_per_second": 3.21}
+    figures = {"loss": 0.123456, "foreground_dice": 0.98765, "seconds_left": 200.0, "images_per_second": 3.21}
+    figures["wait_share"] = 0.25
     [line] = shown([(0, Trained(1, 9, 1, 5, figures))])
-    assert "loss 0.1235  foreground dice 0.988  eta 3 min 20 s  images per second 3.21" in line
+    assert "loss 0.1235  foreground dice 0.988  time left 3 min 20 s  images per second 3.21  wait share 25 %" in line
 
 
 def test_a_figure_that_is_not_known_is_a_dash() -> None:

@@ -2,7 +2,7 @@
 
 Files are only listed here; `inspect` reads and checks them. Two exceptions: a label map is read for its values when
 nobody named them, and one image when nobody said how many channels there are.
-A case is kept with the paths it should have, so that `inspect` can report what is missing along with all other problems.
+A case is kept with the paths it should have, so that `inspect` can report what is missing with all other problems.
 """
 
 import csv
@@ -54,7 +54,7 @@ def discover(folder: Path, workers: int | None = None) -> Dataset:
         workers: processes for reading label values where none are named; None takes all allowed cores.
 
     Raises:
-        UserError: no accepted layout, no case, two files for one case, labels that are regions, or a broken dataset.json.
+        UserError: no accepted layout, no case, two files for one case, regions as labels, or a broken dataset.json.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -144,7 +144,9 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
     """
     named = description.get("labels")
     if not isinstance(named, Mapping):
-        raise UserError(f"{where}: 'labels' must map names to values.", fix='For example {"background": 0, "liver": 1}.')
+        raise UserError(
+            f"{where}: 'labels' must map names to values.", fix='For example {"background": 0, "liver": 1}.'
+        )
     found: list[Label] = []
     for key, entry in named.items():
         if isinstance(entry, list):
@@ -155,7 +157,9 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
         by_value = _is_number(key) and isinstance(entry, str)
         name, value = (entry, key) if by_value else (key, entry)
         if not _is_number(value):
-            raise UserError(f"{where}: label {key!r}: neither it nor {entry!r} is a whole number.", fix="Mend the file.")
+            raise UserError(
+                f"{where}: label {key!r}: neither it nor {entry!r} is a whole number.", fix="Mend the file."
+            )
         found.append(Label(name=str(name), value=int(value)))
     values = [label.value for label in found]
     if twice := sorted({value for value in values if values.count(value) > 1}):
@@ -182,18 +186,18 @@ def _listed_cases(folder: Path, description: Mapping[str, Any]) -> tuple[Case, .
     """Cases that dataset.json lists: 'training' (Decathlon; paths as text or {image, label}) or 'dataset' (nnU-Net)."""
     listed = description.get("training", description.get("dataset"))
     if isinstance(listed, Mapping):
-        entries = [(str(id), entry) for id, entry in listed.items()]
+        entries = [(str(name), entry) for name, entry in listed.items()]
     else:
         entries = [("", entry) for entry in listed or ()]
     cases: list[Case] = []
-    for id, entry in entries:
+    for name, entry in entries:
         if not isinstance(entry, Mapping) or not (entry.get("image") or entry.get("images")):
             raise UserError(f"{folder / 'dataset.json'}: {entry!r} is no {{image, label}} entry.", fix="Mend the file.")
-        images = entry.get("image") or entry.get("images")
+        images = entry.get("image") or entry["images"]
         paths = tuple(str(_below(folder, image)) for image in ([images] if isinstance(images, str) else images))
         stem = stem_of(paths[0])
         label = entry.get("label")
-        case = id or (CHANNEL_SUFFIX.sub("", stem) if len(paths) > 1 else stem)
+        case = name or (CHANNEL_SUFFIX.sub("", stem) if len(paths) > 1 else stem)
         cases.append(Case(id=case, images=paths, label=str(_below(folder, label)) if label else None))
     _refuse_twice(cases)
     return tuple(sorted(cases, key=lambda case: case.id))
@@ -216,7 +220,9 @@ def _folder_pair(folder: Path) -> tuple[Path, Path] | None:
 
 def _files(folder: Path) -> list[Path]:
     """Readable image files in name order; hidden ones (also those that macOS adds) are left out."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and ending_of(path) and path.is_file())
+    return sorted(
+        path for path in folder.iterdir() if not path.name.startswith(".") and ending_of(path) and path.is_file()
+    )
 
 
 def _paired_cases(images: Path, labels: Path, channels: int | None) -> tuple[Case, ...]:
@@ -281,11 +287,11 @@ def _refuse_twice(cases: Iterable[Case]) -> None:
         first[case.id] = case.images[0]
 
 
-def _twice(id: str, first: Path | str, second: Path | str) -> UserError:
-    return UserError(f"Case {id} appears twice: {first} and {second}.", fix="Rename or remove one of them.")
+def _twice(case: str, first: Path | str, second: Path | str) -> UserError:
+    return UserError(f"Case {case} appears twice: {first} and {second}.", fix="Rename or remove one of them.")
 
 
-# ------------------------------------------------------------------------------------------------ what nobody wrote down
+# ----------------------------------------------------------------------------------------------- what nobody wrote down
 
 
 def _with_groups(folder: Path, description: Mapping[str, Any], cases: tuple[Case, ...]) -> tuple[Case, ...]:

@@ -1,4 +1,4 @@
-"""Checks every image with its label map and takes the fingerprint, in one read per file.
+"""Checks every image with its label map and has it measured for the fingerprint, in one read per file.
 
 Nothing stops at the first bad case: all problems of all cases are collected, each with what to do about it.
 Statistics are kept per case under a hash of the files' bytes, so that a second run only reads what changed.
@@ -13,25 +13,21 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
-from autoseg.cases.prepare import occupied, to_indices
+from autoseg.cases.measure import fingerprint_of as fingerprint_of
+from autoseg.cases.measure import measure_case
+from autoseg.cases.prepare import to_indices
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
-from autoseg.image.crop import box_of, crop
 from autoseg.image.formats import PHOTOGRAPHS, ending_of, read_image, read_labels
 from autoseg.image.volume import Geometry, displacement_mm
 from autoseg.layout import case_stats_file
 from autoseg.parallel import allowed_cores, over_cases
-from autoseg.records import Case, CaseStats, Dataset, Fingerprint, Intensities, Label, LeftOut, Millimetres3
+from autoseg.records import Case, CaseStats, Dataset, Label, LeftOut
 from autoseg.store import load, remove_unfinished, save
 
 SAME_GRID = 0.05
 """An image and its label map may lie this share of the smallest spacing apart."""
-
-SAMPLE_SIZE = 1000
-LARGEST_SORTED = 2_000_000
-"""Of more foreground voxels than this, an evenly spaced part is sorted for the percentiles."""
 
 HASHED_AT_ONCE = 2**24
 WHAT = "check and fingerprint"
@@ -89,7 +85,7 @@ def inspect(
         skip_bad: go on without the bad cases; they move to `Dataset.left_out`.
 
     Returns:
-        The data set with its true dimension and without what was left out, and the statistics in the order of its cases.
+        The data set with its true dimension and without what was left out, and the statistics of its cases in order.
 
     Raises:
         BadDataset: some case is bad (without `skip_bad`), or all are.
@@ -121,26 +117,6 @@ def inspect(
     return dataset.model_copy(update=update), stats
 
 
-def fingerprint_of(dataset: Dataset, stats: Sequence[CaseStats], source: str = "") -> Fingerprint:
-    """What the planner needs: all cases, and the foreground intensities pooled with the same weight per case.
-
-    Mean and deviation are exact; the percentiles come from the samples, which are then dropped.
-    Raises UserError when there is no case.
-    """
-    if not stats:
-        raise UserError(f"{dataset.name}: there is no case to take a fingerprint of.")
-    return Fingerprint(
-        dataset=dataset.name,
-        dimension=dataset.dimension,
-        channels=dataset.channels,
-        labels=dataset.labels,
-        ignore_value=dataset.ignore_value,
-        cases=tuple(each.model_copy(update={"intensity_sample": ()}) for each in stats),
-        intensities=tuple(_pooled(stats, channel) for channel in range(len(dataset.channels))),
-        source=source,
-    )
-
-
 def content_of(case: Case, labels: Sequence[Label], ignore_value: int | None) -> str:
     """Hash of the bytes of the case's files and of the label values. Raises UserError when a file is missing."""
     digest = hashlib.blake2b(digest_size=16)
@@ -153,7 +129,7 @@ def content_of(case: Case, labels: Sequence[Label], ignore_value: int | None) ->
                 while block := file.read(HASHED_AT_ONCE):
                     digest.update(block)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}.", fix="Is the path right, and is the disk there?") from error
+            raise UserError(f"{path}: {error.strerror or error}.", fix="Is the path right?") from error
         digest.update(b"\0end of file")
     return digest.hexdigest()
 
@@ -166,9 +142,9 @@ def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
         if not Path(path).is_file()
     ]
     if case.label is None:
-        problems.append(Problem(case.id, f"there is no label map for {case.images[0]}.", "Add it, or remove the image."))
+        problems.append(Problem(case.id, f"there is no label map for {case.images[0]}.", "Add it or remove the image."))
     elif not Path(case.label).is_file():
-        problems.append(Problem(case.id, f"its label map {case.label} does not exist.", "Add it, or remove the image."))
+        problems.append(Problem(case.id, f"its label map {case.label} does not exist.", "Add it or remove the image."))
     if problems or case.label is None:
         return Inspected(None, tuple(problems))
     image, label = _tried(case, read_image, case.images), _tried(case, read_labels, case.label)
@@ -188,39 +164,6 @@ def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
     stats = measure_case(case.id, content, image.array_CZYX, indices_ZYX, geometry.spacing_mm, len(dataset.labels))
     save(case_stats_file(stats_folder, case.id), stats, durable=False)
     return Inspected(stats, tuple(_empty(stats)))
-
-
-def measure_case(
-    id: str, content: str, image_CZYX: np.ndarray, indices_ZYX: np.ndarray, spacing_mm: Millimetres3, classes: int
-) -> CaseStats:
-    """Statistics of one case after cropping to the nonzero region. `indices_ZYX` are label indices, -1 where ignored."""
-    box = box_of(occupied(image_CZYX))
-    cropped_CZYX, cropped_ZYX = crop(image_CZYX, box), crop(indices_ZYX, box)
-    counts = np.bincount(cropped_ZYX.ravel() + 1, minlength=classes + 1)[1:]
-    components = _component_sizes(cropped_ZYX, classes)
-    foreground_ZYX = cropped_ZYX > 0
-    has_foreground = bool(foreground_ZYX.any())
-    intensities, samples = [], []
-    for channel_ZYX in cropped_CZYX:
-        values = channel_ZYX[foreground_ZYX] if has_foreground else channel_ZYX.ravel()
-        measured, sample = _intensities(values)
-        intensities.append(measured)
-        samples.append(sample if has_foreground else ())
-    depth, height, width = cropped_ZYX.shape
-    return CaseStats(
-        id=id,
-        content=content,
-        shape_voxels=(depth, height, width),
-        full_shape_voxels=(indices_ZYX.shape[0], indices_ZYX.shape[1], indices_ZYX.shape[2]),
-        spacing_mm=spacing_mm,
-        crop_share=cropped_ZYX.size / indices_ZYX.size,
-        class_voxels=tuple(int(count) for count in counts),
-        class_mm3=tuple(float(count * np.prod(spacing_mm)) for count in counts),
-        class_components=tuple(len(sizes) for sizes in components),
-        class_median_component_voxels=tuple(float(np.median(sizes)) if len(sizes) else 0.0 for sizes in components),
-        intensities=tuple(intensities),
-        intensity_sample=tuple(samples),
-    )
 
 
 # ------------------------------------------------------------------------------------------------ what may be known
@@ -284,7 +227,8 @@ def _image_problems(case: Case, dataset: Dataset, image_CZYX: np.ndarray) -> Ite
         if not (np.isfinite(channel_ZYX.min()) and np.isfinite(channel_ZYX.max())):  # min and max pass NaN on
             count = int(np.count_nonzero(~np.isfinite(channel_ZYX)))
             what = f"channel {number} ({_channel(dataset, number)}) has {count} voxel(s) that are NaN or infinite"
-            yield Problem(case.id, f"{what}: {case.images[min(number, len(case.images) - 1)]}.", "Replace them by numbers.")
+            path = case.images[min(number, len(case.images) - 1)]
+            yield Problem(case.id, f"{what}: {path}.", "Replace them by numbers.")
 
 
 def _grid_problems(case: Case, image: Geometry, label: Geometry) -> Iterator[Problem]:
@@ -294,11 +238,12 @@ def _grid_problems(case: Case, image: Geometry, label: Geometry) -> Iterator[Pro
         what = f"the label map has {label.size_voxels} voxels (Z Y X), the image {image.size_voxels}"
         yield Problem(case.id, f"{what}: {case.label}.", fix)
         return
-    if PHOTOGRAPHS_SET & {ending_of(case.images[0]), ending_of(str(case.label))}:
+    if set(PHOTOGRAPHS) & {ending_of(case.images[0]), ending_of(str(case.label))}:
         return  # their headers hold a print size, no place in the patient
     apart_mm = displacement_mm(image, label)
     if not apart_mm <= SAME_GRID * min(image.spacing_mm):
-        yield Problem(case.id, f"{_difference(image, label)}; corners lie up to {apart_mm:.3g} mm apart: {case.label}.", fix)
+        what = f"{_difference(image, label)}; corners lie up to {apart_mm:.3g} mm apart: {case.label}."
+        yield Problem(case.id, what, fix)
 
 
 def _difference(image: Geometry, label: Geometry) -> str:
@@ -321,73 +266,3 @@ def _no_foreground_at_all(dataset: Dataset, found: dict[str, Inspected]) -> list
     if any(each is None or any(each.class_voxels[1:]) for each in stats):
         return []
     return [Problem(case.id, "its label map has no foreground, like all others.") for case in dataset.cases]
-
-
-# ------------------------------------------------------------------------------------------------ measures
-
-
-def _component_sizes(indices_ZYX: np.ndarray, classes: int) -> list[np.ndarray]:
-    """Voxels of every connected component (over faces) per class; each class is searched in its own bounding box."""
-    sizes = [np.zeros(0, np.int64)]  # nobody asks for the background's, and they would cost more than all others
-    boxes = ndimage.find_objects(np.maximum(indices_ZYX, 0), max_label=classes - 1)
-    for index, box in enumerate(boxes, start=1):
-        sizes.append(np.zeros(0, np.int64) if box is None else _sizes(indices_ZYX[box] == index))
-    return sizes
-
-
-def _sizes(mask_ZYX: np.ndarray) -> np.ndarray:
-    labelled_ZYX, _ = ndimage.label(mask_ZYX)
-    return np.bincount(labelled_ZYX.ravel())[1:]
-
-
-def _intensities(values: np.ndarray) -> tuple[Intensities, tuple[float, ...]]:
-    """Statistics of some voxels, and `SAMPLE_SIZE` of them at evenly spaced ranks: drawn by no chance, tails included."""
-    ordered = np.sort(values[:: values.size // LARGEST_SORTED + 1])
-    ranks = ((np.arange(SAMPLE_SIZE) + 0.5) / SAMPLE_SIZE * ordered.size).astype(np.int64)
-    low, median, high = np.percentile(ordered, (0.5, 50, 99.5))
-    measured = Intensities(
-        mean=_short(values.mean(dtype=np.float64)),
-        std=_short(values.std(dtype=np.float64)),
-        median=_short(median),
-        minimum=_short(values.min()),
-        maximum=_short(values.max()),
-        percentile_00_5=_short(low),
-        percentile_99_5=_short(high),
-    )
-    return measured, tuple(_rounded(ordered[ranks]).tolist())
-
-
-def _short(value: float) -> float:
-    """Seven digits: as many as the float32 intensities have, and half the size in JSON."""
-    return float(f"{value:.7g}")
-
-
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """The same for many values at once; float64. Tiny ones keep 30 decimals."""
-    values = values.astype(np.float64)
-    magnitude = np.floor(np.log10(np.maximum(np.abs(values), 1e-24))).astype(int)
-    finer = 10.0 ** np.clip(6 - magnitude, 0, None)
-    coarser = 10.0 ** np.clip(magnitude - 6, 0, None)
-    return np.rint(values / coarser * finer) / finer * coarser
-
-
-def _pooled(stats: Sequence[CaseStats], channel: int) -> Intensities:
-    """The law of total variance for mean and deviation; percentiles of all samples. Cases without foreground don't count."""
-    counted = [each for each in stats if each.intensity_sample and each.intensity_sample[channel]] or list(stats)
-    each_case = [each.intensities[channel] for each in counted]
-    means, stds = np.array([one.mean for one in each_case]), np.array([one.std for one in each_case])
-    samples = [each.intensity_sample[channel] for each in counted if each.intensity_sample]
-    values = np.concatenate(samples) if any(samples) else np.array([one.median for one in each_case])
-    low, median, high = np.percentile(values, (0.5, 50, 99.5))
-    return Intensities(
-        mean=_short(means.mean()),
-        std=_short(np.sqrt((stds**2).mean() + means.var())),
-        median=_short(median),
-        minimum=min(one.minimum for one in each_case),
-        maximum=max(one.maximum for one in each_case),
-        percentile_00_5=_short(low),
-        percentile_99_5=_short(high),
-    )
-
-
-PHOTOGRAPHS_SET = frozenset(PHOTOGRAPHS)

@@ -85,9 +85,7 @@ def prepare(
         labels_ZYX = to_indices(crop(labels_ZYX.transpose(axes), box), plan.labels, plan.ignore_value, case)
         labels_ZYX = resample_labels(labels_ZYX, spacing_mm, new_shape, how.label_order, how.anisotropy)
         labels_ZYX = np.ascontiguousarray(labels_ZYX)
-    return Prepared(
-        np.ascontiguousarray(image_CZYX), labels_ZYX, box, cropped_shape, spacing_mm, volume.geometry
-    )
+    return Prepared(np.ascontiguousarray(image_CZYX), labels_ZYX, box, cropped_shape, spacing_mm, volume.geometry)
 
 
 def _crop_to_nonzero(image_CZYX: np.ndarray, use_mask: Sequence[bool]) -> tuple[np.ndarray, np.ndarray | None, Box]:
@@ -111,7 +109,7 @@ def occupied(image_CZYX: np.ndarray) -> np.ndarray:
 def restore(
     indices_ZYX: np.ndarray, prepared: Prepared, labels: Sequence[Label], ignore_value: int | None, axes: Voxels3
 ) -> np.ndarray:
-    """Bring predicted label indices on the cropped grid back to the file: uncropped, transposed back, the user's values.
+    """Bring predicted label indices on the cropped grid back to the file: uncropped, turned back, the user's values.
 
     Args:
         indices_ZYX: label indices of shape `prepared.cropped_shape` (transposed grid).

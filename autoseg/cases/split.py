@@ -26,7 +26,7 @@ def make_splits(cases: Sequence[Case], folds: int = 5, seed: int = 12345) -> Spl
     grouped = any(case.group is not None for case in labelled)
     if len(members) < 2:
         raise UserError(
-            f"{len(members)} labelled {'group' if grouped else 'case'}(s) cannot be split into training and validation.",
+            f"{len(members)} labelled {'group' if grouped else 'case'}(s) cannot be split in two.",
             fix="Give at least two.",
         )
     folds = max(2, min(folds, len(members)))
@@ -35,7 +35,7 @@ def make_splits(cases: Sequence[Case], folds: int = 5, seed: int = 12345) -> Spl
     shuffled = [sorted(members)[index] for index in order]
     parts = _balanced(shuffled, members, folds) if grouped else np.array_split(shuffled, folds)
     ids = [case.id for case in labelled]
-    held_out = [{id for group in part for id in members[group]} for part in parts]
+    held_out = [{member for group in part for member in members[group]} for part in parts]
     return Splits(
         seed=seed,
         grouped=grouped,

@@ -83,13 +83,14 @@ def read_classes(path: Path | str) -> Iterator[np.ndarray]:
 
     Raises UserError when the file is damaged, possibly only at its end, where the checksum is.
     """
-    path = _existing(path)
+    path, header = _existing(path), read_header(path)
+    expected = (len(header.names), *header.geometry.size_voxels)
     with _naming(path), zipfile.ZipFile(path) as file, file.open(NUMBERS) as member:
         if np.lib.format.read_magic(member) != (1, 0):
             raise ValueError("not version 1.0 of .npy")
         shape, fortran_order, kind = np.lib.format.read_array_header_1_0(member)
-        if fortran_order or len(shape) != 4 or kind.kind != "f":
-            raise ValueError(f"shape {shape} of {kind}")
+        if fortran_order or shape != expected or kind.kind != "f":
+            raise ValueError(f"shape {shape} of {kind} instead of {expected}")
         length = int(np.prod(shape[1:])) * kind.itemsize
         for k in range(shape[0]):
             content = member.read(length)
@@ -108,8 +109,6 @@ def read_probabilities(path: Path | str) -> tuple[np.ndarray, tuple[str, ...], G
     header = read_header(path)
     probabilities_KZYX = np.empty((len(header.names), *header.geometry.size_voxels), np.float32)
     for k, class_ZYX in enumerate(read_classes(path)):
-        if k >= len(header.names) or class_ZYX.shape != header.geometry.size_voxels:
-            raise _damaged(Path(path))
         probabilities_KZYX[k] = class_ZYX
     return probabilities_KZYX, header.names, header.geometry
 

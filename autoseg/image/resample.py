@@ -111,6 +111,25 @@ def resample_labels(
     return _most_likely_labels(labels_ZYX, nearest_ZYX, order)
 
 
+def operators(
+    old_shape: Sequence[int],
+    new_shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    order: int = 1,
+    anisotropy: float = 3.0,
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Per axis Z Y X the matrix (new, old) that `resample_image` would apply, or None where the size stays.
+
+    For whoever must resample piece by piece. The thick axis gets the matrix of nearest neighbours.
+    """
+    thick = _thick_axis(spacing_mm, None, old_shape, new_shape, anisotropy)
+    z, y, x = (
+        None if old == new else axis_matrix(old, new, 0 if axis == thick else order)
+        for axis, (old, new) in enumerate(zip(old_shape, new_shape, strict=True))
+    )
+    return z, y, x
+
+
 def _resample_channel(channel_ZYX: np.ndarray, new: Sequence[int], order: int, thick: int | None) -> np.ndarray:
     """One channel; with a thick axis every slice is a 2D image of its own, clipped to its own range."""
     if thick is not None and new[thick] < channel_ZYX.shape[thick]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from autoseg.errors import UserError
+from autoseg.events import Report, Warned
 from autoseg.parallel import allowed_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -102,3 +104,37 @@ def keep_freed_memory() -> bool:
         return False
     largest = 2**31 - 1
     return bool(mallopt(mmap_threshold, largest)) and bool(mallopt(trim_threshold, largest))
+
+
+COMPILE_SECONDS = {"cuda": 90.0, "cpu": 120.0}
+"""What compiling a training step takes, and what of a step it saves at least (docs/benchmarks.md)."""
+COMPILE_SAVES = 0.2
+
+
+def pays_to_compile(device: Device, seconds_left: float | None) -> bool:
+    """Whether `torch.compile` earns back its time: not in fp32 on CPUs, where convolutions are all of the step."""
+    cost = COMPILE_SECONDS.get(device.torch_device.type)
+    if cost is None or sys.platform == "win32" or device.precision == "fp32":
+        return False
+    return seconds_left is None or seconds_left * COMPILE_SAVES > cost
+
+
+def try_compile(network: nn.Module, shape: tuple[int, ...], device: Device, report: Report) -> nn.Module | None:
+    """The compiled network, tried on one batch of `shape` (B, C, ...); None, with one line why, if that fails.
+
+    The trial changes nothing: weights and running statistics are put back, gradients dropped.
+    """
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    compiled = torch.compile(network)
+    try:
+        network.train()
+        with device.autocast():
+            outputs = compiled(torch.zeros(shape, device=device.torch_device))
+        sum(each.float().mean() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
+    except Exception as error:  # compilers fail in many ways, and the eager network does the same work
+        report(Warned(f"torch.compile failed ({type(error).__name__}); training goes on without it, more slowly."))
+        return None
+    finally:
+        network.zero_grad(set_to_none=True)
+        network.load_state_dict(before)
+    return compiled

@@ -20,7 +20,7 @@ FOLDS = ("0", "1")
 HELD_OUT = 4
 
 
-def demo(folder: Path, *, max_seconds: float = 60.0, report: Report = silent) -> tuple[Scores, Path]:
+def demo(folder: Path, *, max_seconds: float = 50.0, report: Report = silent) -> tuple[Scores, Path]:
     """Make data in `folder`, train two networks for `max_seconds` each, ensemble them on held-out images, score that.
 
     Returns the scores of the held-out images and the path of a picture of one of them. What is there already from an
@@ -36,7 +36,7 @@ def demo(folder: Path, *, max_seconds: float = 60.0, report: Report = silent) ->
 
     data, run, results = folder / "data", folder / "run", folder / "results"
     if not (data / "dataset.json").is_file():
-        write_dataset(data, cases=20, shape=(24, 40, 40), held_out=HELD_OUT)
+        write_dataset(data, cases=20, shape=(16, 32, 32), held_out=HELD_OUT)
     plan(data, run, memory="2GB", report=report)
     preprocess(run, configuration="3d", report=report)
     for fold in FOLDS:

@@ -56,7 +56,10 @@ def preprocess(
     done = len(dataset.cases) - len(work)
     if done:
         report(Advanced(what, done=done, of=len(dataset.cases), note="already there"))
-    for each, _ in over_cases(preprocess_case, work, workers or allowed_cores(), _name_of, head_start_seconds=1.0):
+    results = over_cases(
+        preprocess_case, work, workers or allowed_cores(), _name_of, head_start_seconds=1.0, preload=("blosc2",)
+    )
+    for each, _ in results:
         done += 1
         report(Advanced(what, done=done, of=len(dataset.cases), note=each.case.id))
     report(Finished(what))
@@ -114,7 +117,7 @@ def keep_or_make_splits(layout: Layout, dataset: Dataset, report: Report = silen
         report(Said(f"{len(dataset.cases)} cases are split into {len(splits.folds)} folds{how}."))
         return splits
     splits = load(layout.splits, Splits)
-    used = {id for fold in splits.folds for id in (*fold.train, *fold.validation)}
+    used = {each for fold in splits.folds for each in (*fold.train, *fold.validation)}
     ids = {case.id for case in dataset.cases}
     if unknown := sorted(used - ids):
         raise UserError(

@@ -1,0 +1,113 @@
+"""Weights and training states as safetensors: nothing in such a file can run code. Each is one file, written whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autoseg.errors import UserError
+from autoseg.network.loop import TrainState
+from autoseg.store import replacing
+
+STATE_VERSION = 1
+NUMBERS = ("step", "epoch", "seconds", "steps_per_epoch", "smoothed_dice", "best_dice", "skipped")
+
+
+def save_weights(path: Path, network: nn.Module, average: list[Tensor] | None = None) -> None:
+    """Write the weights of `network`, with its parameters replaced by `average` where one was kept."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    if average:
+        names = [name for name, _ in network.named_parameters()]
+        tensors |= {name: tensor.cpu().contiguous() for name, tensor in zip(names, average, strict=True)}
+    _write(path, tensors, {"autoseg": "weights"})
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Read weights into `network`. Raises UserError when the file is missing, damaged or of another network."""
+    tensors, _ = _read(path)
+    try:
+        network.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: these weights do not belong to the network of this plan ({str(error).splitlines()[-1].strip()})."
+        ) from error
+
+
+def save_state(path: Path, state: TrainState) -> None:
+    """Write all that a training needs to go on bit by bit: weights, optimizer, average, scaler, counters, history."""
+    tensors: dict[str, Tensor] = {f"network.{n}": t for n, t in state.network.state_dict().items()}
+    stored = state.optimizer.state_dict()
+    for index, values in stored["state"].items():
+        for name, value in values.items():
+            if value is not None:
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    tensors |= {f"average.{i}": tensor for i, tensor in enumerate(state.average)}
+    tensors["random"] = torch.get_rng_state()
+    about = {
+        "autoseg": "training state",
+        "version": str(STATE_VERSION),
+        "numbers": json.dumps({name: getattr(state, name) for name in NUMBERS}),
+        "scaler": json.dumps(state.scaler.state_dict()),
+        "history": json.dumps(state.history),
+    }
+    _write(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, about)
+
+
+def load_state(path: Path, state: TrainState) -> None:
+    """Put a saved training state into `state`, which holds the same network and optimizer.
+
+    Raises UserError when the file is missing, damaged, of another version or of another network.
+    """
+    tensors, about = _read(path)
+    if about.get("version") != str(STATE_VERSION) or about.get("autoseg") != "training state":
+        raise UserError(f"{path}: not a training state this version can continue.", fix="Train without --resume.")
+    network = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+    try:
+        state.network.load_state_dict(network)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: this training used another network than the plan has now.",
+            fix="Train without --resume, or bring the old plan back.",
+        ) from error
+    optimizer = state.optimizer.state_dict()
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, field = name.split(".", 2)
+            entries.setdefault(int(index), {})[field] = tensor
+    state.optimizer.load_state_dict({"state": entries, "param_groups": optimizer["param_groups"]})
+    where = next(state.network.parameters()).device
+    averages = sum(name.startswith("average.") for name in tensors)
+    state.average = [tensors[f"average.{i}"].to(where) for i in range(averages)]
+    torch.set_rng_state(tensors["random"])
+    for name, value in json.loads(about["numbers"]).items():
+        setattr(state, name, value)
+    state.scaler.load_state_dict(json.loads(about["scaler"]))
+    state.history = json.loads(about["history"])
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    shared = {name: tensor.clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(shared, temporary, metadata=about)
+        except SafetensorError as error:
+            if "No space" in str(error) or "os error 28" in str(error):
+                raise UserError(
+                    f"{path}: the disk is full; the last checkpoint is intact.", fix="Free some space and resume."
+                ) from error
+            raise
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.", fix="Has this network been trained?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: no valid safetensors file ({error}).", fix="Train again or restore the file.") from error

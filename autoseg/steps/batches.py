@@ -1,0 +1,141 @@
+"""Batches for training and validation: drawn, read ahead by threads, moved to the device and augmented there."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoseg.network import augment
+from autoseg.network.device import Device
+from autoseg.network.loop import Batch
+from autoseg.network.patches import Place, Sampling, Source, draw_places, gather, generator_of
+from autoseg.parallel import allowed_cores
+from autoseg.records import Configuration
+
+TRAINING, VALIDATION, AUGMENTATION = 0, 1, 2
+"""Purposes that keep the random numbers of a step apart."""
+VALIDATION_SHARE = 0.1
+"""Validation batches per training batch of an epoch; a forward pass costs a third of a step."""
+
+Read = tuple[np.ndarray, np.ndarray, augment.Drawn, tuple[Place, ...]]
+
+
+class Batches:
+    """Where batches come from. A context manager: its reading threads end with the block.
+
+    Args:
+        channels: of the image; a cascade reads one more, the previous stage's labels, and makes them one-hot.
+        classes: background included.
+        workers: reading threads; None takes the allowed cores, at most 8.
+    """
+
+    def __init__(
+        self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device, workers: int | None
+    ) -> None:
+        train = configuration.train
+        self._patch = configuration.patch_voxels
+        self._enlarged = augment.enlarged_patch(train.augment, self._patch)
+        self._spec = train.augment
+        self._sampling = Sampling(self._patch, configuration.batch_size, train.foreground_share, seed)
+        self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
+        self._device = device
+        self._format = torch.channels_last_3d if configuration.dimension == 3 else torch.channels_last
+        self._ahead = min(8, workers or allowed_cores())
+        self._threads = ThreadPoolExecutor(self._ahead)
+        self._coming: deque[tuple[int, Future[Read]]] = deque()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def draw(self, sources: Sequence[Source], ids: Sequence[str], step: int) -> Batch:
+        """The augmented training batch of a step; the next ones are read meanwhile."""
+        start = time.perf_counter()
+        image, labels, drawn, places = self._next(sources, step)
+        waited = time.perf_counter() - start
+        moved_image, moved_labels = self._to_device(image), self._to_device(labels)
+        previous = None
+        if self._cascade:
+            moved_image, previous = moved_image[:, :-1], moved_image[:, -1].to(torch.int16)
+        result, result_labels = augment.apply(moved_image, moved_labels, drawn, self._patch, self._classes)
+        if previous is not None:
+            nothing = torch.zeros_like(moved_image[:, :1])
+            _, stage = augment.apply(nothing, previous, _only_moved(drawn), self._patch, self._classes)
+            result = torch.cat((result, _one_hot(stage, self._classes)), 1)
+        cases = tuple(ids[place.case] for place in places)
+        result = result.contiguous(memory_format=self._format)
+        return Batch(result, result_labels, cases, waited, time.perf_counter() - start - waited)
+
+    @torch.no_grad()
+    def validation_dice(self, network: nn.Module, sources: Sequence[Source], steps: int) -> list[float]:
+        """Dice per foreground class over patches of unseen cases, pooled; NaN for a class that is in none of them.
+
+        Pooled over patches, so it is no substitute for the scores of whole images; it steers the best checkpoint. The
+        patches are the same in every epoch.
+        """
+        totals = torch.zeros(3, self._classes, device=self._device.torch_device)
+        for number in range(max(1, round(steps * VALIDATION_SHARE))):
+            places = draw_places(sources, self._sampling, number, VALIDATION)
+            image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places))
+            inputs, target = self._to_device(image), self._to_device(labels)
+            if self._cascade:
+                inputs = torch.cat((inputs[:, :-1], _one_hot(inputs[:, -1].to(torch.int16), self._classes)), 1)
+            with self._device.autocast():
+                found = network(inputs.contiguous(memory_format=self._format)).argmax(1)
+            for k in range(1, self._classes):
+                is_found, is_true = (found == k) & (target >= 0), target == k
+                totals[0, k] += (is_found & is_true).sum()
+                totals[1, k] += is_found.sum()
+                totals[2, k] += is_true.sum()
+        both, found_sum, true_sum = totals[:, 1:].cpu()
+        dice = torch.where(true_sum > 0, 2 * both / (found_sum + true_sum), torch.nan)
+        return [float(value) for value in dice]
+
+    def _next(self, sources: Sequence[Source], step: int) -> Read:
+        if not self._coming or self._coming[0][0] != step:
+            for _, unused in self._coming:
+                unused.cancel()
+            self._coming.clear()
+        first = self._coming[-1][0] + 1 if self._coming else step
+        for number in range(first, step + self._ahead + 1):
+            self._coming.append((number, self._threads.submit(self._read, sources, number)))
+        return self._coming.popleft()[1].result()
+
+    def _read(self, sources: Sequence[Source], step: int) -> Read:
+        places = draw_places(sources, self._sampling, step, TRAINING)
+        chance = torch.Generator().manual_seed(int(generator_of(self._sampling.seed, step, AUGMENTATION).integers(2**62)))
+        drawn = augment.draw(self._spec, len(places), self._channels, self._patch, chance)
+        image, labels = gather(sources, places, self._patch, self._enlarged, drawn.moved_B.tolist())
+        return image, labels, drawn, places
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.is_cuda:
+            return tensor.pin_memory().to(self._device.torch_device, non_blocking=True)
+        return tensor.to(self._device.torch_device)
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    """(B, ...) label indices to (B, K - 1, ...) float32, one channel per foreground class."""
+    return torch.stack([labels == k for k in range(1, classes)], 1).float()
+
+
+def _only_moved(drawn: augment.Drawn) -> augment.Drawn:
+    """The same movement and mirroring without any change of intensities, for one channel."""
+    return replace(
+        drawn,
+        noise_sigma_B=torch.zeros_like(drawn.noise_sigma_B),
+        blur_sigma_BCD=torch.zeros_like(drawn.blur_sigma_BCD[:, :1]),
+        **{
+            name: torch.ones_like(getattr(drawn, name)[:, :1])
+            for name in ("brightness_BC", "contrast_BC", "low_resolution_BC", "gamma_inverted_BC", "gamma_BC")
+        },
+    )

@@ -1,0 +1,182 @@
+"""cases/discover.py: the accepted layouts, and what is said about others."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from autoseg.cases.discover import discover, discover_images
+from autoseg.errors import UserError
+from autoseg.records import Label
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def save(path: Path, array: np.ndarray, vector: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vector), str(path))
+
+
+def volume(value: float = 1.0) -> np.ndarray:
+    return np.full((3, 4, 5), value, np.float32)
+
+
+def labels(*values: int) -> np.ndarray:
+    array = np.zeros((3, 4, 5), np.uint8)
+    array.flat[: len(values)] = values
+    return array
+
+
+def describe(folder: Path, **content: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def decathlon(folder: Path, **more: object) -> None:
+    listed = [{"image": f"./imagesTr/a{n}.nii.gz", "label": f"./labelsTr/a{n}.nii.gz"} for n in (2, 1)]
+    content = {"name": "Toy", "modality": {"0": "MRI"}, "labels": {"0": "background", "2": "late", "1": "early"}}
+    describe(folder, **(content | {"training": listed} | more))
+    for n in (1, 2):
+        save(folder / f"imagesTr/a{n}.nii.gz", volume())
+        save(folder / f"labelsTr/a{n}.nii.gz", labels(1, 2))
+
+
+def test_a_decathlon_folder_is_read(tmp_path: Path) -> None:
+    decathlon(tmp_path, patients={"a1": "p", "a2": "p"})
+    dataset = discover(tmp_path)
+    assert (dataset.name, dataset.channels, dataset.dimension, dataset.file_ending) == ("Toy", ("MRI",), 3, ".nii.gz")
+    assert [label.name for label in dataset.labels] == ["background", "early", "late"]
+    assert [(case.id, case.group) for case in dataset.cases] == [("a1", "p"), ("a2", "p")]
+    assert dataset.cases[0].label == str(tmp_path / "labelsTr" / "a1.nii.gz")
+
+
+def test_an_nnunet_folder_is_read_and_a_missing_channel_keeps_its_place(tmp_path: Path) -> None:
+    describe(
+        tmp_path,
+        channel_names={"0": "T1", "1": "T2"},
+        labels={"background": 0, "tumour": 1, "ignore": 2},
+        file_ending=".nii.gz",
+        numTraining=2,
+    )
+    for name in ("a_0000", "a_0001", "b_0000"):
+        save(tmp_path / f"imagesTr/{name}.nii.gz", volume())
+    for name in ("a", "b"):
+        save(tmp_path / f"labelsTr/{name}.nii.gz", labels(1, 2))
+    dataset = discover(tmp_path)
+    assert dataset.ignore_value == 2
+    assert dataset.labels == (Label(name="background", value=0), Label(name="tumour", value=1))
+    assert dataset.channels == ("T1", "T2")
+    assert [case.id for case in dataset.cases] == ["a", "b"]
+    assert dataset.cases[1].images[1] == str(tmp_path / "imagesTr" / "b_0001.nii.gz")
+
+
+def test_regions_are_refused(tmp_path: Path) -> None:
+    decathlon(tmp_path, labels={"background": 0, "whole": [1, 2]})
+    with pytest.raises(UserError, match="regions are not supported yet"):
+        discover(tmp_path)
+
+
+def test_photographs_with_masks_of_another_ending_are_matched_by_name(tmp_path: Path) -> None:
+    mask = np.zeros((6, 7), np.uint8)
+    mask[2] = 255
+    for n in (21, 22):
+        save(tmp_path / f"images/{n}.tif", np.full((6, 7, 3), 9, np.uint8), vector=True)
+        save(tmp_path / f"masks/{n}.png", mask)
+    dataset = discover(tmp_path, workers=1)
+    assert dataset.labels == (Label(name="background", value=0), Label(name="class_255", value=255))
+    assert (dataset.channels, dataset.dimension, dataset.file_ending) == (("red", "green", "blue"), 2, ".png")
+    assert dataset.cases[0].images == (str(tmp_path / "images" / "21.tif"),)
+    assert dataset.cases[0].label == str(tmp_path / "masks" / "21.png")
+
+
+def test_numbers_that_label_maps_carry_too_count_cases_and_not_channels(tmp_path: Path) -> None:
+    for n in range(3):
+        save(tmp_path / f"img/scan_{n:04d}.nii.gz", volume())
+        save(tmp_path / f"mask/scan_{n:04d}.nii.gz", labels(4, 7))
+    dataset = discover(tmp_path, workers=1)
+    assert [case.id for case in dataset.cases] == ["scan_0000", "scan_0001", "scan_0002"]
+    assert dataset.channels == ("image",)
+    assert [label.value for label in dataset.labels] == [0, 4, 7]
+
+
+def test_an_image_without_label_and_a_label_without_image_are_kept_for_the_check(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"images/{name}.nii.gz", volume())
+    for name in ("a", "c"):
+        save(tmp_path / f"labels/{name}.nii.gz", labels(1))
+    cases = {case.id: case for case in discover(tmp_path, workers=1).cases}
+    assert cases["b"].label is None
+    assert cases["c"].images == (str(tmp_path / "images" / "c.nii.gz"),)
+
+
+def test_groups_come_from_a_table(tmp_path: Path) -> None:
+    decathlon(tmp_path)
+    (tmp_path / "groups.csv").write_text("case,group\na1,x\na2,\n")
+    assert [case.group for case in discover(tmp_path).cases] == ["x", None]
+    (tmp_path / "groups.csv").write_text("case,group\na9,x\n")
+    with pytest.raises(UserError, match="no case 'a9'"):
+        discover(tmp_path)
+
+
+def test_two_files_for_one_case_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "images/a.nii.gz", volume())
+    save(tmp_path / "images/a.mha", volume())
+    save(tmp_path / "labels/a.nii.gz", labels(1))
+    with pytest.raises(UserError, match="Case a appears twice"):
+        discover(tmp_path)
+
+
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    save(tmp_path / "images/a.nii.gz", volume())
+    save(tmp_path / "labels/a.nii.gz", labels(1))
+    (tmp_path / "images" / "._a.nii.gz").write_bytes(b"resource fork")
+    assert len(discover(tmp_path, workers=1).cases) == 1
+
+
+def test_a_folder_of_no_layout_is_refused_with_the_layouts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Accepted are: images/ with labels/.*Decathlon.*nnU-Net"):
+        discover(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(UserError, match="no readable image"):
+        discover(tmp_path)
+
+
+def test_a_broken_dataset_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match=r"dataset\.json: not valid JSON"):
+        discover(tmp_path)
+
+
+def test_images_to_predict_are_grouped_by_channel(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        save(tmp_path / "two" / f"{name}.nii.gz", volume())
+    assert [case.id for case in discover_images(tmp_path / "two", 2)] == ["a", "b"]
+    save(tmp_path / "one" / "a_0000.nii.gz", volume())
+    assert [case.id for case in discover_images(tmp_path / "one", 1)] == ["a"]
+    save(tmp_path / "plain" / "a.nii.gz", volume())
+    assert [case.id for case in discover_images(tmp_path / "plain", 3)] == ["a"]
+    assert discover_images(tmp_path / "plain" / "a.nii.gz", 1)[0].id == "a"
+
+
+def test_a_missing_channel_of_an_image_to_predict_is_named(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000"):
+        save(tmp_path / f"{name}.nii.gz", volume())
+    with pytest.raises(UserError, match="b_0001"):
+        discover_images(tmp_path, 2)
+
+
+@pytest.mark.skipif(not (SHARED / "drive").is_dir(), reason="the shared photographs are not here")
+def test_the_retina_photographs_are_understood() -> None:
+    dataset = discover(SHARED / "drive", workers=1)
+    assert len(dataset.cases) == 20
+    assert (dataset.dimension, dataset.channels) == (2, ("red", "green", "blue"))
+    assert [label.value for label in dataset.labels] == [0, 255]
+
+
+@pytest.mark.skipif(not (SHARED / "broken").is_dir(), reason="the shared broken data set is not here")
+def test_a_folder_with_nothing_but_an_image_is_refused() -> None:
+    with pytest.raises(UserError, match="Accepted are"):
+        discover(SHARED / "broken")
