@@ -125,13 +125,17 @@ class Fingerprint(Saved):
 
 
 class Budget(Record):
-    """The memory to plan for. `device` is "cuda:0", "cpu" or the name of a card that is not there."""
+    """The memory to plan for. `device` is "cuda:0", "cpu" or the name of a card that is not there.
+
+    `precision` is what the device multiplies fastest ("bf16", "fp16", "fp32"), empty where it is not known.
+    """
 
     device: str
     total_bytes: Positive
     budget_bytes: Positive
     driver: str = ""
     torch_version: str = ""
+    precision: str = ""
 
 
 class Choice(Record):

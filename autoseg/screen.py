@@ -212,17 +212,18 @@ def show_run(run: "Run") -> None:
 
 
 def show_scores(scores: "Scores") -> None:
-    """Mean of every metric per class, and over the foreground."""
+    """Means of the metrics in `SHOWN_METRICS` per class, and over the foreground."""
+    metrics = [metric for metric in SHOWN_METRICS if metric in scores.mean]
     table = Table(title=f"Scores of {len(scores.cases)} cases")
-    table.add_column("class", overflow="fold")
-    for metric in scores.mean:
+    table.add_column("class", overflow="fold", min_width=len("foreground"))
+    for metric in metrics:
         table.add_column(Text(_readable(metric)), justify="right")
     for index, label in enumerate(scores.labels):
-        table.add_row(Text(label), *(_score(values[index]) for values in scores.mean.values()))
+        table.add_row(Text(label), *(_score(scores.mean[metric][index]) for metric in metrics))
     table.add_section()
-    table.add_row("foreground", *(_score(scores.foreground_mean.get(metric)) for metric in scores.mean))
+    table.add_row("foreground", *(_score(scores.foreground_mean.get(metric)) for metric in metrics))
     _table(table)
-    say(scores.policy)
+    say(f"All metrics of all cases, and the policy for empty ones: scores.json in {scores.prediction}")
 
 
 def show_rules(learned: "Postprocessing") -> None:
@@ -294,6 +295,9 @@ def _table(table: Table) -> None:
 def _line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=True)
 
+
+SHOWN_METRICS = ("dice", "iou", "precision", "recall", "volume_error", "hd95_mm", "asd_mm", "surface_dice")
+"""Those that fit on a screen; the file holds them all."""
 
 SHOWN: dict[str, Callable[..., None]] = {
     "Plan": show_plan,

@@ -106,13 +106,14 @@ def test_batch_norm_needs_a_large_batch() -> None:
 
 def test_left_right_pairs_are_found_by_name() -> None:
     names = ["left hippocampus", "right hippocampus", "kidney_l", "kidney_r", "LeftLung", "RightLung", "liver"]
-    assert sided_labels(names) == tuple(names[:-1])
+    assert sided_labels(names) == tuple((2, name) for name in names[:-1])
     assert sided_labels(["left atrium", "vertebra_L", "r", "liver"]) == ()
-    assert sided_labels(["lh_cortex", "rh_cortex", "rh_other"]) == ("lh_cortex", "rh_cortex")
+    assert sided_labels(["lh_cortex", "rh_cortex", "rh_other"]) == ((2, "lh_cortex"), (2, "rh_cortex"))
+    assert sided_labels(["Anterior", "Posterior"]) == ((1, "Anterior"), (1, "Posterior"))
 
 
 def test_labels_with_sides_switch_off_mirroring_along_x_only() -> None:
-    sided = ("left lung", "right lung")
+    sided = ((2, "left lung"), (2, "right lung"))
     assert choose_augment((64, 64, 64), (0, 1, 2), ())[0].mirror_axes == (0, 1, 2)
     assert choose_augment((64, 64, 64), (0, 1, 2), sided)[0].mirror_axes == (0, 1)
     assert choose_augment((64, 64, 64), (2, 0, 1), sided)[0].mirror_axes == (1, 2)

@@ -76,8 +76,8 @@ def budget_for(memory: str | None = None, device: str | None = None) -> Budget:
             fix="Ask for less, or leave --device out to plan for a card that is not here.",
         )
     if chosen.type == "cuda":
-        return _budget(str(chosen), total, min(free, asked or free) - RESERVE_BYTES, driver)
-    return _budget(str(chosen), total, asked or min(CPU_MOST_BYTES, total // 2))
+        return _budget(str(chosen), total, min(free, asked or free) - RESERVE_BYTES, driver, native_precision(chosen))
+    return _budget(str(chosen), total, asked or min(CPU_MOST_BYTES, total // 2), "", native_precision(chosen))
 
 
 def parse_bytes(text: str) -> int:
@@ -106,7 +106,7 @@ def allowed_ram_bytes() -> int:
     return min(limits)
 
 
-def _budget(device: str, total: int, budget: int, driver: str = "") -> Budget:
+def _budget(device: str, total: int, budget: int, driver: str = "", precision: str = "") -> Budget:
     if budget <= 0:
         raise UserError(
             f"{_text(total)} on {device} leaves nothing to train with after {_text(RESERVE_BYTES)} in reserve"
@@ -114,8 +114,9 @@ def _budget(device: str, total: int, budget: int, driver: str = "") -> Budget:
             fix="Free memory on the device or give more with --memory.",
         )
     return Budget(
-        device=device, total_bytes=total, budget_bytes=budget, driver=driver, torch_version=str(torch.__version__)
-    )
+        device=device, total_bytes=total, budget_bytes=budget, driver=driver, torch_version=str(torch.__version__),
+        precision=precision,
+    )  # fmt: skip
 
 
 def _text(size: int) -> str:

@@ -6,12 +6,12 @@ from math import prod
 from typing import Literal
 
 from autoseg.errors import UserError
-from autoseg.planning.architecture import Preset, describe_network, network_spec
+from autoseg.planning.architecture import BASE_FEATURES, Preset, describe_network, network_spec
 from autoseg.planning.batch import batch_cap, describe_cap, describe_norm
 from autoseg.planning.patch import LEAST_STAGES, patch_chain
 from autoseg.planning.search import CLOSE_ENOUGH, SMALLEST_BATCH, Draft, Fit, Patch, Readings, fit
 from autoseg.planning.topology import SMALLEST_EDGE, Topology, choose_topology
-from autoseg.planning.train import choose_augment, choose_train
+from autoseg.planning.train import Sided, choose_augment, choose_train
 from autoseg.planning.wording import device, gigabytes, millimetres, voxels
 from autoseg.records import Choice, Configuration, Memory, Millimetres3, Resampling, Voxels3
 
@@ -28,11 +28,12 @@ class Shared:
     axes: Voxels3
     normalization: tuple[str, ...]
     masks: tuple[bool, ...]
-    sided: tuple[str, ...]
+    sided: tuple[Sided, ...]
     preset_name: str
     preset: Preset
     source: Source
     device: str
+    base_features: int = BASE_FEATURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) ->
         mask_for_normalization=shared.masks,
         resampling=Resampling(),
         batch_dice=grid.batch_dice,
-        network=network_spec(shared.preset.kind, inputs, shared.classes, topology, batch_size),
+        network=network_spec(shared.preset.kind, inputs, shared.classes, topology, batch_size, shared.base_features),
         train=choose_train(augment),
         memory=Memory(source=shared.source, peak_bytes=0),
         previous=grid.previous,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from autoseg import __version__
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.planning import awareness, lowres
-from autoseg.planning.architecture import preset_named
+from autoseg.planning.architecture import choose_base_features, preset_named
 from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_grid
 from autoseg.planning.normalization import choose_masks, choose_normalization
@@ -164,6 +164,7 @@ def _shared(
         preset=chosen,
         source=source,
         device=budget.device,
+        base_features=choose_base_features(budget.device, budget.precision),
     )
     return shared, (Choice(field="preset", value=preset, because=chosen.because), *normalization_choices, masks_choice)
 
@@ -175,7 +176,7 @@ def _notice(fingerprint: Fingerprint, spacing_mm: Millimetres3, train: TrainSpec
         report(Warned(warning))
     sided = sided_labels([label.name for label in fingerprint.labels[1:]])
     if sided:
-        report(Said(f"{some(sided)}: labels that tell left from right; mirroring along X is switched off."))
+        report(Said(f"{some([name for _, name in sided])}: labels that tell one side from the other; no mirroring along that axis."))
     empty, imbalance = awareness.describe_empty(fingerprint), awareness.describe_imbalance(fingerprint, train)
     return empty, imbalance, tiny, *describe_train(train)
 

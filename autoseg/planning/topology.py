@@ -48,9 +48,9 @@ def choose_topology(spacing_mm: Sequence[float], patch_voxels: Sequence[int]) ->
     return Topology(tuple(strides), tuple(kernels), tuple(divisors), padded)
 
 
-def choose_features(stages: int, dimension: int) -> tuple[int, ...]:
-    """32 channels, doubled per stage, at most 320 in 3D and 512 in 2D."""
-    return tuple(min(32 * 2**stage, 320 if dimension == 3 else 512) for stage in range(stages))
+def choose_features(stages: int, dimension: int, base: int = 32) -> tuple[int, ...]:
+    """`base` channels, doubled per stage, at most 320 in 3D and 512 in 2D."""
+    return tuple(min(base * 2**stage, 320 if dimension == 3 else 512) for stage in range(stages))
 
 
 def strided_to_one(strides: Sequence[Sequence[int]], patch_voxels: Sequence[int]) -> tuple[int, ...]:

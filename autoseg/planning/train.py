@@ -14,14 +14,14 @@ IN_PLANE_BEYOND = 3.0
 """A patch this many times longer than its first axis is turned in the plane only."""
 SQUARE_UP_TO = 1.5
 """A 2D patch is turned freely as long as its axes differ by at most this factor."""
-AXIS_OF_SIDES = 2
-"""Left-right is taken to be X of the file, as in axial and coronal series."""
+Sided = tuple[int, str]
+"""A label that tells a side, behind the file axis (0 Z, 1 Y, 2 X) it tells it of."""
 
 
 def choose_augment(
-    patch_voxels: Sequence[int], axes: Voxels3, sided: Sequence[str]
+    patch_voxels: Sequence[int], axes: Voxels3, sided: Sequence[Sided]
 ) -> tuple[AugmentSpec, tuple[Choice, ...]]:
-    """Rotation range and mirror axes for a patch; `sided` are the labels that tell left from right."""
+    """Rotation range and mirror axes for a patch; `sided` are the labels that tell one side from the other."""
     rotation, in_plane, rotation_choice = _rotation(patch_voxels)
     mirror_axes, mirror_choice = _mirror_axes(len(patch_voxels), axes, sided)
     augment = AugmentSpec(rotation_rad=rotation, turn_in_plane_only=in_plane, mirror_axes=mirror_axes)
@@ -50,10 +50,11 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
     )
 
 
-def sided_labels(names: Sequence[str]) -> tuple[str, ...]:
-    """Labels whose names tell a side: the same name with left for right (or l for r) exists too."""
+def sided_labels(names: Sequence[str]) -> tuple[Sided, ...]:
+    """Labels whose names tell a side: the same name with left for right (or anterior for posterior, ..) exists too."""
     spellings = {_words(name) for name in names}
-    return tuple(name for name in names if _is_sided(_words(name), spellings))
+    found = ((_axis_told_by(_words(name), spellings), name) for name in names)
+    return tuple((axis, name) for axis, name in found if axis is not None)
 
 
 def _rotation(patch: Sequence[int]) -> tuple[tuple[float, ...], bool, Choice]:
@@ -75,18 +76,21 @@ def _rotation(patch: Sequence[int]) -> tuple[tuple[float, ...], bool, Choice]:
     return rotation, in_plane, Choice(field="train.augment.rotation_rad", value=value, because=because)
 
 
-def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[str]) -> tuple[tuple[int, ...], Choice]:
+def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple[tuple[int, ...], Choice]:
     of_file = axes[3 - dimension :]
-    mirrored = tuple(a for a in range(dimension) if not (sided and of_file[a] == AXIS_OF_SIDES))
-    names = " ".join("ZYX"[of_file[a]] for a in mirrored) + " of the files"
-    because = "no label name tells left from right, so every axis may be mirrored."
-    if sided and len(mirrored) < dimension:
-        because = (
-            f"{len(sided)} labels tell left from right ({some(sided)}); mirroring along X would teach one as the "
-            "other. X is taken to run from side to side."
+    told = {axis for axis, _ in sided}
+    mirrored = tuple(a for a in range(dimension) if of_file[a] not in told)
+    names = (" ".join("ZYX"[of_file[a]] for a in mirrored) or "none") + " of the files"
+    because = "no label name tells left from right or front from back, so every axis may be mirrored."
+    lost = [axis for axis in of_file if axis in told]
+    if lost:
+        because = " ".join(
+            f"{sum(a == axis for a, _ in sided)} labels tell {SIDES[axis]} ({some([n for a, n in sided if a == axis])}): "
+            f"mirroring along {'ZYX'[axis]}, taken to run that way, would teach one as the other."
+            for axis in lost
         )
     elif sided:
-        because = f"{len(sided)} labels tell left from right ({some(sided)}), but X is not an axis of these slices."
+        because = f"{some([name for _, name in sided])} tell a side, but along no axis of these slices."
     return mirrored, Choice(field="train.augment.mirror_axes", value=names, because=because)
 
 
@@ -95,11 +99,21 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word)
 
 
-def _is_sided(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> bool:
-    swapped = tuple(OTHER_SIDE.get(word, word) for word in words)
-    return swapped != words and swapped in spellings
+def _axis_told_by(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> int | None:
+    """The file axis along which a mirrored label would get the name of another label, if there is one."""
+    for axis, opposites in OPPOSITES.items():
+        swapped = tuple(opposites.get(word, word) for word in words)
+        if swapped != words and swapped in spellings:
+            return axis
+    return None
 
 
-OTHER_SIDE = {"left": "right", "l": "r", "lt": "rt", "lh": "rh", "lhs": "rhs", "sinister": "dexter", "links": "rechts"}
-OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
-"""Words in label names, and the word that the same structure on the other side has instead."""
+SIDES = {0: "above from below", 1: "front from back", 2: "left from right"}
+OPPOSITES: dict[int, dict[str, str]] = {
+    2: {"left": "right", "l": "r", "lt": "rt", "lh": "rh", "lhs": "rhs", "sinister": "dexter", "links": "rechts"},
+    1: {"anterior": "posterior", "ant": "post", "front": "back", "ventral": "dorsal"},
+    0: {"superior": "inferior", "upper": "lower", "cranial": "caudal"},
+}
+for _pairs in OPPOSITES.values():
+    _pairs |= {other: word for word, other in _pairs.items()}
+"""Per file axis (0 Z, 1 Y, 2 X, as in axial series): words in label names, and the word of the opposite side."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.network import augment
-from autoseg.network.device import Device
+from autoseg.network.device import Device, channels_last_format
 from autoseg.network.loop import Batch
 from autoseg.network.patches import Place, Sampling, Source, draw_places, gather, generator_of
 from autoseg.parallel import allowed_cores
@@ -45,7 +45,7 @@ class Batches:
         self._sampling = Sampling(self._patch, configuration.batch_size, train.foreground_share, seed)
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
         self._device = device
-        self._format = torch.channels_last_3d if configuration.dimension == 3 else torch.channels_last
+        self._format = channels_last_format(configuration.dimension)
         self._ahead = min(8, workers or allowed_cores())
         self._threads = ThreadPoolExecutor(self._ahead)
         self._coming: deque[tuple[int, Future[Read]]] = deque()
@@ -130,12 +130,14 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
 
 def _only_moved(drawn: augment.Drawn) -> augment.Drawn:
     """The same movement and mirroring without any change of intensities, for one channel."""
+    one_B1 = torch.ones_like(drawn.brightness_BC[:, :1])
     return replace(
         drawn,
         noise_sigma_B=torch.zeros_like(drawn.noise_sigma_B),
         blur_sigma_BCD=torch.zeros_like(drawn.blur_sigma_BCD[:, :1]),
-        **{
-            name: torch.ones_like(getattr(drawn, name)[:, :1])
-            for name in ("brightness_BC", "contrast_BC", "low_resolution_BC", "gamma_inverted_BC", "gamma_BC")
-        },
+        brightness_BC=one_B1,
+        contrast_BC=one_B1,
+        low_resolution_BC=one_B1,
+        gamma_inverted_BC=one_B1,
+        gamma_BC=one_B1,
     )

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
-from autoseg.layout import prediction_file
+from autoseg.layout import Layout, prediction_file
 from autoseg.records import Scores
 
 LABELS = ("background", "large", "small")
@@ -32,6 +32,7 @@ def demo(folder: Path, *, max_seconds: float = 50.0, report: Report = silent) ->
     from autoseg.steps.postprocess import postprocess_apply, postprocess_learn
     from autoseg.steps.predict import predict
     from autoseg.steps.preprocess import preprocess
+    from autoseg.steps.run import is_trained
     from autoseg.steps.train import train
 
     data, run, results = folder / "data", folder / "run", folder / "results"
@@ -40,9 +41,10 @@ def demo(folder: Path, *, max_seconds: float = 50.0, report: Report = silent) ->
     plan(data, run, memory="2GB", report=report)
     preprocess(run, configuration="3d", report=report)
     for fold in FOLDS:
-        train(run, configuration="3d", fold=fold, max_seconds=max_seconds, resume="auto", report=report)
+        if not is_trained(Layout(run), "3d", fold):
+            train(run, configuration="3d", fold=fold, max_seconds=max_seconds, resume="auto", report=report)
     postprocess_learn(run, report=report)
-    predictions = [folder / f"fold_{fold}" for fold in FOLDS]
+    predictions = [folder / f"predicted_by_fold_{fold}" for fold in FOLDS]
     for fold, output in zip(FOLDS, predictions, strict=True):
         predict(
             run, data / "imagesTs", output, configuration="3d", folds=(fold,), save_probabilities=True,

@@ -20,7 +20,7 @@ from autoseg.image.rules import apply_rules
 from autoseg.image.volume import Volume, plain_geometry
 from autoseg.layout import Layout, ModelLayout, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
-from autoseg.network.device import Device, pick, set_up
+from autoseg.network.device import Device, channels_last, pick, set_up
 from autoseg.network.export import Matrices, labels_of, probabilities_of
 from autoseg.network.sliding import predict_logits
 from autoseg.records import Case, Configuration, Plan, Postprocessing, Run
@@ -271,9 +271,7 @@ def load_network(model: ModelLayout, device: Device) -> nn.Module:
     network = network.to(device.torch_device).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    if network.spec.dimension == 3:
-        return network.to(memory_format=torch.channels_last_3d)
-    return network.to(memory_format=torch.channels_last)
+    return channels_last(network, network.spec.dimension)
 
 
 def trained_models(

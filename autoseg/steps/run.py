@@ -11,6 +11,7 @@ from autoseg.records import Dataset, Plan, Run, Scores
 from autoseg.steps.evaluate import Scoring, score_pairs, summary
 from autoseg.steps.plan import checked, plan
 from autoseg.steps.postprocess import postprocess_learn, validation_pairs
+from autoseg.steps.predict import default_configuration
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.train import train
 
@@ -50,7 +51,7 @@ def run(
     preprocess(run, configuration=name, workers=workers, report=report)
     share = None if max_seconds is None else max_seconds / len(folds)
     for fold in folds:
-        if _is_trained(layout, name, fold):
+        if is_trained(layout, name, fold):
             report(Said(f"{name}, fold {fold}: trained already."))
             continue
         train(
@@ -73,12 +74,6 @@ def cross_validation(run: Path, configuration: str, *, workers: int | None = Non
     return scores
 
 
-def default_configuration(planned: Plan) -> str:
-    """"3d" where the plan has it, else "2d", else the first."""
-    names = [each.name for each in planned.configurations]
-    return next((name for name in ("3d", "2d") if name in names), names[0])
-
-
 def _planned(
     data: Path, run: Path, memory: str | None, device: str | None, workers: int | None, skip_bad: bool, report: Report
 ) -> Plan:
@@ -87,13 +82,14 @@ def _planned(
     if not layout.plan.is_file() or not layout.dataset.is_file():
         return plan(data, run, memory=memory, device=device, workers=workers, skip_bad=skip_bad, report=report)
     known = store.load(layout.dataset, Dataset)
-    if known.cases and not Path(known.cases[0].images[0]).is_relative_to(data.resolve()):
+    if known.cases and not Path(known.cases[0].images[0]).is_relative_to(data.absolute()):
         raise UserError(f"{run} was planned for other data than {data}.", fix="Choose another folder for -o.")
     report(Said(f"Going on with {layout.plan}."))
     return checked(run)
 
 
-def _is_trained(layout: Layout, configuration: str, fold: str) -> bool:
+def is_trained(layout: Layout, configuration: str, fold: str) -> bool:
+    """Whether this training came to its end, scores of its validation cases included."""
     model = layout.model(configuration, fold)
     has_scores = fold == "all" or model.scores.is_file()
     return model.run.is_file() and has_scores and store.load(model.run, Run).finished

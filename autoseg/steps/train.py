@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from autoseg import __version__, store
 from autoseg.cases.cache import CachedCase, open_case
@@ -18,7 +19,7 @@ from autoseg.errors import Interrupted, UserError
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, scores_csv
 from autoseg.network import checkpoint, losses, unet
-from autoseg.network.device import Device, pick, pays_to_compile, set_up, try_compile
+from autoseg.network.device import Device, channels_last, pick, pays_to_compile, set_up, try_compile
 from autoseg.network.loop import Length, TrainState, fit, make_optimizer, make_scaler
 from autoseg.network.patches import InMemory, Source, WithPrevious
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Scores, Splits
@@ -230,9 +231,8 @@ def _train_network(
     """Train until the length is reached or the user stops; the finished weights are on disk then."""
     configuration, spec = record.configuration, record.configuration.train
     torch.manual_seed(record.seed)
-    network = unet.build(configuration.network).to(device.torch_device)
-    layout_of = torch.channels_last_3d if configuration.dimension == 3 else torch.channels_last
-    network = network.to(memory_format=layout_of)
+    network: nn.Module = unet.build(configuration.network).to(device.torch_device)
+    network = channels_last(network, configuration.dimension)
     optimizer = make_optimizer(network, spec, device)
     state = TrainState(network, optimizer, make_scaler(device), steps_per_epoch=spec.steps_per_epoch)
     if continues:
