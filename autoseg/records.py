@@ -88,8 +88,8 @@ class Intensities(Record):
 class CaseStats(Saved):
     """What one case tells the planner. Shapes and shares are those after cropping to the nonzero region.
 
-    `class_voxels[k]` and `class_mm3[k]` count label index k, background included at 0. `class_components[k]` is its number
-    of connected components and `class_median_component_voxels[k]` their median size; both are 0 for the background.
+    `class_voxels[k]` and `class_mm3[k]` count label index k, background included at 0. `class_components[k]` is its
+    number of connected components and `class_median_component_voxels[k]` their median size; both are 0 for background.
     `intensity_sample[c]` holds foreground intensities of channel c at evenly spaced ranks.
     `content` is the hash of the files' bytes and of the label values it was computed with.
     """
@@ -156,7 +156,7 @@ class Attempt(Record):
 
 
 class Memory(Record):
-    """Where the planner's bytes came from, and every attempt. `measured`: read off the device; `simulated`: replayed."""
+    """Where the planner's bytes came from (read off the device, or replayed), and every attempt."""
 
     source: Literal["measured", "simulated", "assumed"]
     peak_bytes: int

@@ -110,4 +110,4 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path}: no valid safetensors file ({error}).", fix="Train again or restore the file.") from error
+        raise UserError(f"{path}: no valid safetensors file ({error}).", fix="Train again, or restore it.") from error

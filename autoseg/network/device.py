@@ -2,10 +2,11 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class Device:
 
 
 def pick(device: str | None = None, precision: str | None = None) -> Device:
-    """Choose the device named by the user, else the first GPU, else the CPU; and the precision that is native on it.
+    """Choose the device named by the user, else the first GPU, else the CPU; and its native precision.
 
     Raises UserError for a device that is not there or a precision it cannot compute.
     """
@@ -49,7 +50,7 @@ def pick(device: str | None = None, precision: str | None = None) -> Device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"--device {device}: torch knows no such device.", fix="Use cpu, cuda, cuda:1 or mps.") from error
+        raise UserError(f"--device {device}: no such device.", fix="Use cpu, cuda, cuda:1 or mps.") from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: torch sees no CUDA device here.", fix="Use --device cpu.")
@@ -129,7 +130,9 @@ def pays_to_compile(device: Device, seconds_left: float | None) -> bool:
     return seconds_left is None or seconds_left * COMPILE_SAVES > cost
 
 
-def try_compile(network: nn.Module, shape: tuple[int, ...], device: Device, report: Report) -> nn.Module | None:
+def try_compile(
+    network: nn.Module, shape: tuple[int, ...], device: Device, report: Report
+) -> Callable[[torch.Tensor], Any] | None:
     """The compiled network, tried on one batch of `shape` (B, C, ...); None, with one line why, if that fails.
 
     The trial changes nothing: weights and running statistics are put back, gradients dropped.
@@ -141,7 +144,7 @@ def try_compile(network: nn.Module, shape: tuple[int, ...], device: Device, repo
         with device.autocast():
             outputs = compiled(torch.zeros(shape, device=device.torch_device))
         sum(each.float().mean() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
-    except Exception as error:  # compilers fail in many ways, and the eager network does the same work
+    except Exception as error:  # noqa: BLE001  compilers fail in many ways, and the eager network does the same work
         report(Warned(f"torch.compile failed ({type(error).__name__}); training goes on without it, more slowly."))
         return None
     finally:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def make_scaler(device: Device) -> torch.amp.GradScaler:
 
 
 def step(
-    network: nn.Module,
+    network: Callable[[Tensor], Any],
     optimizer: torch.optim.Optimizer,
     loss: Supervised,
     image: Tensor,
@@ -95,7 +96,8 @@ def step(
     (scale.scale(value) if scale else value).backward()
     if scale:
         scale.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = nn.utils.clip_grad_norm_(weights, clip_norm, foreach=True)
     if scale:
         scale.step(optimizer)
         scale.update()
@@ -148,7 +150,7 @@ def fit(
     save: Callable[[TrainState, bool], None],
     stop: Callable[[], bool],
     report: Report,
-    compiled: nn.Module | None = None,
+    compiled: Callable[[Tensor], Any] | None = None,
 ) -> bool:
     """Train until the length is reached; True when it was, False when `stop()` asked to end earlier.
 
@@ -232,7 +234,8 @@ def _epochs(state: TrainState, length: Length) -> int:
 
 def _end_epoch(
     state: TrainState, sums: _Sums, count: int, rate: float, length: Length,
-    validate: Callable[[int], Sequence[float]], save: Callable[[TrainState, bool], None], report: Report, seconds: float,
+    validate: Callable[[int], Sequence[float]], save: Callable[[TrainState, bool], None], report: Report,
+    seconds: float,
 ) -> None:  # fmt: skip
     """Validate, write the epoch into the history, remember the best, save, announce."""
     bad = int(sums.bad.item())

@@ -1,4 +1,4 @@
-"""Which patches a step learns from, and how they are cut out. Where is drawn first (`draw_places`), then cut (`gather`).
+"""Which patches a step learns from: first the places are drawn (`draw_places`), then the patches cut (`gather`).
 
 Every step has its own random numbers, made from the seed and the step's number, so a resumed training sees the patches
 that an uninterrupted one sees and no random state needs to be saved.
@@ -154,8 +154,9 @@ def gather(
         image, labels = source.read((box[0], box[1], box[2]))
         if image_BCZYX is None:
             image_BCZYX = np.zeros((len(places), len(image), *size_zyx), np.float32)
-        image_BCZYX[(sample, slice(None), *into)] = image
-        labels_BZYX[(sample, *into)] = labels
+        along_z, along_y, along_x = into
+        image_BCZYX[sample, :, along_z, along_y, along_x] = image
+        labels_BZYX[sample, along_z, along_y, along_x] = labels
     if image_BCZYX is None:
         raise ValueError("a batch needs at least one place")
     return (image_BCZYX[:, :, 0], labels_BZYX[:, 0]) if flat else (image_BCZYX, labels_BZYX)

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from autoseg.network import kernels, losses, losses_sums, unet
 from autoseg.network.device import Device
-from autoseg.records import Configuration, TrainSpec
+from autoseg.network.loop import make_optimizer, step
+from autoseg.records import Configuration
 
 MIB = 2**20
 CONVOLUTION = torch.ops.aten.convolution.default
@@ -73,32 +74,6 @@ def make_step(configuration: Configuration, device: Device) -> Step:
     image = torch.zeros(shape[0], spec.in_channels, *shape[1:], device=where)
     labels = torch.zeros(shape, dtype=torch.int16, device=where)
     return Step(network, optimizer, lambda: step(network, optimizer, loss, image, labels, device, train.clip_norm))
-
-
-def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torch.optim.Optimizer:
-    """Stands in for the training loop's."""
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), train.learning_rate, train.momentum, nesterov=True)
-    return torch.optim.AdamW(network.parameters(), train.learning_rate, foreach=True)
-
-
-def step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: losses.Supervised,
-    image: Tensor,
-    labels: Tensor,
-    device: Device,
-    clip_norm: float,
-) -> Tensor:
-    """Stands in for the training loop's."""
-    with device.autocast():
-        value = loss(network(image), labels)
-    value.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value.detach()
 
 
 # ------------------------------------------------------------------------------------------------ the replay

@@ -77,19 +77,20 @@ def predict_logits(
     tiles = list(_tiles(padded.shape[1:], padded_size, patch_voxels, overlap))
     flips = mirrorings(mirror_axes)
     for number, (depth, corner) in enumerate(tiles):
-        window = tuple(slice(start, start + patch) for start, patch in zip(corner, patch_voxels, strict=True))
-        tile = padded[(slice(None), depth, *window)] if flat else padded[(slice(None), *window)]
+        window: tuple[slice, ...] = tuple(slice(start, start + patch) for start, patch in zip(corner, patch_voxels, strict=True))
+        where: tuple[slice, ...] = (slice(None), depth, *window) if flat else (slice(None), *window)
+        tile = padded[where]
         batch = (tile.transpose(0, 1) if flat else tile.unsqueeze(0)).to(device.torch_device)
         logits = _mirrored_mean(network, batch, flips, device) * weights
         result = logits.transpose(0, 1) if flat else logits[0]
-        total[(slice(None), depth, *window) if flat else (slice(None), *window)] += result.cpu()
+        total[where] += result.cpu()
         if not flat or depth.start == 0:
             norm[window] += weights.cpu()
         if progress is not None:
             progress(number + 1, len(tiles))
     total /= norm
-    where = tuple(slice(start, start + length) for start, length in zip(inside, size, strict=True))
-    return total[(..., *where)]
+    kept = tuple(slice(start, start + length) for start, length in zip(inside, size, strict=True))
+    return total[(..., *kept)]
 
 
 def _mirrored_mean(network: nn.Module, batch: Tensor, flips: Sequence[tuple[int, ...]], device: Device) -> Tensor:

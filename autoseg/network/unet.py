@@ -24,7 +24,9 @@ SLOPE = 0.01
 GROUPS = 16
 
 
-def _convolve(spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> nn.Module:
+def _convolve(
+    spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+) -> nn.Module:
     padding = tuple((size - 1) // 2 for size in kernel)
     return CONVOLUTIONS[spec.dimension](channels, features, kernel, stride, padding, bias=False)
 
@@ -36,7 +38,9 @@ def _norm(spec: NetworkSpec, features: int) -> nn.Module:
 class PlainBlock(nn.Module):
     """Convolution, norm, leaky ReLU."""
 
-    def __init__(self, spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    def __init__(
+        self, spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.conv = _convolve(spec, channels, features, kernel, stride)
         self.norm = _norm(spec, features)
@@ -51,7 +55,9 @@ class PlainBlock(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions and a shortcut that is pooled where the block strides and projected where channels change."""
 
-    def __init__(self, spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    def __init__(
+        self, spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+    ) -> None:
         super().__init__()
         ones = (1,) * spec.dimension
         self.conv1 = _convolve(spec, channels, features, kernel, stride)
@@ -84,7 +90,7 @@ class UNet(nn.Module):
         block = BLOCKS[spec.kind]
         ones = (1,) * spec.dimension
         channels = spec.in_channels
-        self.stem = nn.Identity()
+        self.stem: nn.Module = nn.Identity()
         if spec.kind == "residual":
             self.stem = PlainBlock(spec, channels, spec.features[0], spec.kernels[0], ones)
             channels = spec.features[0]
@@ -135,7 +141,7 @@ def build(spec: NetworkSpec) -> UNet:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, ResidualBlock):
-            nn.init.zeros_(module.norm2.weight)
+            nn.init.zeros_(module.norm2.get_parameter("weight"))
     return network
 
 

@@ -16,7 +16,7 @@ from autoseg.records import Choice, NetworkSpec
 PLAIN_BLOCKS = 2
 BASE_FEATURES = 32
 BASE_FEATURES_SLOW = 16
-"""On a CPU that multiplies in fp32 only: a quarter of the work per sample, so four times as many samples in a given time."""
+"""On a CPU that multiplies in fp32 only: a quarter of the work, so four times as many samples in a given time."""
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6)
 
 
@@ -64,7 +64,7 @@ def network_spec(
 
 
 def choose_base_features(device: str, precision: str) -> int:
-    """Channels of the first stage: 32 as in nnU-Net, but 16 where a training step in fp32 on a CPU would take seconds."""
+    """Channels of the first stage: 32 as in nnU-Net, but 16 on a CPU in fp32, where a step would take seconds."""
     return BASE_FEATURES_SLOW if device == "cpu" and precision == "fp32" else BASE_FEATURES
 
 

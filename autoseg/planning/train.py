@@ -85,8 +85,9 @@ def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple
     lost = [axis for axis in of_file if axis in told]
     if lost:
         because = " ".join(
-            f"{sum(a == axis for a, _ in sided)} labels tell {SIDES[axis]} ({some([n for a, n in sided if a == axis])}): "
-            f"mirroring along {'ZYX'[axis]}, taken to run that way, would teach one as the other."
+            f"{sum(a == axis for a, _ in sided)} labels tell {SIDES[axis]} "
+            f"({some([name for a, name in sided if a == axis])}): mirroring along {'ZYX'[axis]}, taken to run that way, "
+            "would teach one as the other."
             for axis in lost
         )
     elif sided:

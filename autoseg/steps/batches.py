@@ -111,7 +111,8 @@ class Batches:
 
     def _read(self, sources: Sequence[Source], step: int) -> Read:
         places = draw_places(sources, self._sampling, step, TRAINING)
-        chance = torch.Generator().manual_seed(int(generator_of(self._sampling.seed, step, AUGMENTATION).integers(2**62)))
+        seed = int(generator_of(self._sampling.seed, step, AUGMENTATION).integers(2**62))
+        chance = torch.Generator().manual_seed(seed)
         drawn = augment.draw(self._spec, len(places), self._channels, self._patch, chance)
         image, labels = gather(sources, places, self._patch, self._enlarged, drawn.moved_B.tolist())
         return image, labels, drawn, places

@@ -1,4 +1,4 @@
-"""What the second stage of a cascade learns from: label maps of the first stage, for cases it has not seen where possible."""
+"""What the second stage of a cascade learns from: label maps of the first stage, made for cases it has not seen."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +22,8 @@ def previous_label_maps(
 ) -> dict[str, Path]:
     """Label maps of the previous stage for `cases`, by id; those that are missing are predicted now and kept.
 
-    A case that some fold of the first stage validated on has a prediction of a network that never saw it. The others are
-    predicted by the first stage's network of the same `fold`, so that validation cases stay unseen in both stages.
+    A case that some fold of the first stage validated on has a prediction of a network that never saw it. The others
+    are predicted by the first stage's network of the same `fold`, so that validation cases stay unseen in both stages.
 
     Raises UserError when the first stage is not trained for this fold.
     """

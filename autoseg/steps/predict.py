@@ -192,7 +192,8 @@ class Predictor:
 
     def _scores(self, image_CZYX: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Logits of the only network, or the mean probabilities of several; (K, Z, Y, X) on the network's grid."""
-        return mean_scores(self._networks, image_CZYX, self.configuration, self.plan.classes, self.device, self._mirror_axes)
+        classes, axes = self.plan.classes, self._mirror_axes
+        return mean_scores(self._networks, image_CZYX, self.configuration, classes, self.device, axes)
 
     def _finish(
         self, scores: torch.Tensor, are_logits: bool, prepared: Prepared, with_probabilities: bool

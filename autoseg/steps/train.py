@@ -19,7 +19,7 @@ from autoseg.errors import Interrupted, UserError
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, scores_csv
 from autoseg.network import checkpoint, losses, unet
-from autoseg.network.device import Device, channels_last, pick, pays_to_compile, set_up, try_compile
+from autoseg.network.device import Device, channels_last, pays_to_compile, pick, set_up, try_compile
 from autoseg.network.loop import Length, TrainState, fit, make_optimizer, make_scaler
 from autoseg.network.patches import InMemory, Source, WithPrevious
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Scores, Splits
@@ -176,8 +176,8 @@ def fit_to_time(configuration: Configuration, asked: Options, seconds: float) ->
         fitting = max(LEAST_BATCH, int(limit / STEPS_WANTED / seconds))
         if fitting < batch:
             note = (
-                f"Batch size {fitting} instead of {batch}: a sample takes {seconds:.2f} s, and {limit:.0f} s shall hold "
-                f"about {STEPS_WANTED} steps."
+                f"Batch size {fitting} instead of {batch}: a sample takes {seconds:.2f} s, and {limit:.0f} s shall "
+                f"hold about {STEPS_WANTED} steps."
             )
             batch = fitting
     pace = int(limit / (seconds * batch) / REPORTS_WANTED)
@@ -210,8 +210,8 @@ def _sources(
     need = sum(int(np.prod(case.shape)) * (4 * case.channels + 2) for case in opened.values())
     in_ram = need < RAM_SHARE * allowed_ram_bytes()
     sources: dict[str, Source] = {}
-    for id, case in opened.items():
-        sources[id] = InMemory(*case.read(), case.locations) if in_ram else case
+    for name, case in opened.items():
+        sources[name] = InMemory(*case.read(), case.locations) if in_ram else case
     if not in_ram:
         report(Said(f"{need / 2**30:.1f} GB of preprocessed cases are read from disk, patch by patch."))
     if configuration.previous is None:
@@ -219,8 +219,8 @@ def _sources(
     wanted = [case for case in dataset.cases if case.id in opened]
     maps = previous_label_maps(run, plan, configuration, fold, wanted, device, report)
     return {
-        id: WithPrevious(source, previous_on_grid(maps[id], opened[id].mark, plan, configuration))
-        for id, source in sources.items()
+        name: WithPrevious(source, previous_on_grid(maps[name], opened[name].mark, plan, configuration))
+        for name, source in sources.items()
     }
 
 
@@ -252,9 +252,10 @@ def _train_network(
             checkpoint.save_weights(model.best, state.network, state.average)
 
     channels = len(plan.channels)
-    with _stop_requests() as asked, Batches(configuration, record.seed, channels, plan.classes, device, workers) as batches:
-        learned = [sources[id] for id in cases.train]
-        held_out = [sources[id] for id in cases.validation] or learned
+    coming = Batches(configuration, record.seed, channels, plan.classes, device, workers)
+    with _stop_requests() as asked, coming as batches:
+        learned = [sources[case] for case in cases.train]
+        held_out = [sources[case] for case in cases.validation] or learned
         reached = fit(
             state, spec, length, device, loss,
             draw_batch=lambda step: batches.draw(learned, cases.train, step),
@@ -291,7 +292,7 @@ def _plain(row: dict[str, float]) -> dict[str, float | None]:
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Catch Ctrl-C and SIGTERM inside the block; the function given tells whether one came. A second Ctrl-C ends at once."""
+    """Catch Ctrl-C and SIGTERM inside the block; the function tells whether one came. A second one ends at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

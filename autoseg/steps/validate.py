@@ -25,13 +25,13 @@ def validate_fold(
     store.remove_unfinished(model.validation)
     report(Started("validate", len(cases.validation)))
     pairs = []
-    for number, id in enumerate(cases.validation):
-        case = by_id[id]
+    for number, name in enumerate(cases.validation):
+        case = by_id[name]
         volume = read_image([Path(path) for path in case.images])
-        path = prediction_file(model.validation, id, plan.file_ending)
-        write_labels(path, predictor.segment(volume, case=id).labels_ZYX, volume.geometry)
-        pairs.append(Pair(id, path, Path(str(case.label))))
-        report(Advanced("validate", number + 1, len(cases.validation), id))
+        path = prediction_file(model.validation, name, plan.file_ending)
+        write_labels(path, predictor.segment(volume, case=name).labels_ZYX, volume.geometry)
+        pairs.append(Pair(name, path, Path(str(case.label))))
+        report(Advanced("validate", number + 1, len(cases.validation), name))
     report(Finished("validate"))
     scoring = Scoring(dataset.labels, dataset.ignore_value, surface=True, tolerance_mm=1.0)
     scored = score_pairs(pairs, scoring, None, report)
