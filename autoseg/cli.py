@@ -11,6 +11,7 @@ import typer
 
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Report
+from autoseg.layout import Layout
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -44,7 +45,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to
 @app.command()
 def plan(
     data: Annotated[
-        Path | None, typer.Argument(help="Decathlon folder, nnU-Net raw folder, or images/ + labels/.")
+        Path | None, typer.Argument(help="Decathlon folder, nnU-Net raw folder, images/ + labels/, or a planned run.")
     ] = None,
     run: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.", show_default=False)] = None,
     fingerprint: Annotated[
@@ -57,18 +58,28 @@ def plan(
     preset: Annotated[str, typer.Option(help="standard, or the residual M, L, XL.")] = "standard",
     workers: Workers = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty cases out instead of stopping.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Print every decision with its reason.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print every decision with its reason; also of a run planned before.")
+    ] = False,
+    edit: Annotated[
+        bool, typer.Option("--edit", help="Open the plan of a run in your editor; it is checked before it counts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the data, take its fingerprint and decide on everything: spacing, patch, network, batch."""
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps import plan as step
 
         if (data is None) == (fingerprint is None):
             raise UserError("Planning needs either a data folder or --fingerprint.")
-        if data is not None and run is None:
+        planned = data is not None and run is None and Layout(data).plan.is_file()
+        if edit and not planned:
+            raise UserError("--edit needs a planned run.", fix="Write: autoseg plan RUN --edit")
+        if data is not None and planned:
+            made = step.replace_plan(data, _edited(Layout(data).plan)) if edit else step.checked(data)
+        elif data is not None and run is None:
             raise UserError("Where shall the run be written?", fix="Name a folder: -o RUN.")
-        if data is not None and run is not None:
+        elif data is not None and run is not None:
             made = step.plan(
                 data, run, memory=memory, device=device, preset=preset, workers=workers, skip_bad=skip_bad,
                 report=report,
@@ -83,7 +94,7 @@ def plan(
 @app.command()
 def preprocess(run: RunFolder, configuration: ConfigurationName = None, workers: Workers = None) -> None:
     """Crop, normalize and resample every case into the run's cache. An interrupted run continues."""
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps.preprocess import preprocess as step
 
         step(run, configuration=configuration, workers=workers, report=report)
@@ -108,7 +119,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one network on one fold and score it on the cases it has not seen."""
-    with _session() as report:
+    with _watched() as report:
         max_seconds = _seconds(max_time)
         from autoseg.steps.train import train as step
 
@@ -138,7 +149,7 @@ def predict(
     device: Device = None,
 ) -> None:
     """Segment images; the label maps lie on the grid of their images."""
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps.predict import predict as step
 
         step(
@@ -161,7 +172,7 @@ def ensemble(
     ] = False,
 ) -> None:
     """Average the probabilities of several prediction folders."""
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps.ensemble import ensemble as step
 
         step(
@@ -186,7 +197,7 @@ def postprocess(
     """Learn on the cross-validation which small components to remove; with -i and -o, apply what was learned."""
     if (predictions is None) != (output is None):
         raise typer.BadParameter("-i and -o go together; leave both out to learn the rules")
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps.postprocess import postprocess_apply, postprocess_learn
 
         if predictions is not None and output is not None:
@@ -206,7 +217,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score label maps against references; writes scores.json into the folder of predictions."""
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps.evaluate import evaluate as step
 
         scores = step(
@@ -227,7 +238,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods scored on the same cases: differences, their intervals, and which are more than chance."""
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps.compare import compare as step
 
         found = step(*scores, metrics=_names(metrics), output=output, report=report)
@@ -240,7 +251,7 @@ def demo(
     max_time: Annotated[str, typer.Option("--max-time", help="Time for each of the two trainings.")] = "50s",
 ) -> None:
     """Make a small synthetic data set and take it through the whole pipeline, in under five minutes on 2 cores."""
-    with _session() as report:
+    with _watched() as report:
         from autoseg.steps.demo import demo as step
 
         scores, picture = step(folder, max_seconds=parse_duration(max_time), report=report)
@@ -262,7 +273,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Plan, preprocess, train, postprocess and evaluate. What is finished is not done again."""
-    with _session() as report:
+    with _watched() as report:
         max_seconds = _seconds(max_time)
         from autoseg.steps.run import run as step
 
@@ -288,7 +299,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @contextmanager
-def _session() -> Iterator[Report]:
+def _watched() -> Iterator[Report]:
     """Show the events of a step, and turn the errors meant for the user into a sentence and an exit code."""
     from autoseg import screen
 
@@ -325,6 +336,14 @@ def parse_duration(text: str) -> float:
     if not 0.0 < seconds < float("inf"):
         raise UserError(f"{text!r} is not a duration.", fix="Write it as 90s, 10m or 1.5h.")
     return seconds
+
+
+def _edited(file: Path) -> str:
+    """The file's text after the user has worked on it in an editor. Raises UserError if nothing was saved there."""
+    text = typer.edit(file.read_text(), extension=".json")
+    if text is None:
+        raise UserError(f"{file}: nothing was changed in the editor.")
+    return text
 
 
 def _seconds(text: str | None) -> float | None:

@@ -105,6 +105,6 @@ def test_photographs_with_masks_of_0_and_255_keep_their_values(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_demo_ends_with_scores_and_a_picture(tmp_path: Path) -> None:
-    scores, picture = demo(tmp_path / "demo", max_seconds=10.0)
+    scores, picture = demo(tmp_path / "demo", max_seconds=2.0)
     assert len(scores.cases) == 4
     assert picture.is_file()

@@ -236,7 +236,7 @@ def test_a_card_gives_what_other_processes_leave_free(monkeypatch: pytest.Monkey
     assert budget.budget_bytes == 16 * GIB - memory.RESERVE_BYTES
     assert memory.budget_for("11GB", "cuda:1").budget_bytes == 11 * GIB - memory.RESERVE_BYTES
     assert memory.budget_for("20GB", "cuda:1").budget_bytes == 16 * GIB - memory.RESERVE_BYTES
-    with pytest.raises(UserError, match="has 16.00 GB free of 24.00 GB"):
+    with pytest.raises(UserError, match=r"has 16\.00 GB free of 24\.00 GB"):
         memory.budget_for("80GB", "cuda:1")
     assert memory.measurer(budget)[1] == "measured"
 

@@ -77,7 +77,7 @@ def predict_logits(
     tiles = list(_tiles(padded.shape[1:], padded_size, patch_voxels, overlap))
     flips = mirrorings(mirror_axes)
     for number, (depth, corner) in enumerate(tiles):
-        window: tuple[slice, ...] = tuple(slice(start, start + patch) for start, patch in zip(corner, patch_voxels, strict=True))
+        window = tuple(slice(start, start + patch) for start, patch in zip(corner, patch_voxels, strict=True))
         where: tuple[slice, ...] = (slice(None), depth, *window) if flat else (slice(None), *window)
         tile = padded[where]
         batch = (tile.transpose(0, 1) if flat else tile.unsqueeze(0)).to(device.torch_device)
@@ -89,8 +89,9 @@ def predict_logits(
         if progress is not None:
             progress(number + 1, len(tiles))
     total /= norm
-    kept = tuple(slice(start, start + length) for start, length in zip(inside, size, strict=True))
-    return total[(..., *kept)]
+    for axis, (start, length) in enumerate(zip(inside, size, strict=True), start=total.ndim - len(size)):
+        total = total.narrow(axis, start, length)
+    return total
 
 
 def _mirrored_mean(network: nn.Module, batch: Tensor, flips: Sequence[tuple[int, ...]], device: Device) -> Tensor:

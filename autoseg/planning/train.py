@@ -86,8 +86,8 @@ def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple
     if lost:
         because = " ".join(
             f"{sum(a == axis for a, _ in sided)} labels tell {SIDES[axis]} "
-            f"({some([name for a, name in sided if a == axis])}): mirroring along {'ZYX'[axis]}, taken to run that way, "
-            "would teach one as the other."
+            f"({some([name for a, name in sided if a == axis])}): mirroring along {'ZYX'[axis]}, taken to run that "
+            "way, would teach one as the other."
             for axis in lost
         )
     elif sided:
