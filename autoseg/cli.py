@@ -61,9 +61,6 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print every decision with its reason; also of a run planned before.")
     ] = False,
-    edit: Annotated[
-        bool, typer.Option("--edit", help="Open the plan of a run in your editor; it is checked before it counts.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the data, take its fingerprint and decide on everything: spacing, patch, network, batch."""
@@ -72,11 +69,8 @@ def plan(
 
         if (data is None) == (fingerprint is None):
             raise UserError("Planning needs either a data folder or --fingerprint.")
-        planned = data is not None and run is None and Layout(data).plan.is_file()
-        if edit and not planned:
-            raise UserError("--edit needs a planned run.", fix="Write: autoseg plan RUN --edit")
-        if data is not None and planned:
-            made = step.replace_plan(data, _edited(Layout(data).plan)) if edit else step.checked(data)
+        if data is not None and run is None and Layout(data).plan.is_file():
+            made = step.checked(data)
         elif data is not None and run is None:
             raise UserError("Where shall the run be written?", fix="Name a folder: -o RUN.")
         elif data is not None and run is not None:
@@ -336,14 +330,6 @@ def parse_duration(text: str) -> float:
     if not 0.0 < seconds < float("inf"):
         raise UserError(f"{text!r} is not a duration.", fix="Write it as 90s, 10m or 1.5h.")
     return seconds
-
-
-def _edited(file: Path) -> str:
-    """The file's text after the user has worked on it in an editor. Raises UserError if nothing was saved there."""
-    text = typer.edit(file.read_text(), extension=".json")
-    if text is None:
-        raise UserError(f"{file}: nothing was changed in the editor.")
-    return text
 
 
 def _seconds(text: str | None) -> float | None:

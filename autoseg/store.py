@@ -83,25 +83,14 @@ def load(path: Path, kind: type[AnySaved]) -> AnySaved:
     Raises UserError when the file is missing, no JSON, of another kind, of a newer schema, or wrong in a named field.
     """
     try:
-        text = path.read_text()
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.", fix="Is this the right folder?") from error
-    except UnicodeDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew."
         ) from error
-    return parse_text(text, kind, str(path))
-
-
-def parse_text(text: str, kind: type[AnySaved], where: str) -> AnySaved:
-    """The record that `text` holds as JSON; `where` names it in errors (see `load`)."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew."
-        ) from error
-    return parse(content, kind, where)
+    return parse(content, kind, str(path))
 
 
 def parse(content: object, kind: type[AnySaved], where: str) -> AnySaved:

@@ -14,7 +14,7 @@ from autoseg.planning.checks import check_plan
 from autoseg.planning.plan import make_plan
 from autoseg.planning.wording import GIGABYTE, gigabytes
 from autoseg.records import Budget, Fingerprint, Plan
-from autoseg.store import load, parse_text, save
+from autoseg.store import load, save
 
 
 def plan(
@@ -82,15 +82,6 @@ def checked(run: Path) -> Plan:
     """The plan of a run, edited or not; raises UserError where it contradicts itself or names what does not exist."""
     planned = load(Layout(run).plan, Plan)
     check_plan(planned)
-    return planned
-
-
-def replace_plan(run: Path, text: str) -> Plan:
-    """Put an edited plan in place of a run's, if it is valid; raises UserError, and changes nothing, if it is not."""
-    where = Layout(run).plan
-    planned = parse_text(text, Plan, str(where))
-    check_plan(planned)
-    save(where, planned)
     return planned
 
 
