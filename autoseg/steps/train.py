@@ -22,6 +22,7 @@ from autoseg.network import checkpoint, losses, unet
 from autoseg.network.device import Device, channels_last, pays_to_compile, pick, set_up, try_compile
 from autoseg.network.loop import Length, TrainState, fit, make_optimizer, make_scaler
 from autoseg.network.patches import InMemory, Source, WithPrevious
+from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Scores, Splits
 from autoseg.steps.batches import Batches
 from autoseg.steps.cascade import previous_label_maps, previous_on_grid
@@ -94,8 +95,9 @@ def train(
     asked = Options(epochs, max_seconds, loss, batch_size, learning_rate)
     record = store.load(model.run, Run) if continues else _fresh_run(plan, planned, asked, fold, seed, where, report)
     record = record.model_copy(update={"finished": False, "device": where.name, "precision": where.precision})
-    if continues and max_seconds is not None:
-        record = record.model_copy(update={"max_seconds": max_seconds})
+    if continues:
+        asked_anew = {"configuration": with_options(record.configuration, asked)}
+        record = record.model_copy(update=asked_anew | ({"max_seconds": max_seconds} if max_seconds else {}))
     model.root.mkdir(parents=True, exist_ok=True)
     store.remove_unfinished(model.root)
     store.save(model.run, record)
@@ -143,9 +145,11 @@ def _fresh_run(
     if asked.max_seconds is not None:
         seconds = seconds_per_sample(configuration, device)
         configuration, note = fit_to_time(configuration, asked, seconds)
-        if note:
-            notes.append(note)
-            report(Said(note))
+        notes += [note] if note else []
+    configuration, note = with_suited_norm(configuration)
+    notes += [note] if note else []
+    for note in notes:
+        report(Said(note))
     return Run(
         autoseg_version=__version__, torch_version=torch.__version__, configuration=configuration, fold=fold, seed=seed,
         device=device.name, precision=device.precision, compiled=False, max_seconds=asked.max_seconds,
@@ -154,7 +158,9 @@ def _fresh_run(
 
 
 def with_options(planned: Configuration, asked: Options) -> Configuration:
-    """The planned configuration with the options of this training put in."""
+    """The planned configuration with the options of this training put in. Raises UserError for a rate of 0 or less."""
+    if asked.learning_rate is not None and asked.learning_rate <= 0:
+        raise UserError(f"--lr {asked.learning_rate:g} is no learning rate.", fix="Give a number above 0.")
     update: dict[str, object] = {}
     for field in ("epochs", "loss", "learning_rate"):
         if (value := getattr(asked, field)) is not None:
@@ -184,6 +190,15 @@ def fit_to_time(configuration: Configuration, asked: Options, seconds: float) ->
     steps = min(max(pace, 2), configuration.train.steps_per_epoch)
     train_spec = configuration.train.model_copy(update={"steps_per_epoch": steps})
     return configuration.model_copy(update={"batch_size": batch, "train": train_spec}), note
+
+
+def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
+    """Instance norm instead of batch norm where the batch became too small for it, by the planner's own rule."""
+    network = configuration.network
+    if network.norm != "batch" or choose_norm(configuration.batch_size) == "batch":
+        return configuration, ""
+    note = f"Instance norm instead of batch norm: {configuration.batch_size} samples are too few for batch statistics."
+    return configuration.model_copy(update={"network": network.model_copy(update={"norm": "instance"})}), note
 
 
 def seconds_per_sample(configuration: Configuration, device: Device) -> float:
