@@ -180,9 +180,6 @@ def fit(
         sums.add(value, batch, time.perf_counter() - start)
         state.seconds += time.perf_counter() - start
         epoch_ends = state.step % state.steps_per_epoch == 0 or length.done(state) >= 1.0
-        if stop():
-            save(state, False)
-            return False
         if epoch_ends:
             began = time.perf_counter()
             _end_epoch(state, sums, count, rate, length, validate, save, report, time.perf_counter() - epoch_start)
@@ -193,6 +190,10 @@ def fit(
             if time.perf_counter() - saved_at > SAVE_SECONDS:
                 save(state, False)
                 saved_at = time.perf_counter()
+        if stop():
+            if not epoch_ends:
+                save(state, False)
+            return False
     return True
 
 

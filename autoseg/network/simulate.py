@@ -149,7 +149,7 @@ class _CudaCasts(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.group_norm:
+        if func is nn.functional.group_norm:
             args = tuple(arg.float() if isinstance(arg, Tensor) else arg for arg in args)
         if func in (torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d):
             with torch.autocast("cpu", enabled=False):

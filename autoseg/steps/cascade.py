@@ -12,8 +12,16 @@ from autoseg.image.crop import crop
 from autoseg.image.formats import read_labels
 from autoseg.image.resample import resample_labels
 from autoseg.layout import Layout, ModelLayout, prediction_file
-from autoseg.records import Case, Configuration, Plan
+from autoseg.records import Case, Configuration, Plan, Run
 from autoseg.steps.predict import Predictor, segment_cases, trained_models
+from autoseg.store import load, remove_unfinished
+
+
+def is_trained(layout: Layout, configuration: str, fold: str) -> bool:
+    """Whether some training of this fold, of whatever seed, came to its end."""
+    folder = layout.configuration(configuration)
+    records = (*folder.glob(f"fold_{fold}/run.json"), *folder.glob(f"fold_{fold}.seed_*/run.json"))
+    return any(load(path, Run).finished for path in records)
 
 
 def previous_label_maps(
@@ -46,6 +54,7 @@ def previous_label_maps(
     if missing:
         report(Said(f"{previous} predicts {len(missing)} training cases for {configuration.name}."))
         kept.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(kept)
         predictor = Predictor(run, configuration=previous, folds=[fold], device=device, postprocess=False)
         written = segment_cases(predictor, missing, kept, False, report)
         found |= {case.id: path for case, path in zip(missing, written, strict=True)}

@@ -14,7 +14,7 @@ from autoseg.planning.checks import check_plan
 from autoseg.planning.plan import make_plan
 from autoseg.planning.wording import GIGABYTE, gigabytes
 from autoseg.records import Budget, Fingerprint, Plan
-from autoseg.store import load, save
+from autoseg.store import load, remove_unfinished, save
 
 
 def plan(
@@ -53,6 +53,7 @@ def plan(
     import_early.join()
     planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
     _warn_of_trained_models(layout, planned, report)
+    remove_unfinished(run)
     save(layout.dataset, dataset)
     save(layout.fingerprint, fingerprint)
     save(layout.plan, planned)

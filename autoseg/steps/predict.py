@@ -49,7 +49,8 @@ def predict(
         images: folder whose files are named as the training images were.
         output: folder of the label maps; made if absent.
         configuration: None takes "3d_cascade" or "3d" or "2d", the first that is trained.
-        folds, seeds: networks to average; None takes all that are trained.
+        folds, seeds: networks to average; None takes all that are trained. A cascade's first stage takes the same folds
+            and all of their seeds.
         save_probabilities: also write float16 probabilities, for `ensemble`.
         postprocess: apply the learned rules, if there are any.
         mirroring: average over the mirrorings that training used.
@@ -141,8 +142,8 @@ class Predictor:
         self._previous: Predictor | None = None
         if self.configuration.previous is not None:
             self._previous = Predictor(
-                run, configuration=self.configuration.previous, folds=folds, seeds=seeds, device=device,
-                mirroring=mirroring, postprocess=False,
+                run, configuration=self.configuration.previous, folds=folds, device=device, mirroring=mirroring,
+                postprocess=False,
             )  # fmt: skip
 
     @classmethod
@@ -317,7 +318,8 @@ def default_configuration(plan: Plan) -> str:
 
 def _trained_configuration(layout: Layout, plan: Plan) -> str:
     names = [each.name for each in plan.configurations]
-    wanted = [name for name in ("3d_cascade", "3d", "3d_lowres", "2d") if name in names] or names
+    preferred = ("3d_cascade", "3d", "3d_lowres", "2d")
+    wanted = [name for name in preferred if name in names] + [name for name in names if name not in preferred]
     for name in wanted:
         if any(layout.configuration(name).glob("fold_*/weights.safetensors")):
             return name

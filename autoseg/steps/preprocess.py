@@ -47,7 +47,7 @@ def preprocess(
     chosen = chosen_configurations(plan, configuration)
     keep_or_make_splits(layout, dataset, report)
     targets = [(each, layout.cache(each.name)) for each in chosen]
-    for _, folder in targets:
+    for folder in (run, *(folder for _, folder in targets)):
         remove_unfinished(folder)
     what = f"preprocess {', '.join(each.name for each in chosen)}"
     report(Started(what, of=len(dataset.cases)))

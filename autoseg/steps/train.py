@@ -1,12 +1,12 @@
 """`autoseg train`: one network on one fold, from the plan to validation scores. Survives a kill at any moment."""
 
 import json
+import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import nn
 
 from autoseg import __version__, store
 from autoseg.cases.cache import CachedCase, open_case
+from autoseg.cases.split import make_splits
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, scores_csv
@@ -22,12 +23,19 @@ from autoseg.network import checkpoint, losses, unet
 from autoseg.network.device import Device, channels_last, pays_to_compile, pick, set_up, try_compile
 from autoseg.network.loop import Length, TrainState, fit, make_optimizer, make_scaler
 from autoseg.network.patches import InMemory, Source, WithPrevious
-from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Scores, Splits
 from autoseg.steps.batches import Batches
-from autoseg.steps.cascade import previous_label_maps, previous_on_grid
+from autoseg.steps.cascade import is_trained, previous_label_maps, previous_on_grid
 from autoseg.steps.curves import draw_curves
 from autoseg.steps.evaluate import as_csv
+from autoseg.steps.options import (
+    Options,
+    fit_to_time,
+    resume_command,
+    seconds_per_sample,
+    with_options,
+    with_suited_norm,
+)
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.preprocess import preprocess
@@ -35,22 +43,6 @@ from autoseg.steps.validate import validate_fold
 
 RAM_SHARE = 0.25
 """Preprocessed cases are kept in RAM while they need less than this share of what is free."""
-STEPS_WANTED = 1000
-"""With a time limit the batch shrinks until about this many steps fit: fewer, however large, do not converge."""
-REPORTS_WANTED = 40
-"""With a time limit an epoch is paced so that there are about this many."""
-LEAST_BATCH = 2
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for beside the plan; None means: as planned."""
-
-    epochs: int | None = None
-    max_seconds: float | None = None
-    loss: str | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
 
 
 def train(
@@ -71,12 +63,16 @@ def train(
 ) -> Run:
     """Train a network, then predict and score the validation cases of its fold.
 
+    The second stage of a cascade has the first one trained before, unless that has been done for this fold.
+
     Args:
         run: a planned run folder; cases that are not preprocessed yet are.
         configuration: name in the plan; None takes "3d", else "2d".
         fold: "0" to "4", or "all" to learn from every case (and validate on none).
-        max_seconds: the schedule ends after this time; validation follows.
+        max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
         resume: "yes" goes on where a training stopped (an error if there is none), "auto" starts it otherwise.
+        epochs, max_seconds, loss, batch_size, learning_rate: None takes what is planned, or what the training that is
+            resumed had.
 
     Raises:
         UserError: nothing planned, no such configuration or fold, nothing to resume, or the disk is full.
@@ -84,30 +80,32 @@ def train(
     """
     layout, plan = Layout(run), checked(run)
     planned = configuration_named(plan, configuration or default_configuration(plan))
-    losses.parse(loss or planned.train.loss)
-    where = pick(device)
-    set_up(where)
-    preprocess(run, configuration=planned.name, workers=workers, report=report)
+    asked = Options(epochs, max_seconds, loss, batch_size, learning_rate)
+    losses.parse(with_options(planned, asked).train.loss)
     dataset = store.load(layout.dataset, Dataset)
-    cases = fold_cases(store.load(layout.splits, Splits), dataset, fold)
+    cases = fold_cases(_splits(layout, dataset), dataset, fold)
     model = layout.model(planned.name, fold, seed)
     continues = _continues(model, resume, report)
-    asked = Options(epochs, max_seconds, loss, batch_size, learning_rate)
-    record = store.load(model.run, Run) if continues else _fresh_run(plan, planned, asked, fold, seed, where, report)
-    record = record.model_copy(update={"finished": False, "device": where.name, "precision": where.precision})
+    where = pick(device)
+    set_up(where)
+    if planned.previous is not None and not is_trained(layout, planned.previous, fold):
+        asked = _train_previous(run, planned, fold, seed, asked, device, workers, report)
+    preprocess(run, configuration=planned.name, workers=workers, report=report)
     if continues:
-        asked_anew = {"configuration": with_options(record.configuration, asked)}
-        record = record.model_copy(update=asked_anew | ({"max_seconds": max_seconds} if max_seconds else {}))
+        record = _resumed_run(store.load(model.run, Run), asked, where)
+    else:
+        record = _fresh_run(plan, planned, asked, fold, seed, where, report)
+        shutil.rmtree(model.root, ignore_errors=True)  # a kill must not leave an older state beside the new record
+    shutil.rmtree(model.for_next_stage, ignore_errors=True)
     model.root.mkdir(parents=True, exist_ok=True)
     store.remove_unfinished(model.root)
     store.save(model.run, record)
     opened = {case: open_case(layout.cache(planned.name), case) for case in (*cases.train, *cases.validation)}
     sources = _sources(opened, run, plan, record.configuration, dataset, fold, device, report)
-    state = _train_network(record, model, plan, cases, sources, where, continues, workers, report)
-    record = record.model_copy(update={"seconds": state.seconds, "steps": state.step})
+    state, compiled = _train_network(run, record, model, plan, cases, sources, where, continues, workers, report)
+    record = record.model_copy(update={"seconds": state.seconds, "steps": state.step, "compiled": compiled})
     if cases.validation:
-        scores = validate_fold(run, model, record.configuration, state.network, cases, dataset, plan, where, report)
-        _save_scores(model, scores)
+        scores = _validate(run, record, model, state.network, cases, dataset, plan, where, report)
         record = record.model_copy(update={"validation_dice": scores.mean["dice"]})
     record = record.model_copy(update={"finished": True})
     store.save(model.run, record)
@@ -121,6 +119,11 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
     if not fold.isdigit() or int(fold) >= len(splits.folds):
         raise UserError(f"There is no fold {fold!r}.", fix=f"Choose 0 to {len(splits.folds) - 1}, or all.")
     return splits.folds[int(fold)]
+
+
+def _splits(layout: Layout, dataset: Dataset) -> Splits:
+    """The splits of the run, or those that preprocessing will write."""
+    return store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
 
 
 def _continues(model: ModelLayout, resume: str, report: Report) -> bool:
@@ -157,62 +160,35 @@ def _fresh_run(
     )  # fmt: skip
 
 
-def with_options(planned: Configuration, asked: Options) -> Configuration:
-    """The planned configuration with the options of this training put in. Raises UserError for a rate of 0 or less."""
-    if asked.learning_rate is not None and asked.learning_rate <= 0:
-        raise UserError(f"--lr {asked.learning_rate:g} is no learning rate.", fix="Give a number above 0.")
-    update: dict[str, object] = {}
-    for field in ("epochs", "loss", "learning_rate"):
-        if (value := getattr(asked, field)) is not None:
-            update[field] = value
-    train_spec = planned.train.model_copy(update=update)
-    batch = planned.batch_size if asked.batch_size is None else asked.batch_size
-    return planned.model_copy(update={"train": train_spec, "batch_size": batch})
+def _resumed_run(record: Run, asked: Options, device: Device) -> Run:
+    """The record of a training that goes on, with what is asked for now put in."""
+    update = {
+        "configuration": with_options(record.configuration, asked), "finished": False, "device": device.name,
+        "precision": device.precision,
+    }  # fmt: skip
+    if asked.epochs is not None or asked.max_seconds is not None:
+        update["max_seconds"] = asked.max_seconds
+    return record.model_copy(update=update)
 
 
-def fit_to_time(configuration: Configuration, asked: Options, seconds: float) -> tuple[Configuration, str]:
-    """Shrink the batch, unless it was asked for, until enough steps fit; and pace the epochs. Returns a note or "".
-
-    Args:
-        seconds: of one training step per sample.
-    """
-    limit = asked.max_seconds or 0.0
-    batch, note = configuration.batch_size, ""
-    if asked.batch_size is None and limit / (seconds * batch) < STEPS_WANTED:
-        fitting = max(LEAST_BATCH, int(limit / STEPS_WANTED / seconds))
-        if fitting < batch:
-            note = (
-                f"Batch size {fitting} instead of {batch}: a sample takes {seconds:.2f} s, and {limit:.0f} s shall "
-                f"hold about {STEPS_WANTED} steps."
-            )
-            batch = fitting
-    pace = int(limit / (seconds * batch) / REPORTS_WANTED)
-    steps = min(max(pace, 2), configuration.train.steps_per_epoch)
-    train_spec = configuration.train.model_copy(update={"steps_per_epoch": steps})
-    return configuration.model_copy(update={"batch_size": batch, "train": train_spec}), note
-
-
-def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
-    """Instance norm instead of batch norm where the batch became too small for it, by the planner's own rule."""
-    network = configuration.network
-    if network.norm != "batch" or choose_norm(configuration.batch_size) == "batch":
-        return configuration, ""
-    note = f"Instance norm instead of batch norm: {configuration.batch_size} samples are too few for batch statistics."
-    return configuration.model_copy(update={"network": network.model_copy(update={"norm": "instance"})}), note
-
-
-def seconds_per_sample(configuration: Configuration, device: Device) -> float:
-    """Seconds of one training step per sample, timed on a network of its own."""
-    from autoseg.network.simulate import make_step
-
-    small = configuration.model_copy(update={"batch_size": min(LEAST_BATCH, configuration.batch_size)})
-    one = make_step(small, device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        float(one.run())
-        times.append(time.perf_counter() - start)
-    return min(times) / small.batch_size
+def _train_previous(
+    run: Path, planned: Configuration, fold: str, seed: int, asked: Options, device: str | None, workers: int | None,
+    report: Report,
+) -> Options:  # fmt: skip
+    """Train the stage that a cascade refines, with the same options and half of the time; the rest is returned."""
+    half = None if asked.max_seconds is None else asked.max_seconds / 2
+    first = replace(asked, max_seconds=half)
+    within = "" if half is None else f" in half of the time, {half:.0f} s"
+    report(Said(f"{planned.name} refines what {planned.previous} finds, which is trained first{within}."))
+    try:
+        train(
+            run, configuration=planned.previous, fold=fold, seed=seed, epochs=first.epochs, max_seconds=half,
+            resume="auto", loss=first.loss, batch_size=first.batch_size, learning_rate=first.learning_rate,
+            device=device, workers=workers, report=report,
+        )  # fmt: skip
+    except Interrupted as stopped:
+        raise Interrupted(resume_command(run, planned.name, fold, seed, "auto", asked)) from stopped
+    return first
 
 
 def _sources(
@@ -240,10 +216,13 @@ def _sources(
 
 
 def _train_network(
-    record: Run, model: ModelLayout, plan: Plan, cases: Fold, sources: dict[str, Source], device: Device,
+    run: Path, record: Run, model: ModelLayout, plan: Plan, cases: Fold, sources: dict[str, Source], device: Device,
     continues: bool, workers: int | None, report: Report,
-) -> TrainState:  # fmt: skip
-    """Train until the length is reached or the user stops; the finished weights are on disk then."""
+) -> tuple[TrainState, bool]:  # fmt: skip
+    """Train until the length is reached or the user stops; the finished weights are on disk then.
+
+    Returns the state and whether the step was compiled.
+    """
     configuration, spec = record.configuration, record.configuration.train
     torch.manual_seed(record.seed)
     network: nn.Module = unet.build(configuration.network).to(device.torch_device)
@@ -279,25 +258,27 @@ def _train_network(
         )  # fmt: skip
     draw_curves(model.curves, state.history)
     if not reached:
-        save(state, False)
-        raise Interrupted(_resume_command(record, model))
+        raise Interrupted(resume_command(run, configuration.name, record.fold, record.seed))
     if state.step:
         save(state, False)
     checkpoint.save_weights(model.weights, state.network, state.average)
     if state.average:
         checkpoint.load_weights(model.weights, state.network)
-    return state
+    return state, compiled is not None
 
 
-def _save_scores(model: ModelLayout, scores: Scores) -> None:
+def _validate(
+    run: Path, record: Run, model: ModelLayout, network: nn.Module, cases: Fold, dataset: Dataset, plan: Plan,
+    device: Device, report: Report,
+) -> Scores:  # fmt: skip
+    """Score the trained network on the validation cases and save that; Ctrl-C loses no training."""
+    try:
+        scores = validate_fold(run, model, record.configuration, network, cases, dataset, plan, device, report)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(resume_command(run, record.configuration.name, record.fold, record.seed)) from stopped
     store.save(model.scores, scores)
     store.write_text(scores_csv(model.validation), as_csv(scores))
-
-
-def _resume_command(record: Run, model: ModelLayout) -> str:
-    run = model.root.parents[2]
-    seed = f" --seed {record.seed}" if record.seed else ""
-    return f"autoseg train {run} -c {record.configuration.name} -f {record.fold}{seed} --resume"
+    return scores
 
 
 def _plain(row: dict[str, float]) -> dict[str, float | None]:

@@ -1,0 +1,114 @@
+"""What the user asks of a training beside the plan, and how the planned configuration is fitted to it."""
+
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from autoseg.errors import UserError
+from autoseg.network.device import Device
+from autoseg.planning.batch import choose_norm
+from autoseg.records import Configuration
+
+STEPS_WANTED = 1000
+"""With a time limit the batch shrinks until about this many steps fit: fewer, however large, do not converge."""
+REPORTS_WANTED = 40
+"""With a time limit an epoch is paced so that there are about this many."""
+LEAST_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for beside the plan; None means: as planned."""
+
+    epochs: int | None = None
+    max_seconds: float | None = None
+    loss: str | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+
+
+def with_options(planned: Configuration, asked: Options) -> Configuration:
+    """The planned configuration with the options of this training put in. Raises UserError for impossible values."""
+    if asked.learning_rate is not None and asked.learning_rate <= 0:
+        raise UserError(f"--lr {asked.learning_rate:g} is no learning rate.", fix="Give a number above 0.")
+    update: dict[str, object] = {}
+    for field in ("epochs", "loss", "learning_rate"):
+        if (value := getattr(asked, field)) is not None:
+            update[field] = value
+    if asked.max_seconds is not None and not asked.max_seconds > 0:
+        raise UserError(f"max_seconds {asked.max_seconds}: the time has to be above 0.")
+    fields = planned.model_dump()
+    fields["train"] |= update
+    fields["batch_size"] = planned.batch_size if asked.batch_size is None else asked.batch_size
+    try:
+        return Configuration.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][-1]} {first['input']}: {first['msg']}.") from error
+
+
+def fit_to_time(configuration: Configuration, asked: Options, seconds: float) -> tuple[Configuration, str]:
+    """Shrink the batch, unless it was asked for, until enough steps fit; and pace the epochs. Returns a note or "".
+
+    Args:
+        seconds: of one training step per sample.
+    """
+    limit = asked.max_seconds or 0.0
+    batch, note = configuration.batch_size, ""
+    if asked.batch_size is None and limit / (seconds * batch) < STEPS_WANTED:
+        fitting = max(LEAST_BATCH, int(limit / STEPS_WANTED / seconds))
+        if fitting < batch:
+            note = (
+                f"Batch size {fitting} instead of {batch}: a sample takes {seconds:.2f} s, and {limit:.0f} s shall "
+                f"hold about {STEPS_WANTED} steps."
+            )
+            batch = fitting
+    pace = int(limit / (seconds * batch) / REPORTS_WANTED)
+    steps = min(max(pace, 2), configuration.train.steps_per_epoch)
+    train_spec = configuration.train.model_copy(update={"steps_per_epoch": steps})
+    return configuration.model_copy(update={"batch_size": batch, "train": train_spec}), note
+
+
+def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
+    """Instance norm instead of batch norm where the batch became too small for it, by the planner's own rule."""
+    network = configuration.network
+    if network.norm != "batch" or choose_norm(configuration.batch_size) == "batch":
+        return configuration, ""
+    note = f"Instance norm instead of batch norm: {configuration.batch_size} samples are too few for batch statistics."
+    return configuration.model_copy(update={"network": network.model_copy(update={"norm": "instance"})}), note
+
+
+def seconds_per_sample(configuration: Configuration, device: Device) -> float:
+    """Seconds of one training step per sample, timed on a network of its own."""
+    from autoseg.network.simulate import make_step
+
+    small = configuration.model_copy(update={"batch_size": min(LEAST_BATCH, configuration.batch_size)})
+    one = make_step(small, device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        float(one.run())
+        times.append(time.perf_counter() - start)
+    return min(times) / small.batch_size
+
+
+def resume_command(
+    run: Path, configuration: str, fold: str, seed: int, resume: str = "yes", asked: Options | None = None
+) -> str:
+    """The command that goes on; a training that has begun knows its options, one that has not needs them again."""
+    words = ["autoseg", "train", str(run), "-c", configuration, "-f", fold]
+    words += ["--seed", str(seed)] if seed else []
+    for field, option in OPTIONS.items():
+        if asked is not None and (value := getattr(asked, field)) is not None:
+            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join([*words, "--resume", *([] if resume == "yes" else [resume])])
+
+
+OPTIONS = {
+    "epochs": "--epochs", "max_seconds": "--max-time", "loss": "--loss", "batch_size": "--batch-size",
+    "learning_rate": "--lr",
+}  # fmt: skip
+"""Field of `Options` -> its option on the command line."""

@@ -1,0 +1,198 @@
+"""network/unet.py: shapes, names, weights at the start, and the same number of weights as planning counts on paper."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autoseg.network import unet
+from autoseg.planning import cost
+from autoseg.records import NetworkSpec
+
+
+def a_spec(dimension: int = 3, **changes: Any) -> NetworkSpec:
+    """Three stages with 4, 6 and 8 features; `changes` replace fields."""
+    fields = {
+        "in_channels": 2,
+        "classes": 3,
+        "features": (4, 6, 8),
+        "strides": ((1,) * dimension, (2,) * dimension, (2,) * dimension),
+        "kernels": ((3,) * dimension,) * 3,
+        "encoder_blocks": (1, 2, 1),
+        "decoder_blocks": (2, 1),
+    }
+    return NetworkSpec.model_validate(fields | changes | {"dimension": dimension})
+
+
+THICK_SLICES = {
+    "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 1)),
+    "kernels": ((1, 3, 3), (3, 3, 3), (3, 5, 3)),
+}
+SPECS = {
+    "plain 3D": a_spec(),
+    "plain 2D": a_spec(2),
+    "residual 3D": a_spec(kind="residual"),
+    "residual 2D": a_spec(2, kind="residual", encoder_blocks=(2, 1, 2), features=(4, 4, 8)),
+    "thick slices": a_spec(**THICK_SLICES),
+    "thick slices, residual": a_spec(kind="residual", **THICK_SLICES),
+    "batch norm": a_spec(norm="batch"),
+    "group norm": a_spec(2, norm="group", kind="residual"),
+    "no deep supervision": a_spec(deep_supervision=False),
+    "dropout": a_spec(dropout=0.3),
+    "two stages": a_spec(
+        2, features=(4, 8), strides=((1, 1), (2, 2)), kernels=((3, 3),) * 2, encoder_blocks=(1, 1), decoder_blocks=(1,)
+    ),
+}
+EVERY = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+
+
+def patch_of(spec: NetworkSpec) -> tuple[int, ...]:
+    """A patch of 8 in the first axis and 16 in the others."""
+    return (8, 16, 16)[-spec.dimension :]
+
+
+def an_image(spec: NetworkSpec) -> torch.Tensor:
+    shape = (2, spec.in_channels, *patch_of(spec))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def sizes_of_levels(spec: NetworkSpec) -> list[tuple[int, ...]]:
+    sizes, size = [], patch_of(spec)
+    for stride in spec.strides[:-1]:
+        size = tuple(n // s for n, s in zip(size, stride, strict=True))
+        sizes.append(size)
+    return sizes
+
+
+@EVERY
+def test_learning_puts_out_every_level_and_predicting_the_finest_alone(spec: NetworkSpec) -> None:
+    network, image = unet.build(spec), an_image(spec)
+    learned = network.train()(image)
+    if spec.deep_supervision:
+        assert [tuple(each.shape) for each in learned] == [(2, 3, *size) for size in sizes_of_levels(spec)]
+    else:
+        assert learned.shape == (2, 3, *patch_of(spec))
+    predicted = network.eval()(image)
+    assert isinstance(predicted, torch.Tensor)
+    assert predicted.shape == (2, 3, *patch_of(spec))
+    assert torch.isfinite(predicted).all()
+
+
+@pytest.mark.parametrize("name", ["plain 3D", "residual 2D", "thick slices", "group norm"])
+def test_predicting_computes_what_the_finest_level_of_learning_computes(name: str) -> None:
+    network, image = unet.build(SPECS[name]), an_image(SPECS[name])
+    torch.testing.assert_close(network.train()(image)[0], network.eval()(image))
+
+
+@EVERY
+def test_there_are_as_many_weights_as_planning_counts(spec: NetworkSpec) -> None:
+    assert sum(weight.numel() for weight in unet.build(spec).parameters()) == cost.parameters(spec)
+
+
+@EVERY
+def test_every_weight_takes_part_in_learning(spec: NetworkSpec) -> None:
+    network = unet.build(spec).train()
+    with torch.no_grad():  # residual blocks start with a norm of zero, which holds back what is before it
+        for weight in network.parameters():
+            weight.add_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    outputs = network(an_image(spec))
+    sum((each**2).sum() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
+    idle = [name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert idle == []
+
+
+@EVERY
+def test_a_convolution_has_a_bias_only_where_no_norm_follows(spec: NetworkSpec) -> None:
+    kinds = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    convolutions = {n: m for n, m in unet.build(spec).named_modules() if isinstance(m, kinds)}
+    with_bias = {name.split(".")[0] for name, module in convolutions.items() if module.bias is not None}
+    without = {name.split(".")[0] for name, module in convolutions.items() if module.bias is None}
+    assert with_bias == {"up", "head"}
+    assert without == {"encoder", "decoder"} | ({"stem"} if spec.kind == "residual" else set())
+
+
+def test_kernels_and_strides_are_those_of_the_plan() -> None:
+    network = unet.build(SPECS["thick slices"])
+    first = [network.get_submodule(f"encoder.{stage}.0.conv") for stage in range(3)]
+    assert [each.kernel_size for each in first] == [(1, 3, 3), (3, 3, 3), (3, 5, 3)]
+    assert [each.stride for each in first] == [(1, 1, 1), (1, 2, 2), (2, 2, 1)]
+    assert network.get_submodule("encoder.1.1.conv").stride == (1, 1, 1)
+    assert [network.get_submodule(f"up.{level}").stride for level in (0, 1)] == [(1, 2, 2), (2, 2, 1)]
+    assert network.get_submodule("decoder.0.0.conv").kernel_size == (1, 3, 3)
+
+
+def test_a_slice_is_not_seen_by_its_neighbours_where_kernels_are_flat() -> None:
+    strides, kernels = ((1, 1, 1), (1, 2, 2), (1, 2, 2)), ((1, 3, 3),) * 3
+    network = unet.build(a_spec(strides=strides, kernels=kernels, norm="batch")).eval()
+    image = an_image(a_spec())
+    changed = image.clone()
+    changed[:, :, 3] += 1.0
+    difference = (network(image) - network(changed)).abs().amax((0, 1, 3, 4))
+    assert difference[3] > 0
+    assert difference[[0, 1, 2, 4, 5, 6, 7]].max() == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [4, 8])
+def test_a_residual_block_starts_as_its_shortcut(stride: int, channels: int) -> None:
+    spec = a_spec(2, kind="residual", features=(channels, 8, 8), strides=((1, 1), (stride, stride), (1, 1)))
+    block = unet.build(spec).get_submodule("encoder.1.0")
+    x = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    shortcut = nn.functional.avg_pool2d(x, stride) if stride > 1 else x
+    if channels != 8:
+        shortcut = nn.functional.conv2d(shortcut, block.get_parameter("skip.weight"))
+        shortcut = nn.functional.instance_norm(shortcut)
+    torch.testing.assert_close(block(x), nn.functional.leaky_relu(shortcut, 0.01))
+
+
+def test_a_shortcut_is_projected_only_where_channels_change() -> None:
+    names = set(unet.build(a_spec(kind="residual", features=(4, 4, 8))).state_dict())
+    assert {name.split(".skip")[0] for name in names if ".skip." in name} == {"encoder.2.0"}
+
+
+def test_weights_start_with_the_spread_of_he() -> None:
+    spec = a_spec(2, features=(16, 32, 32), kind="residual")
+    weight = unet.build(spec).get_parameter("encoder.2.0.conv1.weight")
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (1 + 0.01**2) / (32 * 9)), rel=0.05)
+    biases = [w for name, w in unet.build(spec).named_parameters() if name.startswith(("up", "head")) and w.ndim == 1]
+    assert len(biases) == 4
+    assert not any(bias.any() for bias in biases)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([each.flatten() for each in unet.build(SPECS["plain 2D"]).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_names_in_the_file_tell_part_level_and_block() -> None:
+    names = set(unet.build(SPECS["plain 3D"]).state_dict())
+    assert {name.split(".")[0] for name in names} == {"encoder", "up", "decoder", "head"}
+    assert {"encoder.1.1.conv.weight", "encoder.1.1.norm.bias", "up.0.weight", "head.1.bias"} <= names
+
+
+@pytest.mark.parametrize(("features", "groups"), [(32, 16), (20, 10), (7, 7), (17, 1)])
+def test_group_norm_takes_the_largest_number_of_groups_that_divides(features: int, groups: int) -> None:
+    norm = unet.NORMS["group"](3, features)
+    assert isinstance(norm, nn.GroupNorm)
+    assert norm.num_groups == groups
+
+
+def test_dropout_varies_learning_and_leaves_prediction_alone() -> None:
+    network, image = unet.build(SPECS["dropout"]), an_image(SPECS["dropout"])
+    torch.manual_seed(0)
+    network.train()
+    assert not torch.equal(network(image)[0], network(image)[0])
+    network.eval()
+    assert torch.equal(network(image), network(image))
+
+
+def test_without_deep_supervision_only_the_finest_level_has_a_head() -> None:
+    network = unet.build(SPECS["no deep supervision"])
+    assert len(network.head) == 1
+    assert network.head[0].in_channels == 4
