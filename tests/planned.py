@@ -1,5 +1,9 @@
 """A plan made by hand, for tests of what comes after planning."""
 
+from pathlib import Path
+
+from autoseg.cases.discover import discover
+from autoseg.layout import Layout
 from autoseg.records import (
     AugmentSpec,
     Budget,
@@ -11,6 +15,7 @@ from autoseg.records import (
     Plan,
     TrainSpec,
 )
+from autoseg.store import save
 
 INTENSITIES = Intensities(
     mean=10.0, std=2.0, median=10.0, minimum=0.0, maximum=20.0, percentile_00_5=2.0, percentile_99_5=18.0
@@ -61,3 +66,32 @@ def a_plan(*configurations: Configuration, **changes: object) -> Plan:
         "choices": (),
     }
     return Plan.model_validate(fields | changes)
+
+
+def a_network(in_channels: int = 1, dimension: int = 3) -> NetworkSpec:
+    """Two stages with 4 and 8 features, for three classes."""
+    return NetworkSpec(
+        dimension=2 if dimension == 2 else 3,
+        in_channels=in_channels,
+        classes=3,
+        features=(4, 8),
+        strides=((1,) * dimension, (2,) * dimension),
+        kernels=((3,) * dimension,) * 2,
+        encoder_blocks=(1, 1),
+        decoder_blocks=(1,),
+    )
+
+
+def a_planned_run(run: Path, data: Path, *configurations: Configuration) -> Path:
+    """A run folder for the data set in `data` as `autoseg plan` would leave it, with these configurations."""
+    dataset = discover(data, workers=1)
+    plan = a_plan(
+        *configurations,
+        dimension=dataset.dimension,
+        channels=dataset.channels,
+        labels=dataset.labels,
+        file_ending=dataset.file_ending,
+    )
+    save(Layout(run).dataset, dataset)
+    save(Layout(run).plan, plan)
+    return run

@@ -5,6 +5,7 @@ Revisited", 2024: encoder blocks 1 3 4 6 6 6.., one convolution per decoder stag
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from autoseg.errors import UserError
@@ -68,6 +69,11 @@ def choose_base_features(device: str, precision: str) -> int:
     return BASE_FEATURES_SLOW if device == "cpu" and precision == "fp32" else BASE_FEATURES
 
 
+def most_operations(device: str, precision: str) -> float:
+    """FLOP that a step at batch 2 may cost: about a second of two cores on CPUs, no limit on GPUs."""
+    return MOST_OPERATIONS_ON_CPU.get(precision, inf) if device == "cpu" else inf
+
+
 def describe_network(spec: NetworkSpec, patch_voxels: tuple[int, ...]) -> tuple[Choice, ...]:
     """Stages, kernels and features as choices."""
     halvings = tuple(d.bit_length() - 1 for d in spec.divisors)
@@ -101,6 +107,9 @@ def describe_network(spec: NetworkSpec, patch_voxels: tuple[int, ...]) -> tuple[
         ),
     )
 
+
+MOST_OPERATIONS_ON_CPU = {"fp32": 1e11, "bf16": 1e12}
+"""By precision; two cores were measured at 0.1 to 0.2 TFLOP/s in fp32 and about 1 in bf16."""
 
 PRESETS: dict[str, Preset] = {
     "standard": Preset("plain", 8, "a plain U-Net, two convolutions per stage: the published nnU-Net."),

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Literal
 
 from autoseg.errors import UserError
 from autoseg.planning.architecture import BASE_FEATURES, Preset, describe_network, network_spec
 from autoseg.planning.batch import batch_cap, describe_cap, describe_norm
+from autoseg.planning.cost import training_operations
 from autoseg.planning.patch import LEAST_STAGES, patch_chain
 from autoseg.planning.search import CLOSE_ENOUGH, SMALLEST_BATCH, Draft, Fit, Patch, Readings, fit
 from autoseg.planning.topology import SMALLEST_EDGE, Topology, choose_topology
@@ -20,7 +21,10 @@ Source = Literal["measured", "simulated", "assumed"]
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all configurations of a plan have in common. `cases` counts them; `sided` names labels with a side."""
+    """What all configurations of a plan have in common. `cases` counts them; `sided` names labels with a side.
+
+    `most_operations` is what a step at batch 2 may cost on the device, in FLOP.
+    """
 
     channels: int
     classes: int
@@ -34,6 +38,7 @@ class Shared:
     source: Source
     device: str
     base_features: int = BASE_FEATURES
+    most_operations: float = inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,8 @@ def plan_grid(
     Raises UserError when the smallest patch at batch 2 does not fit.
     """
     draft = drafter(grid, shared)
-    found = fit(chain, capper(grid, shared), draft, readings)
+    quick = quick_enough(chain, draft, shared.most_operations)
+    found = fit(quick, capper(grid, shared), draft, readings)
     if found is None:
         least = min(readings.attempts, key=lambda attempt: attempt.peak_bytes)
         raise UserError(
@@ -104,7 +110,13 @@ def plan_grid(
     configuration = draft(found.patch_voxels, found.batch_size).model_copy(
         update={"memory": Memory(source=shared.source, peak_bytes=found.peak_bytes, attempts=readings.attempts)}
     )
-    return configuration, _choices(configuration, grid, chain, shared, found, readings.budget_bytes)
+    return configuration, _choices(configuration, grid, (chain[0], quick[0]), shared, found, readings.budget_bytes)
+
+
+def quick_enough(chain: tuple[Patch, ...], draft: Draft, most_operations: float) -> tuple[Patch, ...]:
+    """The patches whose training step at batch 2 costs at most so many FLOP; at least the smallest patch."""
+    costs = (training_operations(draft(p, SMALLEST_BATCH).network, p, SMALLEST_BATCH) for p in chain)
+    return tuple(p for p, cost in zip(chain, costs, strict=True) if cost <= most_operations) or chain[-1:]
 
 
 def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) -> Configuration:
@@ -132,11 +144,11 @@ def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) ->
 
 
 def _choices(
-    configuration: Configuration, grid: Grid, chain: tuple[Patch, ...], shared: Shared, found: Fit, budget_bytes: int
+    configuration: Configuration, grid: Grid, tops: tuple[Patch, Patch], shared: Shared, found: Fit, budget_bytes: int
 ) -> tuple[Choice, ...]:
     _, augment = choose_augment(found.patch_voxels, shared.axes, shared.sided)
     own = (
-        _patch_choice(grid, chain, found, budget_bytes),
+        _patch_choice(grid, tops, shared, found, budget_bytes),
         _batch_choice(grid, shared, found, budget_bytes),
         *describe_network(configuration.network, found.patch_voxels),
         describe_norm(found.batch_size),
@@ -151,10 +163,19 @@ def _choices(
     return tuple(choice.model_copy(update={"field": f"{grid.name}.{choice.field}"}) for choice in own)
 
 
-def _patch_choice(grid: Grid, chain: tuple[Patch, ...], found: Fit, budget_bytes: int) -> Choice:
+def _patch_choice(
+    grid: Grid, tops: tuple[Patch, Patch], shared: Shared, found: Fit, budget_bytes: int
+) -> Choice:
+    """`tops` are the largest patch that makes sense, and the largest that is quick enough on this device."""
     share = prod(found.patch_voxels) / prod(grid.patch_median_voxels)
     because = f"covers {100 * share:.0f} % of the median shape {voxels(grid.patch_median_voxels)}"
-    if found.too_large is None:
+    if found.too_large is None and tops[0] != tops[1]:
+        because += (
+            f"; shrunk from {voxels(tops[0])} until a step at batch {SMALLEST_BATCH} cost at most "
+            f"{shared.most_operations / 1e9:.0f} GFLOP, about a second on such a CPU: there many samples teach more "
+            "than large ones."
+        )
+    elif found.too_large is None:
         largest = (
             "the patch of configuration 3d" if grid.previous else "the largest that spacing and median shape justify"
         )
@@ -162,7 +183,7 @@ def _patch_choice(grid: Grid, chain: tuple[Patch, ...], found: Fit, budget_bytes
     else:
         larger, need = found.too_large
         because += (
-            f"; shrunk from {voxels(chain[0])} until a step at batch {SMALLEST_BATCH} fit {gigabytes(budget_bytes)}: "
+            f"; shrunk from {voxels(tops[0])} until a step at batch {SMALLEST_BATCH} fit {gigabytes(budget_bytes)}: "
             f"the next larger, {voxels(larger)}, needs {gigabytes(need)}."
         )
     return Choice(field="patch_voxels", value=voxels(found.patch_voxels), because=because)

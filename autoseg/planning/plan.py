@@ -5,7 +5,7 @@ from dataclasses import replace
 from autoseg import __version__
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.planning import awareness, lowres
-from autoseg.planning.architecture import choose_base_features, preset_named
+from autoseg.planning.architecture import choose_base_features, most_operations, preset_named
 from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_grid
 from autoseg.planning.normalization import choose_masks, choose_normalization
@@ -165,6 +165,7 @@ def _shared(
         source=source,
         device=budget.device,
         base_features=choose_base_features(budget.device, budget.precision),
+        most_operations=most_operations(budget.device, budget.precision),
     )
     return shared, (Choice(field="preset", value=preset, because=chosen.because), *normalization_choices, masks_choice)
 

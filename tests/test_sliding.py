@@ -1,0 +1,241 @@
+"""network/sliding.py: tiles cover the image, and their weighted mean is what a plain double loop computes."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoseg.network import sliding, unet
+from autoseg.network.device import Device
+from autoseg.network.sliding import gaussian, mirrorings, predict_logits, tile_starts
+from autoseg.records import NetworkSpec
+
+CPU = Device(torch.device("cpu"), "fp32")
+
+
+class Stub(nn.Module):
+    """A network that is a function; remembers the shapes and the first images it was shown."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.clone())
+        return self.function(x)
+
+
+def pointwise(x: Tensor) -> Tensor:
+    """Three classes, every voxel for itself."""
+    return torch.cat((x[:, :1], 2 * x[:, :1] - 1, x[:, :1] ** 2), 1)
+
+
+def mean_of_tile(x: Tensor) -> Tensor:
+    """Two classes; every voxel says what the whole tile is like, so that weights show in the result."""
+    mean = x.flatten(2).mean(2).sum(1).reshape(-1, *(1,) * (x.ndim - 1))
+    return torch.cat((mean, -mean), 1).expand(-1, -1, *x.shape[2:])
+
+
+def an_image(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def a_unet(dimension: int) -> nn.Module:
+    torch.manual_seed(0)
+    spec = NetworkSpec(
+        dimension=dimension, in_channels=2, classes=3, features=(4, 8), strides=((1,) * dimension, (2,) * dimension),
+        kernels=((3,) * dimension,) * 2, encoder_blocks=(1, 1), decoder_blocks=(1,),
+    )  # fmt: skip
+    return unet.build(spec).eval()
+
+
+# ------------------------------------------------------------------------------------------------ tiles and weights
+
+
+@pytest.mark.parametrize("patch", [1, 2, 16, 17, 48, 96, 128])
+@pytest.mark.parametrize("extra", [0, 1, 7, 16, 30, 100, 333])
+def test_tiles_cover_the_axis_and_neighbours_share_half(patch: int, extra: int) -> None:
+    size = patch + extra
+    starts = tile_starts(size, patch)
+    assert starts[0] == 0
+    assert starts[-1] == size - patch
+    assert list(starts) == sorted(set(starts))
+    half = patch - patch // 2 if patch > 1 else 1  # an odd patch cannot be halved: a voxel less is shared at most
+    assert all(second - first <= half for first, second in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "starts"), [(10, 16, (0,)), (16, 16, (0,)), (17, 16, (0, 1)), (24, 16, (0, 8)), (32, 16, (0, 8, 16)), (33, 16, (0, 6, 11, 17))]
+)  # fmt: skip
+def test_tiles_are_spread_evenly_and_no_more_than_needed(size: int, patch: int, starts: tuple[int, ...]) -> None:
+    assert tile_starts(size, patch) == starts
+
+
+def test_more_overlap_needs_more_tiles() -> None:
+    assert len(tile_starts(64, 16, 0.0)) == 4
+    assert len(tile_starts(64, 16, 0.5)) == 7
+    assert len(tile_starts(64, 16, 0.75)) == 13
+
+
+@pytest.mark.parametrize("patch", [(16,), (7, 16), (8, 5, 12), (1, 64, 64), (320, 320, 320)[:2], (160, 160, 160)])
+def test_the_weights_are_positive_symmetric_and_largest_in_the_middle(patch: tuple[int, ...]) -> None:
+    weights = gaussian(patch)
+    assert weights.shape == patch
+    assert weights.dtype == torch.float32
+    assert weights.min() > 0
+    assert weights.max() == 1
+    for axis in range(len(patch)):
+        torch.testing.assert_close(weights, weights.flip(axis))
+        line = weights[tuple(slice(None) if a == axis else size // 2 for a, size in enumerate(patch))]
+        assert (line.diff()[: patch[axis] // 2 - 1] > 0).all()
+
+
+def test_the_weights_have_a_standard_deviation_of_an_eighth_of_the_patch() -> None:
+    weights = gaussian((64,)).double()
+    offset = torch.arange(64) - 31.5
+    assert math.sqrt((weights * offset**2).sum() / weights.sum()) == pytest.approx(8.0, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("axes", "subsets"), [((), {()}), ((1,), {(), (1,)}), ((0, 2), {(), (0,), (2,), (0, 2)})]
+)
+def test_every_subset_of_the_axes_is_mirrored(axes: tuple[int, ...], subsets: set[tuple[int, ...]]) -> None:
+    found = mirrorings(axes)
+    assert found[0] == ()
+    assert len(found) == len(subsets)
+    assert set(found) == subsets
+
+
+def test_three_axes_are_mirrored_in_eight_ways() -> None:
+    assert len(set(mirrorings((0, 1, 2)))) == 8
+
+
+# ------------------------------------------------------------------------------------------------ whole images
+
+
+SHAPES = pytest.mark.parametrize(
+    ("shape", "patch"), [((20, 17, 30), (8, 8, 16)), ((5, 9, 40), (8, 16, 16)), ((10, 20, 33), (16, 16)), ((3, 9, 9), (16, 16))]
+)  # fmt: skip
+
+
+@SHAPES
+def test_a_constant_network_gives_its_constant(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    values = torch.tensor([0.25, -3.0])
+    network = Stub(lambda x: values.reshape(1, 2, *(1,) * len(patch)).expand(len(x), 2, *patch))
+    logits = predict_logits(network, an_image(1, *shape), patch, 2, CPU, mirror_axes=(0, 1))
+    assert (logits.shape, logits.dtype) == ((2, *shape), torch.float32)
+    torch.testing.assert_close(logits, values.reshape(2, 1, 1, 1).expand(2, *shape))
+
+
+@SHAPES
+def test_a_pointwise_network_gives_what_it_gives_on_the_whole_image(
+    shape: tuple[int, ...], patch: tuple[int, ...]
+) -> None:
+    image = an_image(1, *shape)
+    network = Stub(pointwise)
+    logits = predict_logits(network, image, patch, 3, CPU, mirror_axes=(0, 1))
+    torch.testing.assert_close(logits, pointwise(image[None])[0], rtol=1e-4, atol=1e-5)
+    assert {tuple(seen.shape[2:]) for seen in network.seen} == {patch}
+
+
+@SHAPES
+def test_the_order_of_the_tiles_does_not_matter(
+    shape: tuple[int, ...], patch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, tiles = an_image(1, *shape), sliding._tiles
+    forward = predict_logits(Stub(mean_of_tile), image, patch, 2, CPU)
+    monkeypatch.setattr(sliding, "_tiles", lambda *args: reversed(list(tiles(*args))))
+    torch.testing.assert_close(forward, predict_logits(Stub(mean_of_tile), image, patch, 2, CPU))
+
+
+@pytest.mark.parametrize("overlap", [0.5, 0.75])
+def test_overlapping_tiles_are_averaged_with_their_weights(overlap: float) -> None:
+    image, patch = an_image(2, 9, 14, 21), (8, 8, 12)
+    total, norm = torch.zeros(2, 9, 14, 21), torch.zeros(9, 14, 21)
+    starts = [tile_starts(size, p, overlap) for size, p in zip((9, 14, 21), patch, strict=True)]
+    for z, y, x in itertools.product(*starts):
+        window = (slice(z, z + 8), slice(y, y + 8), slice(x, x + 12))
+        said = image[(slice(None), *window)].mean((1, 2, 3)).sum()
+        total[(slice(None), *window)] += torch.stack((said, -said)).reshape(2, 1, 1, 1) * gaussian(patch)
+        norm[window] += gaussian(patch)
+    logits = predict_logits(Stub(mean_of_tile), image, patch, 2, CPU, overlap=overlap)
+    torch.testing.assert_close(logits, total / norm, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_an_image_of_the_size_of_the_patch_is_evaluated_once_as_it_is(dimension: int) -> None:
+    network, patch = a_unet(dimension), (8, 16, 16)[-dimension:]
+    image = an_image(2, 8, 16, 16)
+    calls: list[tuple[int, int]] = []
+    logits = predict_logits(network, image, patch, 3, CPU, progress=lambda done, of: calls.append((done, of)))
+    with torch.no_grad():
+        direct = network(image.transpose(0, 1)).transpose(0, 1) if dimension == 2 else network(image[None])[0]
+    torch.testing.assert_close(logits, direct, rtol=1e-4, atol=1e-5)
+    assert calls == [(1, 1)]
+    assert not logits.requires_grad
+
+
+def test_an_image_smaller_than_the_patch_lies_in_the_middle_of_zeros() -> None:
+    image, network = an_image(1, 3, 10, 20), Stub(pointwise)
+    logits = predict_logits(network, image, (8, 16, 16), 3, CPU)
+    assert logits.shape == (3, 3, 10, 20)
+    assert len(network.seen) == 2
+    tile = network.seen[0][0, 0]
+    assert torch.equal(tile[2:5, 3:13], image[0, :, :, :16])
+    tile[2:5, 3:13] = 0
+    assert not tile.any()
+
+
+def test_mirrored_passes_are_mirrored_back_and_averaged() -> None:
+    """A network that only knows the places in its patch: mirroring makes its answer symmetric along those axes."""
+    ramp = torch.arange(8.0).reshape(8, 1, 1) + 10 * torch.arange(6.0).reshape(6, 1) + 100 * torch.arange(4.0)
+    network = Stub(lambda x: ramp.expand(1, 2, 8, 6, 4))
+    logits = predict_logits(network, an_image(1, 8, 6, 4), (8, 6, 4), 2, CPU, mirror_axes=(0, 2))
+    expected = (3.5 + 10 * torch.arange(6.0).reshape(6, 1) + 150.0).expand(8, 6, 4)
+    torch.testing.assert_close(logits[1], expected)
+    assert len(network.seen) == 4
+    for seen, flip in zip(network.seen, ((), (2,), (4,), (2, 4)), strict=True):
+        assert torch.equal(seen, network.seen[0].flip(flip))
+
+
+def test_mirroring_a_unet_is_the_mean_of_its_mirrored_answers() -> None:
+    network, image = a_unet(2), an_image(2, 1, 16, 16)
+    logits = predict_logits(network, image, (16, 16), 3, CPU, mirror_axes=(1,))
+    with torch.no_grad():
+        straight = network(image[:, 0][None])
+        mirrored = network(image[:, 0][None].flip(3)).flip(3)
+    assert not torch.allclose(straight, mirrored)
+    torch.testing.assert_close(logits[:, 0], (straight + mirrored)[0] / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("slices", [1, 8, 19])
+def test_slices_of_a_2d_network_do_not_know_each_other(slices: int) -> None:
+    network, image = a_unet(2), an_image(2, slices, 20, 16)
+    together = predict_logits(network, image, (16, 16), 3, CPU)
+    alone = [predict_logits(network, image[:, [z]], (16, 16), 3, CPU) for z in range(slices)]
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_progress_counts_every_tile_once() -> None:
+    calls: list[tuple[int, int]] = []
+    predict_logits(
+        Stub(pointwise), an_image(1, 10, 24, 24), (16, 16), 3, CPU, progress=lambda done, of: calls.append((done, of))
+    )
+    assert calls == [(number, 8) for number in range(1, 9)]  # 2 x 2 tiles for each of 2 batches of slices
+
+
+def test_mixed_precision_reaches_the_network_and_ends_in_float32() -> None:
+    kinds = []
+
+    def remember(x: Tensor) -> Tensor:
+        found = nn.functional.conv3d(x, torch.ones(2, 1, 1, 1, 1))
+        kinds.append(found.dtype)
+        return found
+
+    logits = predict_logits(Stub(remember), an_image(1, 8, 8, 8), (8, 8, 8), 2, Device(torch.device("cpu"), "bf16"))
+    assert kinds == [torch.bfloat16]
+    assert logits.dtype == torch.float32

@@ -1,0 +1,323 @@
+"""Training on tiny synthetic volumes: what it leaves behind, how it stops and goes on, what it refuses."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planned import a_configuration, a_network, a_planned_run
+from safetensors.numpy import load_file
+from synthetic import write_dataset
+
+from autoseg.errors import Interrupted, UserError
+from autoseg.events import Event, Said, Started, Trained, Warned
+from autoseg.layout import Layout, ModelLayout
+from autoseg.network import checkpoint, unet
+from autoseg.records import AugmentSpec, Configuration, Run, Scores, Splits, TrainSpec
+from autoseg.steps.options import Options, fit_to_time, resume_command, with_options
+from autoseg.steps.preprocess import preprocess
+from autoseg.steps.train import train
+from autoseg.store import TEMPORARY, load
+
+STEPS = 3
+
+
+def tiny() -> Configuration:
+    """Two epochs of three steps on patches of 16 voxels."""
+    spec = TrainSpec(
+        epochs=2, steps_per_epoch=STEPS, warmup_steps=1, average_decay=0.9,
+        augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(0, 1)),
+    )  # fmt: skip
+    return a_configuration(patch_voxels=(16, 16, 16), network=a_network(), train=spec)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is planned and no more; tests copy it."""
+    place = tmp_path_factory.mktemp("train")
+    data = write_dataset(place / "data", cases=4, shape=(18, 20, 22))
+    return a_planned_run(place / "planned", data, tiny())
+
+
+@pytest.fixture(scope="module")
+def preprocessed(planned: Path) -> Path:
+    run = planned.parent / "preprocessed"
+    shutil.copytree(planned, run)
+    preprocess(run, workers=1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(preprocessed: Path) -> Path:
+    """A run whose fold 0 was trained without interruption."""
+    run = preprocessed.parent / "trained"
+    shutil.copytree(preprocessed, run)
+    start(run)
+    return run
+
+
+@pytest.fixture
+def run(preprocessed: Path, tmp_path: Path) -> Path:
+    """A run of its own for each test, preprocessed."""
+    shutil.copytree(preprocessed, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def start(run: Path, **options: object) -> Run:
+    """Train fold 0 on the CPU."""
+    return train(run, **({"configuration": "3d", "fold": "0", "device": "cpu", "workers": 1} | options))  # type: ignore[arg-type]
+
+
+def at_step(number: int, action: Callable[[], None]) -> Callable[[Event], None]:
+    """A report that acts when so many steps have been announced."""
+    seen = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Trained):
+            seen.append(event)
+            if len(seen) == number:
+                action()
+
+    return report
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def history_of(model: ModelLayout) -> list[dict]:
+    return [json.loads(line) for line in model.history.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ what it leaves
+
+
+def test_training_writes_weights_state_history_curves_and_scores(trained: Path) -> None:
+    layout = Layout(trained)
+    model = layout.model("3d", "0")
+    network = unet.build(tiny().network)
+    for path in (model.weights, model.best):
+        checkpoint.load_weights(path, network)
+    assert model.resume_tensors.is_file()
+    assert model.curves.read_bytes().startswith(b"\x89PNG")
+    rows = history_of(model)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, STEPS), (2, 2 * STEPS)]
+    assert all(np.isfinite(row["loss"]) and 0 < row["learning_rate"] <= tiny().train.learning_rate for row in rows)
+    held_out = load(layout.splits, Splits).folds[0].validation
+    scores = load(model.scores, Scores)
+    assert tuple(case.id for case in scores.cases) == held_out
+    assert all((model.validation / f"{case}.nii.gz").is_file() for case in held_out)
+    record = load(model.run, Run)
+    assert record.finished
+    assert (record.steps, record.fold, record.device, record.compiled) == (2 * STEPS, "0", "cpu", False)
+    assert record.seconds > 0
+    assert record.validation_dice == scores.mean["dice"]
+    assert record.configuration == tiny()
+    assert not list(trained.rglob(f"*{TEMPORARY}*"))
+
+
+def test_the_weights_are_the_average_that_the_state_holds(trained: Path) -> None:
+    model = Layout(trained).model("3d", "0")
+    weights, state = load_file(model.weights), load_file(model.resume_tensors)
+    names = [name for name, _ in unet.build(tiny().network).named_parameters()]
+    assert len(names) > 5
+    for index, name in enumerate(names):
+        np.testing.assert_array_equal(weights[name], state[f"average.{index}"])
+    assert any(not np.array_equal(weights[name], state[f"network.{name}"]) for name in names)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained: Path, run: Path) -> None:
+    same = load_file(Layout(trained).model("3d", "0").weights)
+    start(run)
+    again = load_file(Layout(run).model("3d", "0").weights)
+    assert all(np.array_equal(again[name], same[name]) for name in same)
+    start(run, seed=3)
+    other = load_file(Layout(run).model("3d", "0", seed=3).weights)
+    assert not all(np.array_equal(other[name], same[name]) for name in same)
+
+
+def test_options_beat_the_plan_and_are_written_down(run: Path) -> None:
+    start(run, epochs=1, batch_size=1, learning_rate=0.005, loss="ce", seed=7)
+    record = load(Layout(run).model("3d", "0", seed=7).run, Run)
+    used = record.configuration
+    assert (used.train.epochs, used.batch_size, used.train.learning_rate, used.train.loss) == (1, 1, 0.005, "ce")
+    assert (record.seed, record.steps) == (7, STEPS)
+
+
+def test_all_learns_from_every_case_and_validates_on_none(run: Path) -> None:
+    record = start(run, fold="all", epochs=1)
+    model = Layout(run).model("3d", "all")
+    assert record.finished
+    assert record.validation_dice == ()
+    assert model.weights.is_file()
+    assert not model.scores.exists()
+
+
+def test_a_time_limit_ends_the_training_and_is_written_down(run: Path) -> None:
+    record = start(run, max_seconds=1.5)
+    assert record.max_seconds == 1.5
+    assert 1.5 <= record.seconds < 10
+    assert record.steps > 1
+    assert record.finished
+
+
+def test_a_short_time_limit_shrinks_the_batch_unless_it_was_asked_for() -> None:
+    planned = tiny().model_copy(update={"batch_size": 12})
+    fitted, note = fit_to_time(planned, Options(max_seconds=100.0), seconds=0.02)
+    assert fitted.batch_size == 5
+    assert "Batch size 5 instead of 12" in note
+    asked = with_options(planned, Options(max_seconds=100.0, batch_size=9))
+    kept, note = fit_to_time(asked, Options(max_seconds=100.0, batch_size=9), seconds=0.02)
+    assert (kept.batch_size, note) == (9, "")
+
+
+# ------------------------------------------------------------------------------------------------ stopping and going on
+
+
+@pytest.mark.parametrize("stop_at", [STEPS - 1, STEPS], ids=["within an epoch", "at the end of an epoch"])
+def test_stopped_and_resumed_gives_the_same_weights_to_the_last_bit(trained: Path, run: Path, stop_at: int) -> None:
+    with pytest.raises(Interrupted, match=f"train {run} -c 3d -f 0 --resume"):
+        start(run, report=at_step(stop_at, lambda: signal.raise_signal(signal.SIGINT)))
+    model, straight = Layout(run).model("3d", "0"), Layout(trained).model("3d", "0")
+    assert not load(model.run, Run).finished
+    assert not model.weights.exists()
+    assert model.curves.exists() == (stop_at == STEPS)
+    said: list[Event] = []
+    record = start(run, resume="yes", report=said.append)
+    assert any(isinstance(event, Said) and f"step {stop_at}" in event.text for event in said)
+    assert record.finished
+    assert record.steps == 2 * STEPS
+    for path, other in (
+        (model.weights, straight.weights), (model.best, straight.best), (model.resume_tensors, straight.resume_tensors)
+    ):  # fmt: skip
+        tensors, expected = load_file(path), load_file(other)
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(tensor, expected[name], err_msg=f"{path.name}: {name}")
+    known = ("epoch", "step", "dice", "dice_running", "learning_rate")
+    assert [[row[k] for k in known] for row in history_of(model)] == [
+        [row[k] for k in known] for row in history_of(straight)
+    ]
+
+
+def test_a_finished_training_goes_on_for_more_epochs(run: Path) -> None:
+    start(run, epochs=1)
+    record = start(run, resume="yes", epochs=2)
+    assert record.steps == 2 * STEPS
+    assert len(history_of(Layout(run).model("3d", "0"))) == 2
+
+
+def test_resuming_needs_something_to_resume(run: Path) -> None:
+    before = files_in(run)
+    with pytest.raises(UserError, match="no training to resume"):
+        start(run, resume="yes")
+    assert files_in(run) == before
+
+
+def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(run: Path) -> None:
+    said: list[Event] = []
+    assert start(run, resume="auto", epochs=1, report=said.append).finished
+    assert not [event for event in said if isinstance(event, Warned)]
+    record = start(run, resume="auto", report=said.append)
+    assert record.steps == STEPS
+    assert [event for event in said if isinstance(event, Said) and "Going on" in event.text]
+
+
+def test_starting_anew_warns_and_leaves_nothing_of_the_old_training(run: Path) -> None:
+    start(run, epochs=1)
+    model = Layout(run).model("3d", "0")
+    said: list[Event] = []
+
+    def killed(event: Event) -> None:
+        said.append(event)
+        if isinstance(event, Trained):
+            raise MemoryError("as if killed before the first state was saved")
+
+    with pytest.raises(MemoryError):
+        start(run, report=killed)
+    assert [event for event in said if isinstance(event, Warned) and "trained before" in event.text]
+    assert sorted(path.name for path in model.root.iterdir()) == ["run.json"]
+    record = start(run, resume="auto", epochs=1)
+    assert record.steps == STEPS
+
+
+def test_stopping_in_validation_keeps_the_training(run: Path) -> None:
+    def stop_validation(event: Event) -> None:
+        if isinstance(event, Started) and event.what == "validate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="--resume"):
+        start(run, epochs=1, report=stop_validation)
+    model = Layout(run).model("3d", "0")
+    weights = model.weights.read_bytes()
+    steps: list[Event] = []
+    record = start(run, resume="yes", report=lambda e: steps.append(e) if isinstance(e, Trained) else None)
+    assert not steps
+    assert record.finished
+    assert model.scores.is_file()
+    assert model.weights.read_bytes() == weights
+
+
+def test_ctrl_c_ends_with_code_130_and_the_command_that_goes_on(run: Path) -> None:
+    words = [sys.executable, "-m", "autoseg", "train", run, "-c", "3d", "--epochs", "100000", "--device", "cpu"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    model = Layout(run).model("3d", "0")
+    try:
+        until = time.monotonic() + 120
+        while not model.history.is_file() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert f"autoseg train {run} -c 3d -f 0 --resume" in " ".join(errors.split())
+    assert "Traceback" not in errors
+    assert load_file(model.resume_tensors)
+
+
+def test_the_command_that_goes_on_names_what_it_needs() -> None:
+    run = Path("a run")
+    assert resume_command(run, "2d", "all", 3) == "autoseg train 'a run' -c 2d -f all --seed 3 --resume"
+    asked = Options(epochs=5, max_seconds=90.0, learning_rate=0.01)
+    assert resume_command(run, "3d", "0", 0, "auto", asked).endswith(
+        "--epochs 5 --max-time 90 --lr 0.01 --resume auto"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what it refuses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fold": "4"}, "no fold '4'.*0 to 3, or all"),
+        ({"fold": "first"}, "no fold 'first'"),
+        ({"configuration": "4d"}, "no configuration '4d'.*3d"),
+        ({"loss": "diced"}, "diced"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"learning_rate": -1.0}, "-1"),
+        ({"max_seconds": 0.0}, "above 0"),
+        ({"resume": "maybe"}, "none of yes, auto, no"),
+        ({"device": "cuda:99"}, "CUDA"),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_is_written(
+    planned: Path, options: dict[str, object], message: str
+) -> None:
+    before = files_in(planned)
+    with pytest.raises(UserError, match=message):
+        start(planned, **options)
+    assert files_in(planned) == before
+
+
+def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        start(tmp_path)
