@@ -88,8 +88,8 @@ def test_there_may_be_more_classes_than_a_byte_counts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened_before_it_is_resampled(dtype: torch.dtype) -> None:
-    scores = scores_of().to(dtype)
-    assert torch.equal(labels_of(scores, matrices_of(OLD, (13, 15, 17))), labels_of(scores.float(), matrices_of(OLD, (13, 15, 17))))
+    scores, matrices = scores_of().to(dtype), matrices_of(OLD, (13, 15, 17))
+    assert torch.equal(labels_of(scores, matrices), labels_of(scores.float(), matrices))
 
 
 @SLABS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.events import Event, Trained, Warned
-from autoseg.network import losses, loop, unet
+from autoseg.network import loop, losses, unet
 from autoseg.network.device import Device
 from autoseg.network.loop import Batch, Length, TrainState, fit, learning_rate, make_optimizer, make_scaler, step
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
@@ -144,7 +144,8 @@ def test_only_fp16_scales_the_loss(precision: str, scales: bool) -> None:
     ("schedule", "done", "share"),
     [
         ("polynomial", 0.0, 1.0), ("polynomial", 0.5, 0.5**0.9), ("polynomial", 1.0, 0.0), ("polynomial", 1.2, 0.0),
-        ("cosine", 0.0, 1.0), ("cosine", 0.5, 0.5), ("cosine", 1.0, 0.0), ("constant", 0.0, 1.0), ("constant", 1.0, 1.0),
+        ("cosine", 0.0, 1.0), ("cosine", 0.5, 0.5), ("cosine", 1.0, 0.0),
+        ("constant", 0.0, 1.0), ("constant", 1.0, 1.0),
     ],
 )  # fmt: skip
 def test_the_learning_rate_falls_as_the_schedule_says(schedule: str, done: float, share: float) -> None:

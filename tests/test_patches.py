@@ -22,7 +22,8 @@ Shape = tuple[int, int, int]
 def a_case(shape: Shape, locations: Mapping[int, np.ndarray] | None = None, first: int = 1) -> InMemory:
     """Two channels; every voxel has a value of its own, counted from `first`, so that none can be taken for another."""
     numbers = np.arange(first, first + int(np.prod(shape))).reshape(shape)
-    return InMemory(np.stack((numbers, -numbers)).astype(np.float32), (numbers % 30000).astype(np.int16), locations or {})
+    image_CZYX = np.stack((numbers, -numbers)).astype(np.float32)
+    return InMemory(image_CZYX, (numbers % 30000).astype(np.int16), locations or {})
 
 
 def at(*places: Shape) -> np.ndarray:
@@ -66,7 +67,8 @@ def test_the_random_numbers_of_purposes_are_kept_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "share", "forced"), [(2, 0.33, 1), (5, 0.33, 2), (4, 0.5, 2), (2, 0.01, 1), (1, 0.33, 1), (3, 1.0, 3), (3, 0.0, 0)]
+    ("batch", "share", "forced"),
+    [(2, 0.33, 1), (5, 0.33, 2), (4, 0.5, 2), (2, 0.01, 1), (1, 0.33, 1), (3, 1.0, 3), (3, 0.0, 0)],
 )  # fmt: skip
 def test_the_last_samples_of_a_batch_are_forced_to_the_foreground(batch: int, share: float, forced: int) -> None:
     sources = [a_case((20, 20, 20), {1: at((5, 5, 5))})]

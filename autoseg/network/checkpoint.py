@@ -74,11 +74,12 @@ def load_state(path: Path, state: TrainState) -> None:
             fix="Train without --resume, or bring the old plan back.",
         ) from error
     optimizer = state.optimizer.state_dict()
+    weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, field = name.split(".", 2)
-            entries.setdefault(int(index), {})[field] = tensor
+            entries.setdefault(int(index), {})[field] = _laid_out_like(weights[int(index)], tensor)
     state.optimizer.load_state_dict({"state": entries, "param_groups": optimizer["param_groups"]})
     where = next(state.network.parameters()).device
     averages = sum(name.startswith("average.") for name in tensors)
@@ -88,6 +89,13 @@ def load_state(path: Path, state: TrainState) -> None:
         setattr(state, name, value)
     state.scaler.load_state_dict(json.loads(about["scaler"]))
     state.history = json.loads(about["history"])
+
+
+def _laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor:
+    """Moments in the memory order of their weight, which fused optimizers take for granted; step counts as they are."""
+    if tensor.shape != weight.shape:
+        return tensor
+    return torch.empty_like(weight, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:

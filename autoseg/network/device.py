@@ -51,6 +51,10 @@ def pick(device: str | None = None, precision: str | None = None) -> Device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device}: no such device.", fix="Use cpu, cuda, cuda:1 or mps.") from error
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: no such device.", fix="Use cpu, cuda, cuda:1 or mps.")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {device}: torch sees no MPS device here.", fix="Use --device cpu.")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: torch sees no CUDA device here.", fix="Use --device cpu.")

@@ -60,10 +60,13 @@ def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torc
     """
     fused = device.torch_device.type in ("cuda", "cpu")
     if train.optimizer == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             network.parameters(), train.learning_rate, train.momentum, weight_decay=train.weight_decay, nesterov=True,
             fused=fused,
         )
+        for weight in network.parameters():  # else a first step that is skipped leaves them uninitialized
+            sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        return sgd
     decayed = [p for p in network.parameters() if p.ndim > 1]
     spared = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -85,10 +88,10 @@ def step(
     clip_norm: float,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Forward, backward, clip and update once. Returns the loss, still on the device.
+    """Forward, backward, clip and update once. Returns the loss, still on the device; NaN if the step was skipped.
 
-    A gradient that is not finite changes nothing: the fused optimizers are told so by a flag on the device, so that the
-    host never waits for it.
+    A loss or gradient that is not finite changes nothing: the fused optimizers are told so by a flag on the device, so
+    that the host never waits for it. (With loss scaling the scaler decides, and its overflows are no news.)
     """
     with device.autocast():
         value = loss(network(image), labels)
@@ -102,8 +105,10 @@ def step(
         scale.step(optimizer)
         scale.update()
     else:
+        usable = torch.isfinite(norm) & torch.isfinite(value.detach())
+        value = torch.where(usable, value.detach(), math.nan)
         # the flag that torch's own GradScaler sets on fused optimizers: 1 means "leave the weights as they are"
-        optimizer.found_inf = (~torch.isfinite(norm)).float().reshape(())  # type: ignore[attr-defined]
+        optimizer.found_inf = (~usable).float().reshape(())  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -230,6 +235,9 @@ def _left(state: TrainState, length: Length) -> float:
 
 
 def _epochs(state: TrainState, length: Length) -> int:
+    """Of how many epochs to speak: with a time limit, as many as the pace so far promises."""
+    if length.max_seconds is None:
+        return length.epochs
     return max(state.epoch, math.ceil(state.step / max(length.done(state), 1e-6) / state.steps_per_epoch))
 
 

@@ -18,10 +18,13 @@ SLICES_PER_PASS = 8
 
 
 def tile_starts(size: int, patch: int, overlap: float = OVERLAP) -> tuple[int, ...]:
-    """First voxels of the tiles along one axis: evenly spread, neighbours sharing at least `overlap` of a patch."""
+    """First voxels of the tiles along one axis: evenly spread, neighbours sharing `overlap` of a patch or more.
+
+    Where that is no whole number of voxels, some share half a voxel less.
+    """
     if size <= patch:
         return (0,)
-    count = math.ceil((size - patch) / (patch * (1 - overlap))) + 1
+    count = math.ceil((size - patch) / max(1.0, patch * (1 - overlap))) + 1
     return tuple(round(i * (size - patch) / (count - 1)) for i in range(count))
 
 
