@@ -2,7 +2,8 @@
 
 With `--fingerprints` the fingerprints are made anew as well: of the shared data sets from the images (those that are
 absent keep their file), of the ten Medical Segmentation Decathlon tasks from published figures. A plan is simulated
-for a CUDA card of each size, so no GPU is needed; `--only NAME` limits the work to one data set.
+for a CUDA card of each size, so no GPU is needed; `--only NAME` limits the work to one data set. `--recorded`
+simulates nothing: for a rule that changed words or fields but asks for no new reading.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from autoseg.image.formats import read_labels
 from autoseg.network.memory import budget_for, measurer
 from autoseg.parallel import allowed_cores
 from autoseg.planning.plan import make_plan
-from autoseg.planning.search import once
-from autoseg.records import CaseStats, Fingerprint, Label
+from autoseg.planning.search import once, recorded
+from autoseg.records import CaseStats, Fingerprint, Label, Plan
 from autoseg.store import load, save
 
 PLANS = Path(__file__).parent.parent / "plans"
@@ -58,22 +59,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fingerprints", action="store_true", help="make the fingerprints anew, too")
     parser.add_argument("--only", help="name of one folder in plans/")
+    parser.add_argument("--recorded", action="store_true", help="use the readings of the plans that are there")
     options = parser.parse_args()
     if options.fingerprints:
         write_fingerprints(options.only)
     for file in sorted(PLANS.glob(f"{options.only or '*'}/fingerprint.json")):
-        write_plans(file)
+        write_plans(file, options.recorded)
 
 
-def write_plans(fingerprint_file: Path) -> None:
+def write_plans(fingerprint_file: Path, from_recorded: bool) -> None:
     """One plan per memory beside the fingerprint; a step read for one memory is not read again for the next."""
     fingerprint = load(fingerprint_file, Fingerprint)
     measure, source = measurer(budget_for(MEMORIES[0]))
     measure = once(measure)
     for memory in MEMORIES:
         start = time.monotonic()
-        plan = make_plan(fingerprint, budget_for(memory), measure, source=source)
-        save(fingerprint_file.with_name(f"plan-{memory}.json"), plan)
+        file = fingerprint_file.with_name(f"plan-{memory}.json")
+        reading = recorded(load(file, Plan)) if from_recorded else measure
+        plan = make_plan(fingerprint, budget_for(memory), reading, source=source)
+        save(file, plan)
         found = ", ".join(f"{c.name} {'x'.join(map(str, c.patch_voxels))} b{c.batch_size}" for c in plan.configurations)
         print(f"{fingerprint_file.parent.name} {memory}: {found} ({time.monotonic() - start:.1f} s)", flush=True)
 

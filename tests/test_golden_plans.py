@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from autoseg.planning.plan import make_plan
-from autoseg.records import Configuration, Fingerprint, Plan
+from autoseg.planning.search import NewReadingAsked, recorded
+from autoseg.records import Fingerprint, Plan
 from autoseg.store import dump, load
 
 PLANS = Path(__file__).parent.parent / "plans"
@@ -19,30 +20,9 @@ NAMES = ("hippocampus", "drive", "ct", *(f"msd-{task:02d}" for task in range(1, 
 MEMORIES = ("8GB", "11GB", "24GB", "80GB")
 
 
-class NewReadingAsked(Exception):
-    """The rules ask for a training step that the reference plan did not measure."""
-
-
-def replayed(golden: Plan):
-    """A measure that looks readings up in a plan."""
-    readings = {
-        (configuration.name, attempt.patch_voxels, attempt.batch_size): attempt.peak_bytes
-        for configuration in golden.configurations
-        for attempt in configuration.memory.attempts
-    }
-
-    def measure(configuration: Configuration) -> int:
-        key = (configuration.name, configuration.patch_voxels, configuration.batch_size)
-        if key not in readings:
-            raise NewReadingAsked(f"{key} is not among the plan's readings: run `make plans` and review the diff")
-        return readings[key]
-
-    return measure
-
-
 def planned_again(fingerprint: Fingerprint, golden: Plan) -> Plan:
     source = golden.configurations[0].memory.source
-    return make_plan(fingerprint, golden.budget, replayed(golden), source=source, preset=golden.preset)
+    return make_plan(fingerprint, golden.budget, recorded(golden), source=source, preset=golden.preset)
 
 
 def differences(golden: Plan, now: Plan) -> str:

@@ -1,74 +1,78 @@
 """Memory that a CPU convolution takes and gives back inside itself, which no tensor shows.
 
-oneDNN copies inputs, outputs and weights to layouts whose channels are padded to blocks of 16; at the peak of a step
-that is a fifth of everything. Read from the allocations of torch 2.13 (oneDNN with AVX-512, fp32 and bf16), convolution
-by convolution; `bench/memory.py` repeats the comparison for whole steps.
+oneDNN computes either in blocked layouts, copying inputs, outputs and weights with channels padded to blocks of 16, or
+channels-last, copying only what is not; at the peak of a step that is a tenth to a fifth of everything. Read from the
+allocations of torch 2.13 (oneDNN with AVX-512, fp32 and bf16), convolution by convolution; `bench/memory.py` repeats
+the comparison for whole steps.
 """
 
 from math import prod
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 BLOCK = 16
 SMALL_PROBLEM = 20480
 """A single fp32 sample with fewer elements in its first four axes is not given to oneDNN (aten Convolution.cpp)."""
+SHALLOW = 2
+SHALLOW_WEIGHTS = 4
+"""3D inputs of at most SHALLOW slices: in fp32 each thread sums the weights' gradient in SHALLOW_WEIGHTS copies."""
 
 
 def convolution_bytes(inputs: Tensor, weight: Tensor, stride: tuple[int, ...], transposed: bool, output: Tensor) -> int:
     """Most bytes held at once by a forward convolution beside its arguments, its output included."""
-    result = _bytes(output)
+    result, half = _bytes(output), output.dtype != torch.float32
     if _without_onednn(inputs, weight, stride):
-        return result + (_column_bytes(inputs, weight, output, transposed) if _is_wide(weight) else 0)
-    blocked = _blocked(output)
-    own = 0
-    if not _is_wide(weight) and output.dtype != torch.float32:
-        own = 2 * blocked * _busy(output) // output.shape[0]
-    narrow = inputs.shape[1] < BLOCK and _is_wide(weight)
-    before = own + (0 if narrow else _blocked(inputs)) + _blocked_weight(weight) + blocked
-    copies = 2 if transposed and output.dtype == torch.float32 else 1
-    return max(before, blocked + copies * result)
+        columns = 0 if _is_pointwise(weight) else _column_bytes(inputs, weight, output, transposed)
+        return result + columns
+    accumulator = 2 * _blocked(output) * _busy(output) // output.shape[0] if half and _is_pointwise(weight) else 0
+    if _is_channels_last(inputs, weight):
+        return result + _reordered(inputs) + _blocked_weight(weight) + accumulator
+    narrow = inputs.shape[1] < BLOCK and not _is_pointwise(weight)
+    copies = (0 if narrow else _blocked(inputs)) + _blocked_weight(weight) + _blocked(output)
+    return max(accumulator + copies, _blocked(output) + (2 if transposed and not half else 1) * result)
 
 
 def convolution_backward_bytes(
-    gradient: Tensor,
-    inputs: Tensor,
-    weight: Tensor,
-    stride: tuple[int, ...],
-    transposed: bool,
-    wants_input: bool,
+    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: tuple[int, ...], transposed: bool, wants_input: bool
 ) -> int:
     """Most bytes held at once by a convolution's backward pass beside its arguments, its results included."""
     result = _bytes(inputs) if wants_input else 0
     if _without_onednn(inputs, weight, stride):
-        return result + _column_bytes(inputs, weight, gradient, transposed) + _bytes(weight)
-    half, wide = inputs.dtype != torch.float32, _is_wide(weight)
-    gradient_bytes, input_bytes, weight_bytes = _blocked(gradient), _blocked(inputs), _blocked_weight(weight)
+        no_columns = _is_pointwise(weight) and weight.ndim == 4
+        return result + _bytes(weight) + (0 if no_columns else _column_bytes(inputs, weight, gradient, transposed))
+    half, pointwise = inputs.dtype != torch.float32, _is_pointwise(weight)
+    accumulator = 4 * inputs.numel() * _busy(inputs) // inputs.shape[0] if half and pointwise and wants_input else 0
+    weight_bytes = _blocked_weight(weight)
+    sums = _summing_bytes(gradient, inputs, weight, stride, transposed)
+    if _is_channels_last(inputs, weight):
+        copies = _reordered(gradient) + _reordered(inputs)
+        return copies + result + weight_bytes + max(accumulator, sums, 2 * weight_bytes)
     to_input = 0
     if wants_input:
-        accumulator = 4 * inputs.numel() * _busy(inputs) // inputs.shape[0] if half and not wide else 0
-        to_input = max(gradient_bytes + weight_bytes + input_bytes + accumulator, input_bytes + result)
-    narrow = wide and inputs.shape[1] < BLOCK
-    to_weight = result + gradient_bytes + (0 if narrow else input_bytes) + weight_bytes
-    return max(to_input, to_weight + _reduction_bytes(gradient, inputs, weight, stride, transposed))
+        copies = _blocked(gradient) + _blocked(inputs) + weight_bytes
+        to_input = max(copies + accumulator, _blocked(inputs) + result)
+    if _is_shallow(inputs, weight):
+        return max(to_input, result + weight_bytes + sums)
+    narrow = not pointwise and inputs.shape[1] < BLOCK
+    copies = _blocked(gradient) + (0 if narrow else _blocked(inputs)) + weight_bytes
+    return max(to_input, result + copies + (0 if pointwise else sums))
 
 
-def _reduction_bytes(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: tuple[int, ...], transposed: bool
-) -> int:
-    """What the gradient of the weights is summed up in: transposed copies of one sample, and weights, per thread."""
-    threads = torch.get_num_threads()
+def _summing_bytes(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: tuple[int, ...], transposed: bool) -> int:
+    """What the gradient of the weights is summed up in: weights in fp32, and in bf16 transposed copies of a sample."""
+    threads, weight_bytes = torch.get_num_threads(), _blocked_weight(weight)
     if inputs.dtype == torch.float32:
-        return (threads - 1) * _blocked_weight(weight)
-    if not _is_wide(weight):
-        return 0
+        return threads * SHALLOW_WEIGHTS * weight_bytes if _is_shallow(inputs, weight) else (threads - 1) * weight_bytes
     if transposed:
         return _blocked(gradient)
-    per_thread = _blocked(gradient) // gradient.shape[0] + 2 * _blocked_weight(weight)
-    if max(stride) == 1 and inputs.shape[1] >= BLOCK:
+    sample = _blocked(gradient) // gradient.shape[0]
+    if max(stride) == 1 and (inputs.shape[1] >= BLOCK or _is_pointwise(weight)):
         width = inputs.shape[-1]
-        per_thread += _blocked(inputs) // inputs.shape[0] * (width + weight.shape[-1] - 1) // width
-    return threads * per_thread
+        sample += _blocked(inputs) // inputs.shape[0] * (width + weight.shape[-1] - 1) // width
+    # threads share the samples where those are larger than the weights, else the channels
+    return (threads if sample > 2 * weight_bytes else 1) * (sample + 2 * weight_bytes)
 
 
 def _without_onednn(inputs: Tensor, weight: Tensor, stride: tuple[int, ...]) -> bool:
@@ -81,14 +85,33 @@ def _without_onednn(inputs: Tensor, weight: Tensor, stride: tuple[int, ...]) -> 
     return not (worth_it and large)
 
 
+def _is_channels_last(inputs: Tensor, weight: Tensor) -> bool:
+    return any(suggest_memory_format(each) != torch.contiguous_format for each in (inputs, weight))
+
+
+def _is_shallow(inputs: Tensor, weight: Tensor) -> bool:
+    return (
+        inputs.ndim == 5
+        and inputs.shape[2] <= SHALLOW
+        and weight.shape[2] > SHALLOW
+        and inputs.dtype == torch.float32
+        and not _is_channels_last(inputs, weight)
+    )
+
+
+def _is_pointwise(weight: Tensor) -> bool:
+    return max(weight.shape[2:]) == 1
+
+
 def _column_bytes(inputs: Tensor, weight: Tensor, output: Tensor, transposed: bool) -> int:
     wide, narrow = (output, inputs) if transposed else (inputs, output)
     places = narrow.shape[0] * prod(narrow.shape[2:])
     return places * wide.shape[1] * prod(weight.shape[2:]) * inputs.element_size()
 
 
-def _is_wide(weight: Tensor) -> bool:
-    return max(weight.shape[2:]) > 1
+def _reordered(tensor: Tensor) -> int:
+    """Bytes of the channels-last copy, none where the tensor is channels-last already."""
+    return _bytes(tensor) if suggest_memory_format(tensor) == torch.contiguous_format else 0
 
 
 def _busy(tensor: Tensor) -> int:

@@ -22,11 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoseg.network import kernels, losses, losses_sums, unet
-from autoseg.network.device import Device
+from autoseg.network.device import Device, channels_last_format
 from autoseg.network.loop import make_optimizer, step
 from autoseg.records import Configuration
 
 MIB = 2**20
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTION = torch.ops.aten.convolution.default
 DEVICE = torch.ops.prim.device.default
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
@@ -65,13 +66,16 @@ class Step(NamedTuple):
 def make_step(configuration: Configuration, device: Device) -> Step:
     """The training step of `configuration` on `device`, on a batch without content; nothing has run yet."""
     spec, train = configuration.network, configuration.train
-    where = device.torch_device
-    with where:  # not .to(): fake parameters refuse to be swapped
+    where, layout = device.torch_device, channels_last_format(configuration.dimension)
+    with where:  # not .to(), here and below: fake parameters refuse to be swapped
         network = unet.build(spec).train()
+    for module in network.modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=layout))
     optimizer = make_optimizer(network, train, device)
     loss = losses.build(train.loss, batch_dice=configuration.batch_dice)
     shape = (configuration.batch_size, *configuration.patch_voxels)
-    image = torch.zeros(shape[0], spec.in_channels, *shape[1:], device=where)
+    image = torch.zeros(shape[0], spec.in_channels, *shape[1:], device=where).contiguous(memory_format=layout)
     labels = torch.zeros(shape, dtype=torch.int16, device=where)
     return Step(network, optimizer, lambda: step(network, optimizer, loss, image, labels, device, train.clip_norm))
 

@@ -12,7 +12,7 @@ from math import floor, log
 from autoseg.events import Advanced, Report, silent
 from autoseg.planning.cost import elements, parameters
 from autoseg.planning.wording import gigabytes, voxels
-from autoseg.records import Attempt, Configuration, NetworkSpec
+from autoseg.records import Attempt, Configuration, NetworkSpec, Plan
 
 Patch = tuple[int, ...]
 Measure = Callable[[Configuration], int]
@@ -131,6 +131,27 @@ def once(measure: Measure) -> Measure:
         return known[key]
 
     return remembering
+
+
+class NewReadingAsked(LookupError):
+    """The rules ask for a training step whose memory a saved plan does not know."""
+
+
+def recorded(plan: Plan) -> Measure:
+    """A measure that looks readings up in a saved plan; raises NewReadingAsked for any other step."""
+    readings = {
+        (configuration.name, attempt.patch_voxels, attempt.batch_size): attempt.peak_bytes
+        for configuration in plan.configurations
+        for attempt in configuration.memory.attempts
+    }
+
+    def measure(configuration: Configuration) -> int:
+        key = (configuration.name, configuration.patch_voxels, configuration.batch_size)
+        if key not in readings:
+            raise NewReadingAsked(f"{key} is not among the plan's readings: run `make plans` and review the diff")
+        return readings[key]
+
+    return measure
 
 
 def largest_patch(chain: Sequence[Patch], draft: Draft, readings: Readings) -> int | None:

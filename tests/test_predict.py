@@ -1,0 +1,229 @@
+"""Prediction on files and arrays, with networks of random weights: what is right about it needs no training."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from planned import a_configuration, a_network, a_planned_run
+from synthetic import write_dataset
+
+from autoseg.errors import UserError
+from autoseg.image.formats import read_image
+from autoseg.image.probabilities import read_probabilities
+from autoseg.layout import Layout, prediction_file, probabilities_file
+from autoseg.network import checkpoint, unet
+from autoseg.records import AugmentSpec, Configuration, Postprocessing, Rule, Run, TrainSpec
+from autoseg.steps.predict import Predictor, predict
+from autoseg.store import TEMPORARY, save
+
+VALUES = {0, 100, 255}
+OBLIQUE = (0.6, -0.8, 0.0, 0.8, 0.6, 0.0, 0.0, 0.0, 1.0)
+
+
+def write_network(run: Path, configuration: Configuration, fold: str, seed: int = 0) -> None:
+    """A finished training whose weights are random."""
+    model = Layout(run).model(configuration.name, fold, seed)
+    torch.manual_seed(10 * seed + (ord(fold[0]) % 10))
+    model.root.mkdir(parents=True)
+    checkpoint.save_weights(model.weights, unet.build(configuration.network))
+    record = Run(
+        autoseg_version="0", torch_version="0", configuration=configuration, fold=fold, seed=seed, device="cpu",
+        precision="fp32", compiled=False, finished=True,
+    )  # fmt: skip
+    save(model.run, record)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folds on a transposed grid with other spacings than the images', and three images to predict.
+
+    `plain` lies on the grid of the plan, `oblique` is turned and has odd spacings, `dark` has a border of zeros.
+    """
+    place = tmp_path_factory.mktemp("predict")
+    data = write_dataset(
+        place / "data", cases=3, shape=(12, 14, 13), spacing_mm=(1.5, 1.0, 1.25), label_values=(100, 255), held_out=3
+    )
+    images = data / "imagesTs"
+    plain, oblique, dark = sorted(images.iterdir())
+    turned = sitk.ReadImage(str(oblique))
+    turned.SetDirection(OBLIQUE)
+    turned.SetOrigin((0.1, 1 / 3, -7e-5))
+    turned.SetSpacing((0.7, 0.8000001, 2.3))
+    sitk.WriteImage(turned, str(images / "oblique.nii.gz"))
+    array_ZYX = sitk.GetArrayFromImage(sitk.ReadImage(str(dark)))
+    array_ZYX[:3], array_ZYX[:, :, -4:] = 0, 0
+    sitk.WriteImage(sitk.GetImageFromArray(array_ZYX), str(images / "dark.nii.gz"))
+    plain.rename(images / "plain.nii.gz")
+    oblique.unlink()
+    dark.unlink()
+    configuration = a_configuration(
+        axes=(1, 0, 2), spacing_mm=(1.0, 1.5, 1.25), network=a_network(),
+        train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(2,))),
+    )  # fmt: skip
+    run = a_planned_run(place / "run", data, configuration)
+    for fold in ("0", "1"):
+        write_network(run, configuration, fold)
+    predict(run, images, place / "out", device="cpu", save_probabilities=True)
+    return place
+
+
+def values_in(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+@pytest.mark.parametrize("case", ["plain", "oblique", "dark"])
+def test_label_maps_lie_on_the_grid_of_their_images_and_hold_the_values_of_the_data_set(place: Path, case: str) -> None:
+    image = sitk.ReadImage(str(place / "data" / "imagesTs" / f"{case}.nii.gz"))
+    predicted = sitk.ReadImage(str(place / "out" / f"{case}.nii.gz"))
+    assert predicted.GetSize() == image.GetSize()
+    assert predicted.GetOrigin() == image.GetOrigin()
+    assert predicted.GetSpacing() == image.GetSpacing()
+    assert predicted.GetDirection() == image.GetDirection()
+    assert predicted.GetPixelID() == sitk.sitkUInt8
+    found = set(np.unique(sitk.GetArrayFromImage(predicted)).tolist())
+    assert found <= VALUES
+    assert len(found) > 1
+
+
+def test_what_was_cropped_away_is_background(place: Path) -> None:
+    values_ZYX = values_in(place / "out" / "dark.nii.gz")
+    assert values_ZYX.any()
+    assert not values_ZYX[:3].any()
+    assert not values_ZYX[:, :, -4:].any()
+    probabilities_KZYX, _, _ = read_probabilities(probabilities_file(place / "out", "dark"))
+    assert (probabilities_KZYX[0, :3] == 1).all()
+
+
+@pytest.mark.parametrize("case", ["plain", "oblique", "dark"])
+def test_probabilities_sum_to_one_and_their_largest_is_the_label(place: Path, case: str) -> None:
+    probabilities_KZYX, names, geometry = read_probabilities(probabilities_file(place / "out", case))
+    values_ZYX = values_in(prediction_file(place / "out", case, ".nii.gz"))
+    assert names == ("background", "large", "small")
+    assert geometry.size_voxels == values_ZYX.shape
+    np.testing.assert_allclose(probabilities_KZYX.sum(0), 1.0, atol=2e-3)
+    best_ZYX = np.array([0, 100, 255])[probabilities_KZYX.argmax(0)]
+    two = np.sort(probabilities_KZYX, 0)
+    clear_ZYX = two[-1] - two[-2] > 2e-3  # half precision cannot tell those apart that are nearly equal
+    assert clear_ZYX.mean() > 0.9
+    assert (best_ZYX == values_ZYX)[clear_ZYX].all()
+
+
+def test_folds_are_averaged(place: Path) -> None:
+    images = place / "data" / "imagesTs" / "plain.nii.gz"  # needs no resampling, which would come after the mean
+    single = []
+    for fold in ("0", "1"):
+        output = place / f"fold_{fold}"
+        predict(place / "run", images, output, folds=(fold,), device="cpu", save_probabilities=True)
+        single.append(read_probabilities(probabilities_file(output, "plain"))[0])
+    both_KZYX, _, _ = read_probabilities(probabilities_file(place / "out", "plain"))
+    np.testing.assert_allclose(both_KZYX, (single[0] + single[1]) / 2, atol=2e-3)
+    assert np.abs(single[0] - single[1]).max() > 0.05
+    assert Predictor(place / "run", device="cpu").members == ("fold_0", "fold_1")
+
+
+def test_a_predictor_gives_for_arrays_and_files_what_the_command_writes(place: Path) -> None:
+    predictor = Predictor(place / "run", device="cpu")
+    path = place / "data" / "imagesTs" / "oblique.nii.gz"
+    written_ZYX = values_in(place / "out" / "oblique.nii.gz")
+    np.testing.assert_array_equal(predictor.predict([path]), written_ZYX)
+    volume = read_image([path])
+    spacing_mm = volume.geometry.spacing_mm
+    np.testing.assert_array_equal(predictor(volume.array_CZYX, spacing_mm), written_ZYX)
+    np.testing.assert_array_equal(predictor(volume.array_CZYX[0], spacing_mm), written_ZYX)
+    assert not np.array_equal(predictor(volume.array_CZYX[0], (1.0, 1.0, 1.0)), written_ZYX)
+
+
+def test_mirroring_can_be_left_out(place: Path) -> None:
+    path = place / "data" / "imagesTs" / "plain.nii.gz"
+    plain_ZYX = Predictor(place / "run", device="cpu", mirroring=False).predict([path])
+    assert not np.array_equal(plain_ZYX, values_in(place / "out" / "plain.nii.gz"))
+
+
+def test_an_empty_image_is_all_background(place: Path) -> None:
+    predictor = Predictor(place / "run", device="cpu")
+    assert predictor(np.zeros((9, 10, 11))).shape == (9, 10, 11)
+    small = predictor(np.random.default_rng(0).normal(size=(1, 3, 2)))
+    assert small.shape == (1, 3, 2)
+
+
+def test_learned_rules_are_applied_unless_told_not_to(place: Path, tmp_path: Path) -> None:
+    run, images = place / "run", place / "data" / "imagesTs" / "plain.nii.gz"
+    rules = tuple(
+        Rule(label=label, action="drop_volume", minimum_mm3=1e9, dice_before=0.0, dice_after=1.0)
+        for label in ("large", "small")
+    )
+    save(Layout(run).postprocessing, Postprocessing(learned_on="hand", cases=1, rules=rules))
+    try:
+        [with_rules] = predict(run, images, tmp_path / "with", device="cpu")
+        [without] = predict(run, images, tmp_path / "without", device="cpu", postprocess=False)
+    finally:
+        Layout(run).postprocessing.unlink()
+    assert not values_in(with_rules).any()
+    np.testing.assert_array_equal(values_in(without), values_in(place / "out" / "plain.nii.gz"))
+
+
+def test_nothing_unfinished_is_left_and_older_leftovers_are_removed(place: Path, tmp_path: Path) -> None:
+    stale = tmp_path / f"plain.nii.gz{TEMPORARY}-1-abc.nii.gz"
+    stale.write_bytes(b"half")
+    predict(place / "run", place / "data" / "imagesTs" / "plain.nii.gz", tmp_path, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.nii.gz"]
+
+
+def test_photographs_in_2d_become_masks_with_the_values_of_the_data_set(tmp_path: Path) -> None:
+    data = write_dataset(
+        tmp_path / "data", cases=2, shape=(20, 24), dimension=2, layout="plain", label_values=(100, 255), held_out=1
+    )
+    configuration = a_configuration(
+        name="2d", dimension=2, spacing_mm=(None, 1.0, 1.0), median_shape_voxels=(1, 20, 24),
+        network=a_network(dimension=2), train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,), mirror_axes=(0, 1))),
+    )  # fmt: skip
+    run = a_planned_run(tmp_path / "run", data, configuration)
+    write_network(run, configuration, "0")
+    [written] = predict(run, data / "imagesTs", tmp_path / "out", device="cpu")
+    assert written == tmp_path / "out" / "case_02.png"
+    values_YX = values_in(written)
+    assert values_YX.shape == (20, 24)
+    assert set(np.unique(values_YX).tolist()) <= VALUES
+    assert values_YX.any()
+
+
+# ------------------------------------------------------------------------------------------------ what it refuses
+
+
+def test_a_fold_or_seed_that_is_not_trained_is_named_with_those_that_are(place: Path) -> None:
+    with pytest.raises(UserError, match=r"not trained for 3 \(trained: fold_0, fold_1\).*train .* -f 3"):
+        Predictor(place / "run", folds=("0", "3"), device="cpu")
+    with pytest.raises(UserError, match=r"not trained for seed 5 \(trained: fold_0, fold_1\)"):
+        Predictor(place / "run", seeds=(5,), device="cpu")
+    with pytest.raises(UserError, match="no configuration '2d'"):
+        Predictor(place / "run", configuration="2d", device="cpu")
+
+
+def test_a_run_without_networks_is_refused_before_the_output_is_made(place: Path, tmp_path: Path) -> None:
+    run = a_planned_run(tmp_path / "run", place / "data", a_configuration())
+    with pytest.raises(UserError, match=r"not trained for any fold \(trained: nothing yet\)"):
+        predict(run, place / "data" / "imagesTs", tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_number_of_channels_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 channel\(s\), but the plan was made for 1"):
+        Predictor(place / "run", device="cpu")(np.ones((2, 8, 8, 8)))
+    with pytest.raises(UserError, match=r"\(C, Z, Y, X\) or \(Z, Y, X\)"):
+        Predictor(place / "run", device="cpu")(np.ones((8, 8)))
+    two = sitk.Compose([sitk.GetImageFromArray(np.ones((8, 8, 8), np.float32))] * 2)
+    sitk.WriteImage(two, str(tmp_path / "two.mha"))
+    with pytest.raises(UserError, match=r"two: 2 channel\(s\)"):
+        predict(place / "run", tmp_path / "two.mha", tmp_path / "out", device="cpu")
+
+
+def test_weights_of_another_network_are_refused(place: Path, tmp_path: Path) -> None:
+    configuration = a_configuration(network=a_network())
+    run = a_planned_run(tmp_path / "run", place / "data", configuration)
+    write_network(run, configuration, "0")
+    wider = a_network().model_copy(update={"features": (4, 16)})
+    checkpoint.save_weights(Layout(run).model("3d", "0").weights, unet.build(wider))
+    with pytest.raises(UserError, match="do not belong to the network of this plan"):
+        Predictor(run, device="cpu")
