@@ -1,23 +1,36 @@
 """Simulated against real peak memory of one training step: on the CPU, and on a CUDA card where there is one.
 
-    python bench/memory.py
+    python bench/memory.py                  20 shapes on the CPU, in fp32 and bf16
+    python bench/memory.py --device cuda    the same shapes on a card, then 50 steps of plans for 8, 11 and 24 GB
 
-On the CPU the real step's allocations are read from torch's profiler, which knows nothing of the simulation. On CUDA
-the bytes that the planner would count as needed are compared with what the card held. Prints a table and one JSON line.
+On the CPU the real bytes are the allocations that torch's profiler records, which knows nothing of the simulation. On
+CUDA the simulated tensors, without and with the allowance for a workspace, stand beside max_memory_allocated, and the
+bytes that the planner counts as needed beside what the card held. The plans of the reference data sets then run for 50
+steps at full batch, with the allocator capped at their budget less the context, so that one large card stands in for
+small ones. Prints a table and one JSON line; exit code 1 if a plan did not stay within its budget.
 """
 
+import argparse
 import json
+import sys
+import time
+from pathlib import Path
 
 import torch
 
-from autoseg.network.device import pick
-from autoseg.network.memory import compare
-from autoseg.network.simulate import real_cpu_peak, simulate
+from autoseg.network.device import Device, pick, set_up
+from autoseg.network.memory import CONTEXT_BYTES, context_bytes, device_peaks, needed_bytes
+from autoseg.network.simulate import real_cpu_peak, replay
 from autoseg.planning.architecture import network_spec
 from autoseg.planning.topology import choose_topology
 from autoseg.planning.train import choose_augment, choose_train
-from autoseg.records import Configuration, Memory
+from autoseg.records import Configuration, Memory, Plan
+from autoseg.store import load
 
+MIB = 2**20
+PLANS = Path(__file__).parent.parent / "plans"
+BUDGETS_GB = (8, 11, 24)
+STEPS = 50
 SHAPES = (
     ((1.0, 1.0), (64, 64)),
     ((1.0, 1.0), (96, 160)),
@@ -31,6 +44,8 @@ SHAPES = (
     ((1.0, 1.0, 1.0), (64, 32, 32)),
 )
 """Spacing and patch of the configurations that are compared, each plain and residual."""
+LARGE = (((1.0, 1.0), (512, 512)), ((1.0, 1.0, 1.0), (128, 128, 128)), ((3.0, 0.8, 0.8), (48, 192, 192)))
+"""More of them, for cards."""
 
 
 def configuration_of(kind: str, spacing_mm: tuple[float, ...], patch: tuple[int, ...], batch: int) -> Configuration:
@@ -54,32 +69,93 @@ def configuration_of(kind: str, spacing_mm: tuple[float, ...], patch: tuple[int,
     )
 
 
-def main() -> None:
-    rows = []
+def on_cpu() -> dict[str, float]:
+    """Errors of the simulation in percent, and its milliseconds."""
+    errors, milliseconds = [], []
+    print(f"{'CPU: network, patch, precision':42} simulated MiB  real MiB    error  simulated in")
     for spacing_mm, patch in SHAPES:
         for kind in ("plain", "residual"):
             planned = configuration_of(kind, spacing_mm, patch, 2)
-            simulated, real = simulate(planned, "fp32", "cpu"), real_cpu_peak(planned, "fp32")
-            error = 100 * (simulated - real) / real
-            rows.append(error)
+            for precision in ("fp32", "bf16"):
+                start = time.perf_counter()
+                simulated = replay(planned, precision, "cpu").peak_with_copies_bytes
+                milliseconds.append(1000 * (time.perf_counter() - start))
+                real = real_cpu_peak(planned, precision)
+                errors.append(100 * (simulated - real) / real)
+                name = f"{kind:8} {'x'.join(map(str, planned.patch_voxels)):>11} {precision}"
+                figures = f"{simulated / MIB:13.2f} {real / MIB:9.2f} {errors[-1]:+7.3f} % {milliseconds[-1]:8.0f} ms"
+                print(f"{name:42} {figures}", flush=True)
+    return {
+        "cpu_readings": len(errors),
+        "cpu_worst_percent": max(map(abs, errors)),
+        "simulation_median_ms": sorted(milliseconds)[len(milliseconds) // 2],
+    }
+
+
+def on_card(device: Device) -> dict[str, float]:
+    """Errors against max_memory_allocated in percent, and how much more is counted as needed than was held."""
+    plain, with_workspace, needed_more = [], [], []
+    print(f"{device.name}, {device.precision}: MiB simulated | with workspace | allocated || needed | held")
+    for spacing_mm, patch in SHAPES + LARGE:
+        for kind in ("plain", "residual"):
+            planned = configuration_of(kind, spacing_mm, patch, 2)
+            reading = replay(planned, device.precision, "cuda")
+            allocated, reserved = device_peaks(planned, device)
+            held = reserved + context_bytes(device.torch_device)
+            needed = needed_bytes(reading, "cuda")
+            plain.append(100 * (reading.peak_bytes - allocated) / allocated)
+            with_workspace.append(100 * (reading.peak_bytes + reading.workspace_bytes - allocated) / allocated)
+            needed_more.append(100 * (needed - held) / held)
+            sizes = (reading.peak_bytes, reading.peak_bytes + reading.workspace_bytes, allocated, needed, held)
+            figures = " ".join(f"{size / MIB:9.1f}" for size in sizes)
             size = "x".join(map(str, planned.patch_voxels))
-            print(f"cpu fp32 {kind:8} {size:>12} {simulated:>12} {real:>12} {error:+.2f} %", flush=True)
-    line = {"what": "memory", "cpu_configurations": len(rows), "worst_percent": max(map(abs, rows))}
-    if torch.cuda.is_available():
-        line |= on_cuda()
-    print(json.dumps(line))
+            print(f"{kind:8} {size:>11} {figures}  {plain[-1]:+.1f} % {needed_more[-1]:+.1f} %", flush=True)
+    return {
+        "card_worst_percent": max(map(abs, plain)),
+        "card_worst_percent_with_workspace": max(map(abs, with_workspace)),
+        "needed_least_above_held_percent": min(needed_more),
+    }
 
 
-def on_cuda() -> dict[str, float | str]:
-    """Errors of the simulation on the first card, for the same shapes."""
-    card = pick("cuda")
-    errors = []
-    for spacing_mm, patch in SHAPES:
-        planned = configuration_of("plain", spacing_mm, patch, 2)
-        simulated, measured = compare(planned, card)
-        errors.append(100 * (simulated - measured) / measured)
-        print(f"{card.name} {planned.patch_voxels} {simulated} {measured} {errors[-1]:+.1f} %", flush=True)
-    return {"card": torch.cuda.get_device_name(), "cuda_worst_percent": max(map(abs, errors))}
+def plans_within_budget(device: Device) -> bool:
+    """Run every reference plan for 8, 11 and 24 GB for `STEPS` steps under its budget; True if all stayed within."""
+    card = device.torch_device
+    total = torch.cuda.mem_get_info(card)[1]
+    good = True
+    for file in sorted(PLANS.glob("*/plan-*.json")):
+        plan = load(file, Plan)
+        if plan.budget.total_bytes not in {gigabytes << 30 for gigabytes in BUDGETS_GB}:
+            continue
+        for planned in plan.configurations:
+            torch.cuda.set_per_process_memory_fraction((plan.budget.budget_bytes - CONTEXT_BYTES) / total, card)
+            try:
+                held = device_peaks(planned, device, STEPS)[1] + context_bytes(card)
+                retries = torch.cuda.memory_stats(card)["num_alloc_retries"]
+                fits = held <= plan.budget.budget_bytes
+                said = f"{held / MIB:9.1f} of {plan.budget.budget_bytes / MIB:9.1f} MiB, {retries} retries so far"
+            except torch.cuda.OutOfMemoryError:
+                fits, said = False, "out of memory"
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0, card)
+            good = good and fits
+            print(f"{file.parent.name}/{file.name} {planned.name}: {said}{'' if fits else '  TOO LARGE'}", flush=True)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
+    device = pick(parser.parse_args().device)
+    set_up(device)
+    line: dict[str, object] = {"what": "memory", "device": device.name, "torch": torch.__version__}
+    if not device.is_cuda:
+        print(json.dumps(line | {"threads": torch.get_num_threads()} | on_cpu()))
+        return
+    line |= {"card": torch.cuda.get_device_name(device.torch_device), "cudnn": torch.backends.cudnn.version()}
+    line |= on_card(device)
+    good = plans_within_budget(device)
+    print(json.dumps(line | {"plans_within_budget": good}))
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ SMALL_PROBLEM = 20480
 """A single fp32 sample with fewer elements in its first four axes is not given to oneDNN (aten Convolution.cpp)."""
 SHALLOW = 2
 SHALLOW_WEIGHTS = 4
-"""3D inputs of at most SHALLOW slices: in fp32 each thread sums the weights' gradient in SHALLOW_WEIGHTS copies."""
+"""3D inputs of at most SHALLOW slices: in fp32 each thread takes SHALLOW_WEIGHTS copies of the weights for their
+gradient, and the columns of one slice."""
 
 
 def convolution_bytes(inputs: Tensor, weight: Tensor, stride: tuple[int, ...], transposed: bool, output: Tensor) -> int:
@@ -43,7 +44,7 @@ def convolution_backward_bytes(
         no_columns = _is_pointwise(weight) and weight.ndim == 4
         return result + _bytes(weight) + (0 if no_columns else _column_bytes(inputs, weight, gradient, transposed))
     half, pointwise = inputs.dtype != torch.float32, _is_pointwise(weight)
-    accumulator = 4 * inputs.numel() * _busy(inputs) // inputs.shape[0] if half and pointwise and wants_input else 0
+    accumulator = 2 * _blocked(inputs) * _busy(inputs) // inputs.shape[0] if half and pointwise and wants_input else 0
     weight_bytes = _blocked_weight(weight)
     sums = _summing_bytes(gradient, inputs, weight, stride, transposed)
     if _is_channels_last(inputs, weight):
@@ -63,8 +64,11 @@ def convolution_backward_bytes(
 def _summing_bytes(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: tuple[int, ...], transposed: bool) -> int:
     """What the gradient of the weights is summed up in: weights in fp32, and in bf16 transposed copies of a sample."""
     threads, weight_bytes = torch.get_num_threads(), _blocked_weight(weight)
+    if _is_shallow(inputs, weight):
+        columns = inputs.shape[1] * prod(weight.shape[2:]) * prod(gradient.shape[-2:]) * gradient.element_size()
+        return threads * (SHALLOW_WEIGHTS * weight_bytes + columns)
     if inputs.dtype == torch.float32:
-        return threads * SHALLOW_WEIGHTS * weight_bytes if _is_shallow(inputs, weight) else (threads - 1) * weight_bytes
+        return (threads - 1) * weight_bytes
     if transposed:
         return _blocked(gradient)
     sample = _blocked(gradient) // gradient.shape[0]
@@ -91,11 +95,7 @@ def _is_channels_last(inputs: Tensor, weight: Tensor) -> bool:
 
 def _is_shallow(inputs: Tensor, weight: Tensor) -> bool:
     return (
-        inputs.ndim == 5
-        and inputs.shape[2] <= SHALLOW
-        and weight.shape[2] > SHALLOW
-        and inputs.dtype == torch.float32
-        and not _is_channels_last(inputs, weight)
+        inputs.ndim == 5 and inputs.shape[2] <= SHALLOW and weight.shape[2] > SHALLOW and inputs.dtype == torch.float32
     )
 
 

@@ -164,16 +164,29 @@ def compare(configuration: Configuration, device: Device) -> tuple[int, int]:
 
 
 def measure_on_device(configuration: Configuration, device: Device) -> int:
-    """Bytes this process holds on a CUDA card while it trains: allocator's peak with workspaces, and the context.
+    """Bytes this process holds on a CUDA card while it trains: what its allocator reserves at most, and the context.
 
-    Runs warm-up steps (they search for algorithms and make the optimizer's state), forgets their peak and runs more.
-    A step that does not fit gives a number above the card's size. Leaves no memory behind. What other processes hold
-    is no part of it.
+    A step that does not fit gives a number above the card's size. Memory of other processes is no part of it. The step
+    runs eager; compiled, it is expected to need less.
+    """
+    card = device.torch_device
+    try:
+        return device_peaks(configuration, device)[1] + context_bytes(card)
+    except torch.cuda.OutOfMemoryError:
+        pass
+    _clean(card)  # until here the error held what the step had got
+    return torch.cuda.mem_get_info(card)[1] + CONTEXT_BYTES
+
+
+def device_peaks(configuration: Configuration, device: Device, steps: int = MEASURED_STEPS) -> tuple[int, int]:
+    """(allocated, reserved) bytes at the peak of `steps` warm training steps on a CUDA card, workspaces included.
+
+    Warm-up steps search for algorithms and make the optimizer's state; their peak is forgotten. No memory stays.
+    Raises torch.cuda.OutOfMemoryError when a step does not fit.
     """
     card = device.torch_device
     set_up(device)
     _clean(card)
-    total = torch.cuda.mem_get_info(card)[1]
     step = None
     try:
         step = simulation.make_step(configuration, device)
@@ -182,12 +195,10 @@ def measure_on_device(configuration: Configuration, device: Device) -> int:
         torch.cuda.synchronize(card)
         torch.cuda.empty_cache()  # what only the search for algorithms needed
         torch.cuda.reset_peak_memory_stats(card)
-        for _ in range(MEASURED_STEPS):
+        for _ in range(steps):
             step.run()
         torch.cuda.synchronize(card)
-        return torch.cuda.max_memory_reserved(card) + context_bytes(card)
-    except torch.cuda.OutOfMemoryError:
-        return total + torch.cuda.max_memory_reserved(card)
+        return torch.cuda.max_memory_allocated(card), torch.cuda.max_memory_reserved(card)
     finally:
         del step
         _clean(card)

@@ -56,10 +56,11 @@ class Reading:
 
 
 class Step(NamedTuple):
-    """One training step that can be repeated, and what it works on. Image (B, C, [Z,] Y, X), labels (B, [Z,] Y, X)."""
+    """One training step that can be repeated, and what a training keeps; `average` of the weights where one is kept."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
+    average: list[Tensor]
     run: Callable[[], Tensor]
 
 
@@ -77,7 +78,12 @@ def make_step(configuration: Configuration, device: Device) -> Step:
     shape = (configuration.batch_size, *configuration.patch_voxels)
     image = torch.zeros(shape[0], spec.in_channels, *shape[1:], device=where).contiguous(memory_format=layout)
     labels = torch.zeros(shape, dtype=torch.int16, device=where)
-    return Step(network, optimizer, lambda: step(network, optimizer, loss, image, labels, device, train.clip_norm))
+    average = [weight.detach().clone() for weight in network.parameters()] if train.average_decay else []
+
+    def run() -> Tensor:
+        return step(network, optimizer, loss, image, labels, device, train.clip_norm)
+
+    return Step(network, optimizer, average, run)
 
 
 # ------------------------------------------------------------------------------------------------ the replay

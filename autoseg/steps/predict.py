@@ -290,13 +290,15 @@ def trained_models(
         for folder in found
         if (folds is None or names[folder.name][0] in folds) and (seeds is None or names[folder.name][1] in seeds)
     ]
-    missing = [f for f in folds or () if f not in {names[c.name][0] for c in chosen}]
-    missing += [f"seed {s}" for s in seeds or () if s not in {names[c.name][1] for c in chosen}]
-    if missing or not chosen:
-        have = ", ".join(names) or "nothing yet"
+    missing = [fold for fold in folds or () if fold not in {names[folder.name][0] for folder in chosen}]
+    missing_seeds = [seed for seed in seeds or () if seed not in {names[folder.name][1] for folder in chosen}]
+    if missing or missing_seeds or not chosen:
+        what = ", ".join([*missing, *(f"seed {seed}" for seed in missing_seeds)]) or "any fold"
+        seed = f" --seed {missing_seeds[0]}" if missing_seeds else ""
         raise UserError(
-            f"{layout.root}: {configuration} is not trained for {', '.join(missing) or 'any fold'} (trained: {have}).",
-            fix=f"Run: autoseg train {layout.root} -c {configuration} -f {(folds or ('0',))[0]}",
+            f"{layout.root}: {configuration} is not trained for {what} "
+            f"(trained: {', '.join(names) or 'nothing yet'}).",
+            fix=f"Run: autoseg train {layout.root} -c {configuration} -f {[*missing, *(folds or ()), '0'][0]}{seed}",
         )
     return tuple(ModelLayout(folder) for folder in chosen)
 
