@@ -286,9 +286,7 @@ def test_the_command_that_goes_on_names_what_it_needs() -> None:
     run = Path("a run")
     assert resume_command(run, "2d", "all", 3) == "autoseg train 'a run' -c 2d -f all --seed 3 --resume"
     asked = Options(epochs=5, max_seconds=90.0, learning_rate=0.01)
-    assert resume_command(run, "3d", "0", 0, "auto", asked).endswith(
-        "--epochs 5 --max-time 90 --lr 0.01 --resume auto"
-    )
+    assert resume_command(run, "3d", "0", 0, "auto", asked).endswith("--epochs 5 --max-time 90 --lr 0.01 --resume auto")
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses

@@ -111,6 +111,7 @@ def step(
         optimizer.found_inf = (~usable).float().reshape(())  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
     optimizer.zero_grad(set_to_none=True)
     return value.detach()
 
