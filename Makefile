@@ -22,7 +22,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup  ## paired measurements; not part of the tests
-	set -e; for script in $(filter-out bench/plans.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+	set -e; for script in $(filter-out bench/plans.py bench/kill.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
 
 docs: setup  ## docs/*.md to HTML in site/; fails at a link that leads nowhere
 	$(BIN)/python docs/build.py

@@ -181,7 +181,7 @@ def test_the_allocator_uses_freed_blocks_again_and_merges_neighbours() -> None:
 def test_a_card_must_hold_more_than_the_tensors_and_a_cpu_no_context() -> None:
     reading = simulate.Reading(10 * GIB, 11 * GIB, GIB, 12 * GIB)
     assert memory.needed_bytes(reading, "cuda") > 12 * GIB * (1 + memory.MARGIN) + memory.CONTEXT_BYTES
-    assert memory.needed_bytes(reading, "cpu") == int(11 * GIB * (1 + memory.CPU_MARGIN))
+    assert memory.needed_bytes(reading, "cpu") == int(11 * GIB * memory.CPU_HEAP)
 
 
 # ------------------------------------------------------------------------------------------------ budgets
