@@ -53,18 +53,18 @@ def configuration(
 THICK = {"strides": THICK_SLICES, "kernels": FLAT_KERNELS}
 TWENTY: tuple[tuple[str, Configuration], ...] = (
     ("fp32", configuration((48, 48))),
-    ("bf16", configuration((48, 48), batch=5, classes=2)),
-    ("fp32", configuration((64, 40), features=(16, 32, 64, 64), kind="residual")),
+    ("bf16", configuration((48, 48), batch=5, classes=2, features=(16, 32))),
+    ("fp32", configuration((64, 40), kind="residual")),
     ("bf16", configuration((64, 32), features=(32, 64), in_channels=3)),
-    ("fp32", configuration((32, 32), batch=12, norm="batch", optimizer="sgd")),
+    ("fp32", configuration((32, 32), batch=12, norm="batch", optimizer="sgd", features=(16, 32))),
     ("bf16", configuration((32, 48), batch=6, norm="group", classes=9)),
-    ("fp32", configuration((48, 64), batch=1, deep_supervision=False)),
+    ("fp32", configuration((48, 64), batch=1, deep_supervision=False, features=(16, 32))),
     ("bf16", configuration((16, 16, 16))),
-    ("fp32", configuration((16, 24, 16))),
-    ("fp32", configuration((24, 16, 16), batch=3, in_channels=4)),
+    ("fp32", configuration((16, 24, 16), features=(32, 64))),
+    ("fp32", configuration((24, 16, 16), batch=3, in_channels=4, features=(16, 32))),
     ("bf16", configuration((20, 28, 20), features=(16, 32), optimizer="sgd")),
-    ("fp32", configuration((16, 16, 16), kind="residual")),
-    ("bf16", configuration((16, 16, 24), kind="residual", classes=5)),
+    ("fp32", configuration((16, 16, 16), kind="residual", features=(16, 32))),
+    ("bf16", configuration((16, 16, 24), kind="residual", classes=5, features=(16, 32))),
     ("fp32", configuration((8, 24, 24), **THICK)),
     ("bf16", configuration((6, 32, 32), **THICK, in_channels=2)),
     ("fp32", configuration((4, 48, 40), **THICK, kind="residual")),
@@ -140,7 +140,9 @@ def test_a_simulation_changes_nothing_outside_itself() -> None:
 
 
 def test_memory_grows_linearly_with_the_batch() -> None:
-    one, two, four = (simulate.simulate(configuration((32, 32, 32), batch=b), "bf16") for b in (1, 2, 4))
+    one, two, four = (
+        simulate.simulate(configuration((32, 32, 32), batch=b, features=(16, 32)), "bf16") for b in (1, 2, 4)
+    )
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 

@@ -35,9 +35,8 @@ MARGIN = 0.07
 """Copies inside kernels (contiguous gradients) and rounding that the simulation does not see; to be fitted anew
 whenever a GPU is at hand with `python bench/memory.py --device cuda`."""
 CPU_HEAP = 1.66
-"""Resident bytes per live byte on a CPU: freed blocks stay in glibc's heap (device.keep_freed_memory), and small
-objects between them keep many from being used again. 1.39 to 1.66 after five steps in fp32, for 40x56x40 at batch 2 and
-4 and 128x128 at batch 8 (glibc 2.36)."""
+"""Resident bytes per live byte on a CPU: glibc cannot use every freed block again. 1.39 to 1.66 after five steps in
+fp32, with and without device.keep_freed_memory, for 40x56x40, 16x64x64 and 128x128 (glibc 2.36); the largest counts."""
 CPU_MOST_BYTES = 8 * GIB
 """Budget of a CPU when nothing is asked for: this, or half of the memory the process may use if that is less."""
 WARM_STEPS = 2
