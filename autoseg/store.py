@@ -5,9 +5,11 @@ A killed process therefore leaves either the old file or the new one. A wrong fi
 
 import json
 import os
+import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +22,8 @@ AnySaved = TypeVar("AnySaved", bound=Saved)
 
 TEMPORARY = ".unfinished"
 """Part of the name of every file that is not complete yet; readers skip such files, writers remove stale ones."""
+
+DAY_SECONDS = 86_400.0
 
 UPGRADES: dict[tuple[str, int], Callable[[dict], dict]] = {}
 """(record name, old version) -> function that turns the old file's content into the next version's."""
@@ -34,7 +38,8 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
     the old or the new file, but a power failure may leave an empty one.
     Raises UserError when the disk is full or the folder can't be written.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY}-{os.getpid()}-{uuid.uuid4().hex[:6]}{suffix}")
+    writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:6]}"
+    temporary = path.with_name(f"{path.name}{TEMPORARY}-{writer}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -55,9 +60,30 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes left half-written in `folder` (not below it)."""
-    for stale in folder.glob(f"*{TEMPORARY}-*"):
-        stale.unlink(missing_ok=True)
+    """Delete what killed processes left half-written in `folder` (not below it); what a live one writes stays.
+
+    A process on another machine can't be asked, so its files count as left behind once they are a day old.
+    """
+    for found in folder.glob(f"*{TEMPORARY}-*"):
+        if not _is_being_written(found):
+            found.unlink(missing_ok=True)
+
+
+def _is_being_written(temporary: Path) -> bool:
+    writer = temporary.name.partition(f"{TEMPORARY}-")[2].split("~")
+    if len(writer) != 3 or not writer[1].isdecimal():
+        return False
+    if writer[0] != socket.gethostname():
+        with suppress(FileNotFoundError):
+            return time.time() - temporary.stat().st_mtime < DAY_SECONDS
+        return False
+    try:
+        os.kill(int(writer[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, and somebody else's
+        return True
+    return True
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

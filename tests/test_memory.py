@@ -300,7 +300,6 @@ def test_every_planned_strided_convolution_is_right_in_bf16(
     patch: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
 ) -> None:
     planned = configuration(patch, strides=strides, features=(16, 32, 64, 64))
-    assert memory.unsafe_reason(planned.network, patch, "cpu", "bf16") is None
     torch.manual_seed(0)
     network = unet.build(planned.network)
     size = patch
@@ -335,16 +334,6 @@ def _product(numbers: tuple[int, ...]) -> int:
         result *= number
     return result
 
-
-def test_striding_the_last_axis_down_to_one_voxel_is_named_on_cpus_in_bf16_only() -> None:
-    planned = configuration((16, 16, 4))
-    spec = planned.network
-    assert "stage 2" in str(memory.unsafe_reason(spec, (16, 16, 4), "cpu", "bf16"))
-    assert memory.unsafe_reason(spec, (4, 16, 16), "cpu", "bf16") is None
-    assert memory.unsafe_reason(spec, (16, 16, 8), "cpu", "bf16") is None
-    assert memory.unsafe_reason(spec, (16, 16, 4), "cpu", "fp32") is None
-    assert memory.unsafe_reason(spec, (16, 16, 4), "cuda", "bf16") is None
-    assert memory.unsafe_reason(configuration((16, 4)).network, (16, 4), "cpu", "bf16") is None
 
 
 def test_a_budget_says_which_torch_it_was_made_with() -> None:

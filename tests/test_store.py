@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -126,3 +127,21 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
         target.unlink()
     store.remove_unfinished(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_live_process_is_writing_stays_and_what_a_dead_one_left_goes(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    for name in (f"a.json{store.TEMPORARY}-{host}~{dead.pid}~abcdef", f"b.json{store.TEMPORARY}-1-abc"):
+        (tmp_path / name).write_text("half")
+    abroad = tmp_path / f"c.json{store.TEMPORARY}-another-host~1~abcdef"
+    abroad.write_text("half")
+    with store.replacing(tmp_path / "d.json") as temporary:
+        temporary.write_text("whole")
+        store.remove_unfinished(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([abroad, temporary])
+        long_ago = time.time() - 2 * store.DAY_SECONDS
+        os.utime(abroad, (long_ago, long_ago))
+        store.remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["d.json"]

@@ -7,7 +7,7 @@ context. `measurer(budget)` returns a function with the same meaning, so the pla
 import gc
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from autoseg.errors import UserError
 from autoseg.network import simulate as simulation
 from autoseg.network.device import Device, native_precision, pick, set_up
 from autoseg.network.simulate import Reading
-from autoseg.records import Budget, Configuration, NetworkSpec
+from autoseg.records import Budget, Configuration
 
 MIB, GIB = 2**20, 2**30
 UNITS = {"MB": MIB, "MIB": MIB, "M": MIB, "GB": GIB, "GIB": GIB, "G": GIB, "TB": 1024 * GIB, "TIB": 1024 * GIB}
@@ -262,25 +262,3 @@ def context_bytes(card: torch.device) -> int:
     except pynvml.NVMLError:
         own = None
     return CONTEXT_BYTES if own is None else max(0, own - torch.cuda.memory_reserved(card))
-
-
-# ------------------------------------------------------------------------------------------------ safe shapes
-
-
-def unsafe_reason(spec: NetworkSpec, patch_voxels: Sequence[int], device_type: str, precision: str) -> str | None:
-    """Why this network on this patch may compute wrong numbers without a word; None where nothing is known against it.
-
-    In bf16 on a CPU a 3D convolution that strides the last axis down to one voxel returns garbage, also its gradient
-    and the transposed convolution back (pytorch #169688; seen with torch 2.13 and 2.15).
-    """
-    if device_type != "cpu" or precision != "bf16" or spec.dimension != 3:
-        return None
-    size = patch_voxels[-1]
-    for stage, stride in enumerate(spec.strides):
-        size //= stride[-1]
-        if stride[-1] > 1 and size == 1:
-            return (
-                f"stage {stage} strides the last axis of patch {tuple(patch_voxels)} down to one voxel, which bf16"
-                " convolutions on a CPU compute wrongly"
-            )
-    return None
