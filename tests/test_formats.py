@@ -328,3 +328,14 @@ def test_real_photographs_and_scans_are_read() -> None:
     assert volume.array_CZYX.std() > 10
     assert np.unique(read_labels(DATA / "drive" / "masks" / "21.png")[0]).tolist() == [0, 255]
     assert read_image([DATA / "ct" / "ct.nii.gz"]).geometry.spacing_mm == (3, 3, 3)
+
+
+@pytest.mark.parametrize("side", [0.0, -1.5, float("nan")])
+def test_a_nifti_file_whose_voxels_have_no_size_is_refused_by_name(tmp_path: Path, side: float) -> None:
+    path = tmp_path / "flat.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 5, 6), np.float32)), str(path))
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[80:84] = np.float32(side).tobytes()
+    path.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(UserError, match=r"flat.nii.gz: the header gives a spacing"):
+        read_image([path])

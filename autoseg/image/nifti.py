@@ -34,9 +34,21 @@ CODES = {"u1": 2, "i2": 4, "i4": 8, "u2": 512}
 
 
 def header_of(path: Path, dimension: int) -> str:
-    """`Geometry.header` of a NIfTI-1 file; "" for other files that have this ending."""
+    """`Geometry.header` of a NIfTI-1 file; "" for other files that have this ending.
+
+    Raises UserError where a voxel has no size: ITK would take 1 mm for 0, and the absolute value of a negative one.
+    """
     header = _first_bytes(path)
-    return f"{KIND}{header.hex()}" if _byte_order(header) else ""
+    order = _byte_order(header)
+    if not order:
+        return ""
+    sides = struct.unpack_from(f"{order}{dimension}f", header, 80)
+    if not all(0 < side < np.inf for side in sides):
+        raise UserError(
+            f"{path}: the header gives a spacing of {' x '.join(f'{side:g}' for side in sides)} (X first).",
+            fix="Correct pixdim in the header; every spacing has to be above zero.",
+        )
+    return f"{KIND}{header.hex()}"
 
 
 def skewed_header(path: Path) -> FileHeader | None:
