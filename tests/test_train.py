@@ -65,7 +65,7 @@ def trained(preprocessed: Path) -> Path:
 @pytest.fixture
 def run(preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of its own for each test, preprocessed; its curves, which take a second, are not drawn."""
-    monkeypatch.setattr("autoseg.steps.train.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
     shutil.copytree(preprocessed, tmp_path / "run")
     return tmp_path / "run"
 
