@@ -12,6 +12,7 @@ import typer
 from autoseg.errors import EndedElsewhere, Interrupted, UserError
 from autoseg.events import Report, silent
 from autoseg.layout import Layout
+from autoseg.parallel import torchrun_setting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -142,7 +143,7 @@ def train(
             run, range(seed, seed + seeds), configuration=configuration, fold=fold, resume=how, asked=asked,
             machine=Machine(device, workers, limit, tensorboard), report=report,
         )  # fmt: skip
-    for each in ended:
+    for each in ended if _is_first() else ():
         _show(each, as_json)
 
 
@@ -317,9 +318,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def _watched() -> Iterator[Report]:
     """Show the events of a step, and turn the errors meant for the user into a sentence and an exit code."""
     from autoseg import screen
-    from autoseg.parallel import torchrun_setting
 
-    first = torchrun_setting("RANK", 0) == 0
+    first = _is_first()
     try:
         if first:
             with screen.screen() as report:
@@ -340,6 +340,11 @@ def _watched() -> Iterator[Report]:
     except KeyboardInterrupt as stopped:
         screen.show_stopped("Stopped; run the same command again to continue.")
         raise typer.Exit(130) from stopped
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that speaks; torchrun starts several with the same command."""
+    return torchrun_setting("RANK", 0) == 0
 
 
 def with_resume_value(arguments: Sequence[str]) -> list[str]:

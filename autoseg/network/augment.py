@@ -8,6 +8,7 @@ known on the host before anything runs, so only the samples that a transform hit
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ def draw(
 def some(drawn: Drawn, samples: Sequence[int]) -> Drawn:
     """What happens to these samples of the batch, in this order."""
     rows = torch.tensor(list(samples))
-    chosen = {name: value[rows] for name, value in vars(drawn).items() if isinstance(value, Tensor)}
+    chosen: dict[str, Any] = {name: value[rows] for name, value in vars(drawn).items() if isinstance(value, Tensor)}
     return replace(drawn, **chosen)
 
 

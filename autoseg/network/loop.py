@@ -152,7 +152,7 @@ def fit(
             if time.perf_counter() - saved_at > SAVE_SECONDS:
                 _save(state, save, False)
                 saved_at = time.perf_counter()
-        if asked:
+        if asked or (team.size == 1 and stop()):
             if not epoch_ends:
                 _save(state, save, False)
             return False

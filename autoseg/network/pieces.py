@@ -105,10 +105,11 @@ class Pieces:
         self, forward: Forward, scaled: Callable[[Tensor], Tensor], batch: Sequence[Tensor],
         buffers: Sequence[Tensor], lap: Callable[[str], None],
     ) -> Tensor:  # fmt: skip
-        if self.count == 1:
+        count = min(self.count, len(batch[0]))
+        if count == 1:
             self._calls = 0
             return whole_backward(forward, scaled, batch, lap)
-        parts = list(zip(*(tensor.tensor_split(self.count) for tensor in batch), strict=True))
+        parts = list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
         self._listen(forward, parts, buffers)
         lap("forward")
         for part in parts:

@@ -75,9 +75,9 @@ def train(
     """
     asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze)
     machine = Machine(device, workers, cache_bytes, tensorboard)
-    with joined(device) as team:
-        own_report = report if team.is_first else silent
-        return train_one(run, configuration, fold, seed, resume, asked, machine, team, own_report)
+    return train_seeds(
+        run, (seed,), configuration=configuration, fold=fold, resume=resume, asked=asked, machine=machine, report=report
+    )[0]
 
 
 def train_seeds(
@@ -89,6 +89,10 @@ def train_seeds(
     With `resume` "no" none of them may be there before; with "yes" and "auto" finished ones are kept as they are,
     stopped ones go on and missing ones are started, so the same command again completes what was stopped.
     """
+    if len(seeds) == 1:
+        with joined(machine.device) as team:
+            own_report = report if team.is_first else silent
+            return (train_one(run, configuration, fold, seeds[0], resume, asked, machine, team, own_report),)
     name = configuration or default_configuration(checked(run))
     models = {seed: Layout(run).model(name, fold, seed) for seed in seeds}
     keeps = resume in ("yes", "auto")
