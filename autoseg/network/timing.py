@@ -12,6 +12,8 @@ MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 MATMUL_SECONDS = 0.15
 """For so long matrix products are timed; the fastest counts."""
 LEAST_PRODUCTS = 3
+USUAL_SHARE = 0.3
+"""Share of the speed of matrix products that a training step usually reaches, for estimates."""
 
 
 class Stopwatch:
@@ -72,6 +74,12 @@ class Capacity:
         if not self.operations_per_second or seconds <= 0:
             return float("nan")
         return self.operations_per_sample * samples / seconds / self.operations_per_second
+
+    def seconds(self, samples: int) -> float | None:
+        """About how long so many samples take at `USUAL_SHARE` of the speed of matrix products; None: unknown."""
+        if not self.operations_per_second:
+            return None
+        return self.operations_per_sample * samples / (USUAL_SHARE * self.operations_per_second)
 
 
 def matmul_rate(device: Device) -> float:

@@ -38,10 +38,10 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     """
     network, record = _network(work, record)
     state = _state(work, record, network)
-    pieces = Pieces(adding(work.team), state.pieces)
-    compiled = _compiled(work, record, state)
+    capacity = capacity_of(record.configuration, work.device)
+    compiled = _compiled(work, record, state, capacity)
     save = _saver(work, state)
-    reached = _fit(work, record, state, sources, pieces, compiled, save)
+    reached = _fit(work, record, state, sources, compiled, save, capacity)
     if work.team.is_first:
         draw_curves(work.model.curves, state.history)
     if not reached:
@@ -105,13 +105,19 @@ def batches_of(work: Work, record: Run) -> Batches:
     )
 
 
-def _compiled(work: Work, record: Run, state: TrainState) -> Callable[[Tensor], object] | None:
-    """The compiled network where compiling pays."""
+def _compiled(
+    work: Work, record: Run, state: TrainState, capacity: Capacity
+) -> Callable[[Tensor], object] | None:
+    """The compiled network where compiling pays in the time that is left, which epochs are estimated to take."""
     device, configuration = device_of(state, work.device), record.configuration
-    left = None if record.max_seconds is None else record.max_seconds - state.seconds
+    samples = -(-configuration.batch_size // work.team.size)
+    if record.max_seconds is not None:
+        left: float | None = record.max_seconds - state.seconds
+    else:
+        steps = configuration.train.epochs * state.steps_per_epoch - state.step
+        left = capacity.seconds(steps * samples)
     if not pays_to_compile(device, left):
         return None
-    samples = -(-configuration.batch_size // work.team.size)
     shape = (samples, configuration.network.in_channels, *configuration.patch_voxels)
     return try_compile(state.network, shape, device, work.report)
 
@@ -135,11 +141,12 @@ def _saver(work: Work, state: TrainState) -> Callable[[TrainState, bool], None]:
 
 
 def _fit(
-    work: Work, record: Run, state: TrainState, sources: dict[str, Source], pieces: Pieces,
-    compiled: Callable[[Tensor], object] | None, save: Callable[[TrainState, bool], None],
+    work: Work, record: Run, state: TrainState, sources: dict[str, Source],
+    compiled: Callable[[Tensor], object] | None, save: Callable[[TrainState, bool], None], capacity: Capacity,
 ) -> bool:  # fmt: skip
     """Run the loop; False when it was stopped."""
     configuration, team = record.configuration, work.team
+    pieces = Pieces(adding(team), state.pieces)
     learned = [sources[case] for case in work.cases.train]
     held_out = [sources[case] for case in work.cases.validation] or learned
     with stop_requests() as asked, batches_of(work, record) as batches:
@@ -151,7 +158,7 @@ def _fit(
         return fit(
             state, configuration.train, Length(configuration.train.epochs, record.max_seconds), work.device,
             loss_of(configuration, pieces), lambda step: batches.draw(learned, work.cases.train, step), validate, save,
-            asked, work.report, compiled, pieces=pieces, team=team, capacity=capacity_of(configuration, work.device),
+            asked, work.report, compiled, pieces=pieces, team=team, capacity=capacity,
         )  # fmt: skip
 
 
