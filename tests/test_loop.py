@@ -434,13 +434,19 @@ def test_validation_runs_in_eval_mode_and_training_in_training_mode() -> None:
 def test_the_loop_runs_the_compiled_network_where_there_is_one() -> None:
     training, calls = Training(), []
 
-    def compiled(image: Tensor) -> Any:
-        calls.append(image.shape)
-        return training.state.network(image)
+    class Compiled:
+        """Like torch's: neither true nor false."""
+
+        def __call__(self, image: Tensor) -> Any:
+            calls.append(image.shape)
+            return training.state.network(image)
+
+        def __len__(self) -> int:
+            raise TypeError
 
     state = training.state
     fit(state, training.train, Length(1), CPU, LOSS, a_batch, lambda _: [0.5], lambda *_: None, lambda: False,
-        lambda _: None, compiled)  # fmt: skip
+        lambda _: None, Compiled())  # fmt: skip
     assert len(calls) == 2
 
 
