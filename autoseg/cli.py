@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoseg.errors import Interrupted, UserError
-from autoseg.events import Report
+from autoseg.errors import EndedElsewhere, Interrupted, UserError
+from autoseg.events import Report, silent
 from autoseg.layout import Layout
+from autoseg.parallel import torchrun_setting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -105,24 +106,45 @@ def train(
     resume: Annotated[
         str, typer.Option(help="Continue where this training stopped; `auto` starts it where there is nothing yet.")
     ] = "no",
+    extend_to: Annotated[
+        str | None, typer.Option(help="Go on to so many epochs (200) or so much time (1.5h).", show_default=False)
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Overwrite a training that is there.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Train so many, from --seed on, one after another.")] = 1,
+    init: Annotated[
+        str | None, typer.Option(help="Begin with the weights of this run or model.", show_default=False)
+    ] = None,
+    freeze: Annotated[str | None, typer.Option(help="encoder: keep its weights as --init gives them.")] = None,
     loss: Annotated[str | None, typer.Option(help="Loss by name. [default: the plan's]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Patches per step. [default: the plan's]")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Learning rate. [default: the plan's]")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [default: the device's best]")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Only kernels that repeat their results.", show_default=False)
+    ] = None,
     device: Device = None,
     workers: Workers = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Memory for preprocessed cases, such as 2GB. [default: a quarter]")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write for TensorBoard.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one network on one fold and score it on the cases it has not seen."""
     with _watched() as report:
-        max_seconds = _seconds(max_time)
-        from autoseg.steps.train import train as step
+        how, epochs, max_seconds = _length(resume, restart, extend_to, epochs, _seconds(max_time))
+        from autoseg.network.memory import parse_bytes
+        from autoseg.steps.options import Machine, Options
+        from autoseg.steps.train import train_seeds as step
 
+        asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze)
+        limit = None if cache is None else parse_bytes(cache)
         ended = step(
-            run, configuration=configuration, fold=fold, seed=seed, epochs=epochs, max_seconds=max_seconds,
-            resume=resume, loss=loss, batch_size=batch_size, learning_rate=learning_rate,
-            device=device, workers=workers, report=report,
+            run, range(seed, seed + seeds), configuration=configuration, fold=fold, resume=how, asked=asked,
+            machine=Machine(device, workers, limit, tensorboard), report=report,
         )  # fmt: skip
-    _show(ended, as_json)
+    for each in ended if _is_first() else ():
+        _show(each, as_json)
 
 
 @app.command()
@@ -297,18 +319,32 @@ def _watched() -> Iterator[Report]:
     """Show the events of a step, and turn the errors meant for the user into a sentence and an exit code."""
     from autoseg import screen
 
+    first = _is_first()
     try:
-        with screen.screen() as report:
-            yield report
+        if first:
+            with screen.screen() as report:
+                yield report
+        else:
+            yield silent
+    except EndedElsewhere as error:
+        if first:
+            screen.show_error(error)
+        raise typer.Exit(2) from error
     except UserError as error:
         screen.show_error(error)
         raise typer.Exit(2) from error
     except Interrupted as stopped:
-        screen.show_stopped(f"Stopped; everything is saved. To go on: {stopped.how_to_resume}")
+        if first:
+            screen.show_stopped(f"Stopped; everything is saved. To go on: {stopped.how_to_resume}")
         raise typer.Exit(130) from stopped
     except KeyboardInterrupt as stopped:
         screen.show_stopped("Stopped; run the same command again to continue.")
         raise typer.Exit(130) from stopped
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that speaks; torchrun starts several with the same command."""
+    return torchrun_setting("RANK", 0) == 0
 
 
 def with_resume_value(arguments: Sequence[str]) -> list[str]:
@@ -330,6 +366,20 @@ def parse_duration(text: str) -> float:
     if not 0.0 < seconds < float("inf"):
         raise UserError(f"{text!r} is not a duration.", fix="Write it as 90s, 10m or 1.5h.")
     return seconds
+
+
+def _length(
+    resume: str, restart: bool, extend_to: str | None, epochs: int | None, max_seconds: float | None
+) -> tuple[str, int | None, float | None]:
+    """How to resume, and to how many epochs or seconds; raises UserError where options contradict each other."""
+    if restart and (extend_to is not None or resume != "no"):
+        raise UserError("--restart begins anew, --resume and --extend-to go on.", fix="Give one of them.")
+    if extend_to is None:
+        return "restart" if restart else resume, epochs, max_seconds
+    if epochs is not None or max_seconds is not None:
+        raise UserError("--extend-to says how long the training shall be, and so do --epochs and --max-time.")
+    whole = extend_to.strip().isdigit()
+    return "extend", int(extend_to) if whole else None, None if whole else parse_duration(extend_to)
 
 
 def _seconds(text: str | None) -> float | None:

@@ -32,3 +32,16 @@ class Interrupted(Exception):
     def __init__(self, how_to_resume: str) -> None:
         super().__init__(how_to_resume)
         self.how_to_resume = how_to_resume
+
+
+class EndedElsewhere(UserError):
+    """Another process of the same training ended or is out of reach; it has said why itself, if it could."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Another process of this training has ended or cannot be reached.",
+            "What was saved is intact: start all processes again with --resume.",
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()

@@ -90,6 +90,11 @@ class ModelLayout:
         return self.root / "curves.png"
 
     @property
+    def tensorboard(self) -> Path:
+        """Folder with the history for TensorBoard, where it was asked for."""
+        return self.root / "tensorboard"
+
+    @property
     def validation(self) -> Path:
         """Folder with the predictions of the validation cases."""
         return self.root / "validation"

@@ -36,6 +36,21 @@ def allowed_cores() -> int:
     return max(1, cores)
 
 
+def torchrun_setting(name: str, otherwise: int) -> int:
+    """WORLD_SIZE, RANK, LOCAL_RANK or LOCAL_WORLD_SIZE as torchrun sets them for each process that it starts."""
+    return int(os.environ.get(name, otherwise))  # a setting of torchrun
+
+
+def own_cores() -> int:
+    """Cores for this process where torchrun started several on this machine; else all that are allowed."""
+    return max(1, allowed_cores() // torchrun_setting("LOCAL_WORLD_SIZE", 1))
+
+
+def make_cublas_repeatable() -> None:
+    """Ask cuBLAS for the workspace with which it gives equal results; counts if no CUDA device was used before."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a setting of cuBLAS
+
+
 def over_cases(
     function: Callable[[Item], Result],
     items: Sequence[Item],

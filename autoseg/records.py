@@ -331,11 +331,26 @@ class Splits(Saved):
 
 
 class Run(Saved):
-    """What a training really used, once options and plan values were put together, and how it ended."""
+    """What a training really used, once options and plan values were put together, and how it ended.
+
+    `planned` is the configuration as the plan had it, before options; with `channels` and `labels` (names, background
+    first) it says later whether the plan is still the same. `init` names the model whose weights it began with,
+    `fresh` the tensors that were not found there, `freeze` the part that stayed as it was. `processes` shared each
+    batch. `asked_precision` is empty where the precision was left to the device.
+    """
 
     autoseg_version: str
     torch_version: str
     configuration: Configuration
+    planned: Configuration | None = None
+    channels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    init: str = ""
+    fresh: tuple[str, ...] = ()
+    freeze: str = ""
+    asked_precision: str = ""
+    deterministic: bool = False
+    processes: int = 1
     fold: str
     seed: int
     device: str

@@ -166,7 +166,7 @@ def test_a_process_on_the_cpu_uses_the_allowed_cores(monkeypatch: pytest.MonkeyP
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "set_flush_denormal", lambda wanted: wanted)
-    monkeypatch.setattr(module, "allowed_cores", lambda: 3)
+    monkeypatch.setattr(module, "own_cores", lambda: 3)
     set_up(CPU)
     assert threads == [3]
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoseg.errors import UserError
 from autoseg.events import Event, Trained, Warned
 from autoseg.network import loop, losses, unet
 from autoseg.network.device import Device
 from autoseg.network.loop import Batch, Length, TrainState, fit, learning_rate, make_optimizer, make_scaler, step
+from autoseg.network.step import learn_mode
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -183,6 +185,8 @@ class Training:
     batch: Callable[[int], Batch] = a_batch
     dice: Callable[[int], list[float]] = lambda epoch: [0.5]
     stop_at: int | None = None
+    device: Device = CPU
+    losses_in: list[torch.dtype] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     saved: list[tuple[int, bool]] = field(default_factory=list)
@@ -197,10 +201,14 @@ class Training:
 
     def run(self, length: Length) -> bool:
         return fit(
-            self.state, self.train, length, CPU, LOSS, self._draw, self._validate,
+            self.state, self.train, length, self.device, self._loss, self._draw, self._validate,
             lambda state, best: self.saved.append((state.step, best)),
             lambda: self.state.step == self.stop_at, self.events.append,
         )  # fmt: skip
+
+    def _loss(self, logits: Any, labels: Tensor) -> Tensor:
+        self.losses_in.append(logits[0].dtype)
+        return LOSS(logits, labels)
 
     def _draw(self, number: int) -> Batch:
         self.drawn.append(number)
@@ -323,6 +331,77 @@ def test_bad_steps_are_counted_named_and_left_out_of_the_mean_loss() -> None:
     assert torch.isfinite(weights_of(training.state.network)).all()
 
 
+def test_the_cases_of_bad_steps_are_named_and_not_those_of_others() -> None:
+    training = Training(a_train(steps_per_epoch=12), batch=lambda number: bad_batch() if number == 3 else a_batch())
+    training.run(Length(epochs=1))
+    [warning] = [event.text for event in training.events if isinstance(event, Warned)]
+    assert "their batches held broken, two." in warning
+    assert "one" not in warning.split("held")[1]
+
+
+def test_an_epoch_without_a_finite_step_is_never_the_best_and_has_no_loss() -> None:
+    training = Training(batch=lambda number: bad_batch() if number < 2 else a_batch())
+    training.dice = lambda epoch: [0.9 - epoch / 2]
+    training.run(Length(epochs=2))
+    assert [best for _, best in training.saved] == [False, True]
+    assert training.state.best_dice == pytest.approx(0.4)
+    first, second = training.state.history
+    assert math.isnan(first["loss"])
+    assert math.isnan(first["dice_running"])
+    assert math.isfinite(second["loss"])
+
+
+def test_bad_steps_leave_running_statistics_and_the_average_finite() -> None:
+    training = Training(a_train(average_decay=0.9), batch=lambda number: bad_batch() if number % 2 else a_batch())
+    torch.manual_seed(0)
+    network = unet.build(NetworkSpec.model_validate(SPEC.model_dump() | {"norm": "batch"}))
+    training.state.network, training.state.optimizer = network, make_optimizer(network, training.train, CPU)
+    training.run(Length(epochs=1))
+    assert all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
+    assert all(torch.isfinite(tensor).all() for tensor in training.state.average)
+
+
+def test_repeated_trouble_ends_mixed_precision_and_says_so() -> None:
+    training = Training(batch=lambda number: bad_batch() if number < 4 else a_batch())
+    training.device = Device(CPU.torch_device, "bf16")
+    training.run(Length(epochs=3))
+    assert training.state.precision == "fp32"
+    last = [event.text for event in training.events if isinstance(event, Warned)][-1]
+    assert last.startswith("Mixed precision is given up")
+    assert training.losses_in == [torch.bfloat16] * 4 + [torch.float32] * 2
+
+
+def test_in_full_precision_repeated_trouble_ends_the_training_before_it_is_saved() -> None:
+    training = Training(batch=lambda number: a_batch() if number < 2 else bad_batch())
+    with pytest.raises(UserError, match=r"No step of epoch 3 had a finite loss.*broken, two.*--resume --lr"):
+        training.run(Length(epochs=9))
+    assert [number for number, _ in training.saved] == [2, 4]
+
+
+def test_weights_that_are_not_finite_are_never_saved() -> None:
+    training = Training(batch=lambda number: spoil(training.state.network) if number == 3 else a_batch(number))
+    with pytest.raises(UserError, match="After step 4 the weights are not finite any more"):
+        training.run(Length(epochs=3))
+    assert [number for number, _ in training.saved] == [2]
+
+
+def spoil(network: nn.Module) -> Batch:
+    """As if an update had overflowed."""
+    with torch.no_grad():
+        next(network.parameters()).fill_(math.inf)
+    return a_batch()
+
+
+def test_what_is_frozen_keeps_its_statistics() -> None:
+    network = unet.build(NetworkSpec.model_validate(SPEC.model_dump() | {"norm": "batch"}))
+    for weight in network.encoder.parameters():
+        weight.requires_grad_(False)
+    learn_mode(network)
+    assert network.training
+    norms = {name: each.training for name, each in network.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    assert {name.split(".")[0]: training for name, training in norms.items()} == {"encoder": False, "decoder": True}
+
+
 def test_the_running_dice_follows_slowly_and_marks_the_best() -> None:
     training = Training(dice=lambda epoch: [[0.5, 0.7], [0.9, 0.9], [0.1, 0.1]][epoch])
     training.run(Length(epochs=3))
@@ -355,13 +434,19 @@ def test_validation_runs_in_eval_mode_and_training_in_training_mode() -> None:
 def test_the_loop_runs_the_compiled_network_where_there_is_one() -> None:
     training, calls = Training(), []
 
-    def compiled(image: Tensor) -> Any:
-        calls.append(image.shape)
-        return training.state.network(image)
+    class Compiled:
+        """Like torch's: neither true nor false."""
+
+        def __call__(self, image: Tensor) -> Any:
+            calls.append(image.shape)
+            return training.state.network(image)
+
+        def __len__(self) -> int:
+            raise TypeError
 
     state = training.state
     fit(state, training.train, Length(1), CPU, LOSS, a_batch, lambda _: [0.5], lambda *_: None, lambda: False,
-        lambda _: None, compiled)  # fmt: skip
+        lambda _: None, Compiled())  # fmt: skip
     assert len(calls) == 2
 
 

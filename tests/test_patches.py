@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+import torch
 
 from autoseg.network.patches import (
     InMemory,
@@ -15,6 +16,7 @@ from autoseg.network.patches import (
     gather,
     generator_of,
 )
+from autoseg.network.patches_on_device import OnDevice, gather_on_device
 
 Shape = tuple[int, int, int]
 
@@ -204,3 +206,19 @@ def test_what_the_previous_stage_found_is_the_last_channel() -> None:
     np.testing.assert_array_equal(image[0, :2], cut(source.image_CZYX, (-1, 4, 8), (8, 8, 8)))
     np.testing.assert_array_equal(image[0, 2], cut(previous, (-1, 4, 8), (8, 8, 8)))
     np.testing.assert_array_equal(labels[0], cut(source.labels_ZYX, (-1, 4, 8), (8, 8, 8)))
+
+
+@pytest.mark.parametrize("moved", [(False, False, False), (True, False, True)])
+@pytest.mark.parametrize("patch", [(4, 6, 8), (6, 8)])
+def test_cases_on_the_device_give_the_same_patches(patch: tuple[int, ...], moved: tuple[bool, ...]) -> None:
+    cases = [a_case((9, 10, 11)), a_case((3, 5, 30), first=5000)]
+    places = [Place(0, (-2, 3, 1), None), Place(1, (0, -1, 20), 1), Place(0, (5, 4, 3), None)]
+    enlarged = tuple(size + 6 for size in patch)
+    held = [OnDevice(torch.from_numpy(c.image_CZYX), torch.from_numpy(c.labels_ZYX), c.locations) for c in cases]
+    image, labels = gather(cases, places, patch, enlarged, moved)
+    device_image, device_labels = gather_on_device(held, places, patch, enlarged, moved)
+    np.testing.assert_array_equal(device_image.numpy(), image)
+    np.testing.assert_array_equal(device_labels.numpy(), labels)
+    assert (device_image.dtype, device_labels.dtype) == (torch.float32, torch.int16)
+    for one, other in zip(cases[0].read(((1, 3), (2, 9), (0, 4))), held[0].read(((1, 3), (2, 9), (0, 4))), strict=True):
+        np.testing.assert_array_equal(one, other)

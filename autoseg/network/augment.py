@@ -7,7 +7,8 @@ known on the host before anything runs, so only the samples that a transform hit
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,13 @@ def draw(
         mirror_BD=happens(0.5, batch, dimension) & mirrored,
         in_plane_only=spec.turn_in_plane_only and dimension == 3,
     )
+
+
+def some(drawn: Drawn, samples: Sequence[int]) -> Drawn:
+    """What happens to these samples of the batch, in this order."""
+    rows = torch.tensor(list(samples))
+    chosen: dict[str, Any] = {name: value[rows] for name, value in vars(drawn).items() if isinstance(value, Tensor)}
+    return replace(drawn, **chosen)
 
 
 def enlarged_patch(spec: AugmentSpec, patch_voxels: Sequence[int]) -> tuple[int, ...]:

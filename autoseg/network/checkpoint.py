@@ -14,7 +14,10 @@ from autoseg.network.loop import TrainState
 from autoseg.store import replacing
 
 STATE_VERSION = 1
-NUMBERS = ("step", "epoch", "seconds", "steps_per_epoch", "smoothed_dice", "best_dice", "skipped")
+NUMBERS = (
+    "step", "epoch", "seconds", "steps_per_epoch", "smoothed_dice", "best_dice", "skipped",
+    "pieces", "precision", "troubled",
+)  # fmt: skip
 
 
 def save_weights(path: Path, network: nn.Module, average: list[Tensor] | None = None) -> None:
@@ -35,6 +38,11 @@ def load_weights(path: Path, network: nn.Module) -> None:
         raise UserError(
             f"{path}: these weights do not belong to the network of this plan ({str(error).splitlines()[-1].strip()})."
         ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights by name, whatever network they belong to; raises UserError as `load_weights`."""
+    return _read(path)[0]
 
 
 def save_state(path: Path, state: TrainState) -> None:

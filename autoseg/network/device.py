@@ -13,7 +13,7 @@ from torch import nn
 
 from autoseg.errors import UserError
 from autoseg.events import Report, Warned
-from autoseg.parallel import allowed_cores
+from autoseg.parallel import make_cublas_repeatable, own_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -83,15 +83,23 @@ def _cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def set_up(device: Device) -> None:
-    """Prepare this process once before the first tensor: threads, allocator, convolution search."""
+def set_up(device: Device, deterministic: bool = False) -> None:
+    """Prepare this process once before the first tensor: threads, allocator, convolution search.
+
+    `deterministic` takes only kernels that give equal results for equal input where there is a choice, and warns of
+    those that have none; it stays on until the process ends.
+    """
     if device.torch_device.type == "cpu":
-        torch.set_num_threads(allowed_cores())
+        torch.set_num_threads(own_cores())
         keep_freed_memory()
         # denormal numbers appear in the tails of trained networks and cost hundreds of cycles each
         torch.set_flush_denormal(True)
+    if deterministic:
+        make_cublas_repeatable()
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if device.is_cuda:
-        torch.backends.cudnn.benchmark = True
+        # the search takes whatever was fastest this time
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
 
 
 def keep_freed_memory() -> bool:

@@ -1,4 +1,4 @@
-"""The training step and the loop around it. Knows batches and networks, no files: saving comes in as a function.
+"""The loop around the training step. Knows batches and networks, no files: saving comes in as a function.
 
 Legend: B batch, C channel, K class, Z Y X voxels (2D: Y X).
 """
@@ -6,27 +6,41 @@ Legend: B batch, C channel, K class, Z Y X voxels (2D: Y X).
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autoseg.errors import UserError
 from autoseg.events import Report, Trained, Warned
 from autoseg.network.device import Device
+from autoseg.network.distributed import ALONE, Team, agreed
 from autoseg.network.losses import Supervised
+from autoseg.network.pieces import Pieces
+from autoseg.network.step import learn_mode, learning_rate, make_optimizer, make_scaler, running_statistics, step
+from autoseg.network.timing import PARTS, Capacity, Stopwatch
 from autoseg.records import TrainSpec
 
-BETAS = (0.9, 0.99)
+__all__ = ["Batch", "Length", "TrainState", "fit", "learning_rate", "make_optimizer", "make_scaler", "step"]
+
 SMOOTHING = 0.9
 """Weight of the past in the running validation Dice that decides about the best checkpoint (nnU-Net's rule)."""
 SAVE_SECONDS = 60.0
 """An epoch longer than this is saved in between, so that a killed training loses little."""
+BAD_SHARE = 0.1
+"""An epoch of which more steps than this share are not finite is in trouble."""
+TROUBLED_EPOCHS = 2
+"""After so many such epochs in a row mixed precision ends, and in full precision the training does."""
 
 
 @dataclass
 class TrainState:
-    """The one mutable thing of a training. `seconds` counts training time over all resumptions."""
+    """The one mutable thing of a training. `seconds` counts training time over all resumptions.
+
+    pieces: how many each batch is split into for lack of memory. precision: "fp32" once mixed precision was given up.
+    troubled: epochs in trouble in a row.
+    """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -39,6 +53,9 @@ class TrainState:
     smoothed_dice: float = math.nan
     best_dice: float = -math.inf
     skipped: int = 0
+    pieces: int = 1
+    precision: str = ""
+    troubled: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -53,73 +70,9 @@ class Batch:
     augment_seconds: float
 
 
-def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or SGD with Nesterov momentum; fused where torch has the kernel.
-
-    Weight decay spares norms and biases in AdamW; SGD follows nnU-Net and decays everything.
-    """
-    fused = device.torch_device.type in ("cuda", "cpu")
-    if train.optimizer == "sgd":
-        sgd = torch.optim.SGD(
-            network.parameters(), train.learning_rate, train.momentum, weight_decay=train.weight_decay, nesterov=True,
-            fused=fused,
-        )
-        for weight in network.parameters():  # else a first step that is skipped leaves them uninitialized
-            sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        return sgd
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    spared = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, train.learning_rate, betas=BETAS, fused=fused)
-
-
-def make_scaler(device: Device) -> torch.amp.GradScaler:
-    """Loss scaling for fp16; does nothing in bf16 and fp32."""
-    return torch.amp.GradScaler(device.torch_device.type, enabled=device.precision == "fp16")
-
-
-def step(
-    network: Callable[[Tensor], Any],
-    optimizer: torch.optim.Optimizer,
-    loss: Supervised,
-    image: Tensor,
-    labels: Tensor,
-    device: Device,
-    clip_norm: float,
-    scaler: torch.amp.GradScaler | None = None,
-) -> Tensor:
-    """Forward, backward, clip and update once. Returns the loss, still on the device; NaN if the step was skipped.
-
-    A loss or gradient that is not finite changes nothing: the fused optimizers are told so by a flag on the device, so
-    that the host never waits for it. (With loss scaling the scaler decides, and its overflows are no news.)
-    """
-    with device.autocast():
-        value = loss(network(image), labels)
-    scale = scaler if scaler is not None and scaler.is_enabled() else None
-    (scale.scale(value) if scale else value).backward()
-    if scale:
-        scale.unscale_(optimizer)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = nn.utils.clip_grad_norm_(weights, clip_norm, foreach=True)
-    if scale:
-        scale.step(optimizer)
-        scale.update()
-    else:
-        usable = torch.isfinite(norm) & torch.isfinite(value.detach())
-        value = torch.where(usable, value.detach(), math.nan)
-        # the flag that torch's own GradScaler sets on fused optimizers: 1 means "leave the weights as they are"
-        optimizer.found_inf = (~usable).float().reshape(())  # type: ignore[attr-defined]
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
-    optimizer.zero_grad(set_to_none=True)
-    return value.detach()
-
-
-def learning_rate(train: TrainSpec, done: float, step: int) -> float:
-    """Learning rate when the share `done` (0..1) of the training is over; rises linearly in the warm-up steps."""
-    falling = SCHEDULES[train.schedule](min(max(done, 0.0), 1.0))
-    return train.learning_rate * falling * min(1.0, (step + 1) / max(1, train.warmup_steps))
+def device_of(state: TrainState, device: Device) -> Device:
+    """The device in the precision that this training computes in."""
+    return replace(device, precision=state.precision) if state.precision else device
 
 
 def update_average(state: TrainState, decay: float) -> None:
@@ -157,6 +110,10 @@ def fit(
     stop: Callable[[], bool],
     report: Report,
     compiled: Callable[[Tensor], Any] | None = None,
+    *,
+    pieces: Pieces | None = None,
+    team: Team = ALONE,
+    capacity: Capacity = Capacity(),
 ) -> bool:
     """Train until the length is reached; True when it was, False when `stop()` asked to end earlier.
 
@@ -166,65 +123,108 @@ def fit(
         save: called with the state and whether the running validation Dice is the best so far; after every epoch, in
             between when an epoch takes long, and when stopped.
         compiled: what to run instead of `state.network`, sharing its weights.
+        pieces: splits batches where memory runs out; the loss has to reduce by it. None: running out is an error.
+        team: the processes that share this training; each draws its share of the batch.
+        capacity: what steps are measured against in the history.
+    Raises UserError when steps are not finite epoch after epoch, also in full precision.
     """
-    network = compiled or state.network
-    state.network.train()
-    sums, count, epoch_start, saved_at = _Sums(device), 0, time.perf_counter(), time.perf_counter()
+    learn_mode(state.network)
+    sums, saved_at = _Sums(device), time.perf_counter()
     while length.done(state) < 1.0:
         start = time.perf_counter()
+        sums.watch.start()
         rate = learning_rate(train, length.done(state), state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         batch = draw_batch(state.step)
-        value = step(
-            network, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm, state.scaler
-        )
-        if train.average_decay > 0:
-            update_average(state, train.average_decay)
-        state.step += 1
-        count += 1
+        value = _learn(state, train, device_of(state, device), loss, batch, compiled, pieces, team, sums, report)
         sums.add(value, batch, time.perf_counter() - start)
-        state.seconds += time.perf_counter() - start
+        asked, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - start)
         epoch_ends = state.step % state.steps_per_epoch == 0 or length.done(state) >= 1.0
         if epoch_ends:
             began = time.perf_counter()
-            _end_epoch(state, sums, count, rate, length, validate, save, report, time.perf_counter() - epoch_start)
-            state.seconds += time.perf_counter() - began
-            sums, count, epoch_start, saved_at = _Sums(device), 0, time.perf_counter(), time.perf_counter()
+            _end_epoch(state, sums, rate, length, device, validate, save, report, capacity)
+            asked_now, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - began)
+            asked |= asked_now
+            sums, saved_at = _Sums(device), time.perf_counter()
         else:
-            _announce(state, length, sums, count, batch, report)
+            _announce(state, length, sums, batch, report)
             if time.perf_counter() - saved_at > SAVE_SECONDS:
-                save(state, False)
+                _save(state, save, False)
                 saved_at = time.perf_counter()
-        if stop():
+        if asked or (team.size == 1 and stop()):
             if not epoch_ends:
-                save(state, False)
+                _save(state, save, False)
             return False
     return True
 
 
+def _learn(
+    state: TrainState, train: TrainSpec, device: Device, loss: Supervised, batch: Batch,
+    compiled: Callable[[Tensor], Any] | None, pieces: Pieces | None, team: Team, sums: "_Sums", report: Report,
+) -> Tensor:  # fmt: skip
+    """One step on one batch, and the average after it; returns the loss, still on the device."""
+    if pieces is not None:
+        pieces.count = max(pieces.count, state.pieces)
+    sums.watch.lap("augment")
+    value = step(
+        state.network if compiled is None else compiled, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
+        state.scaler, pieces=pieces, team=team, buffers=running_statistics(state.network), lap=sums.watch.lap,
+    )  # fmt: skip
+    if pieces is not None and pieces.count > state.pieces:
+        state.pieces = pieces.count
+        report(Warned(
+            f"{device.name} ran out of memory: batches go through the network in {state.pieces} pieces from now on, "
+            "with the same gradient, more slowly."
+        ))  # fmt: skip
+    if train.average_decay > 0:
+        update_average(state, train.average_decay)
+        sums.watch.lap("step")
+    state.step += 1
+    return value
+
+
 class _Sums:
-    """Totals of an epoch; the loss stays on the device until the epoch ends, so that no step waits for it."""
+    """Totals of an epoch; losses stay on the device until the epoch ends, so that no step waits for them."""
 
     def __init__(self, device: Device) -> None:
-        self.loss = torch.zeros((), device=device.torch_device)
-        self.bad = torch.zeros((), device=device.torch_device)
+        self.watch = Stopwatch(device)
+        self.began = time.perf_counter()
+        self.losses: list[Tensor] = []
+        self.cases: list[tuple[str, ...]] = []
         self.seconds = self.wait = self.augment = 0.0
         self.samples = 0
-        self.last_cases: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.losses)
 
     def add(self, loss: Tensor, batch: Batch, seconds: float) -> None:
-        finite = torch.isfinite(loss)
-        self.loss += torch.where(finite, loss, torch.zeros_like(loss))
-        self.bad += (~finite).float()
+        self.losses.append(loss)
+        self.cases.append(batch.cases)
         self.seconds += seconds
         self.wait += batch.wait_seconds
         self.augment += batch.augment_seconds
         self.samples += len(batch.image)
-        self.last_cases = batch.cases
+
+    def read(self) -> tuple[float, list[tuple[str, ...]]]:
+        """The mean of the losses that are finite (NaN if none is), and the cases of the steps that were skipped."""
+        values = torch.stack(self.losses).tolist()
+        finite = [value for value in values if math.isfinite(value)]
+        bad = [cases for value, cases in zip(values, self.cases, strict=True) if not math.isfinite(value)]
+        return sum(finite) / len(finite) if finite else math.nan, bad
+
+    def seconds_per_step(self) -> dict[str, float]:
+        """Where the time of a step went; on CUDA what the device did, which the host does not wait for."""
+        parts = self.watch.read()
+        wait, augment = self.wait, parts.get("augment", 0.0) - self.wait
+        if augment < 0:  # the device was busy while the host waited
+            wait, augment = 0.0, parts.get("augment", 0.0)
+        parts |= {"augment": augment}
+        return {"wait": wait / self.count} | {part: parts.get(part, 0.0) / self.count for part in PARTS}
 
 
-def _announce(state: TrainState, length: Length, sums: _Sums, count: int, batch: Batch, report: Report) -> None:
+def _announce(state: TrainState, length: Length, sums: _Sums, batch: Batch, report: Report) -> None:
     figures = {"images_per_second": sums.samples / max(sums.seconds, 1e-9), "seconds_left": _left(state, length)}
     inside = state.step % state.steps_per_epoch
     report(Trained(state.epoch + 1, _epochs(state, length), inside, state.steps_per_epoch, figures))
@@ -243,50 +243,89 @@ def _epochs(state: TrainState, length: Length) -> int:
 
 
 def _end_epoch(
-    state: TrainState, sums: _Sums, count: int, rate: float, length: Length,
+    state: TrainState, sums: _Sums, rate: float, length: Length, device: Device,
     validate: Callable[[int], Sequence[float]], save: Callable[[TrainState, bool], None], report: Report,
-    seconds: float,
+    capacity: Capacity,
 ) -> None:  # fmt: skip
     """Validate, write the epoch into the history, remember the best, save, announce."""
-    bad = int(sums.bad.item())
-    state.skipped += bad
-    if bad:
-        report(Warned(
-            f"{bad} of {count} steps of epoch {state.epoch + 1} had a loss or gradient that is not finite and were "
-            f"skipped; the last batch held {', '.join(sums.last_cases)}."
-        ))  # fmt: skip
+    loss, bad = sums.read()
+    seconds = sums.seconds_per_step()
     state.network.eval()
     dice = [float(value) for value in validate(state.epoch)]
-    state.network.train()
-    known = [value for value in dice if math.isfinite(value)]
-    mean = sum(known) / len(known) if known else math.nan
-    best = False
-    if known:  # an epoch without any class says nothing and must not poison the running mean
-        old = state.smoothed_dice
-        state.smoothed_dice = mean if math.isnan(old) else SMOOTHING * old + (1 - SMOOTHING) * mean
-        best = state.smoothed_dice > state.best_dice
-        state.best_dice = max(state.best_dice, state.smoothed_dice)
+    learn_mode(state.network)
+    mean, best = _remember(state, dice, learned=len(bad) < sums.count)
     state.epoch += 1
+    share = capacity.share(sums.samples, sum(seconds.values()) * sums.count)
     row = {
         "epoch": float(state.epoch), "step": float(state.step), "seconds": state.seconds, "learning_rate": rate,
-        "loss": float(sums.loss.item()) / max(1, count - bad), "dice": mean, "dice_running": state.smoothed_dice,
+        "loss": loss, "dice": mean, "dice_running": state.smoothed_dice,
         "images_per_second": sums.samples / max(sums.seconds, 1e-9),
         "wait_share": sums.wait / max(sums.seconds, 1e-9), "augment_share": sums.augment / max(sums.seconds, 1e-9),
-        "epoch_seconds": seconds, "skipped": float(bad),
+        "epoch_seconds": time.perf_counter() - sums.began, "skipped": float(len(bad)), "peak_share": share,
     }  # fmt: skip
+    row |= {f"{part}_seconds": value for part, value in seconds.items()}
     row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)}
     state.history.append(row)
-    save(state, best)
-    epochs = _epochs(state, length)
-    report(Trained(state.epoch, epochs, state.steps_per_epoch, state.steps_per_epoch, {
-        "loss": row["loss"], "dice": mean, "images_per_second": row["images_per_second"],
-        "wait_share": row["wait_share"], "seconds_left": _left(state, length),
+    if bad:
+        _face_trouble(state, bad, sums.count, device, report)
+    else:
+        state.troubled = 0
+    _save(state, save, best)
+    shown = ("loss", "dice", "images_per_second", "peak_share", *(f"{part}_seconds" for part in seconds))
+    report(Trained(state.epoch, _epochs(state, length), state.steps_per_epoch, state.steps_per_epoch, {
+        **{name: row[name] for name in shown}, "wait_share": row["wait_share"], "seconds_left": _left(state, length),
     }))  # fmt: skip
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "polynomial": lambda done: (1.0 - done) ** 0.9,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-    "constant": lambda done: 1.0,
-}
-"""Share of the learning rate left when a share of the training is over; polynomial as in nnU-Net (Chen et al. 2017)."""
+def _remember(state: TrainState, dice: Sequence[float], learned: bool) -> tuple[float, bool]:
+    """Mean Dice of an epoch, and whether the running mean is the best so far.
+
+    An epoch without any class says nothing and must not poison the running mean; one that learned nothing, because no
+    step of it was finite, is never the best.
+    """
+    known = [value for value in dice if math.isfinite(value)]
+    if not known or not learned:
+        return sum(known) / len(known) if known else math.nan, False
+    mean = sum(known) / len(known)
+    old = state.smoothed_dice
+    state.smoothed_dice = mean if math.isnan(old) else SMOOTHING * old + (1 - SMOOTHING) * mean
+    best = state.smoothed_dice > state.best_dice
+    state.best_dice = max(state.best_dice, state.smoothed_dice)
+    return mean, best
+
+
+def _save(state: TrainState, save: Callable[[TrainState, bool], None], best: bool) -> None:
+    """Save, but never over a good state with weights that are not finite: raises UserError then."""
+    norms = torch.stack(torch._foreach_norm([weight.detach() for weight in state.network.parameters()]))
+    if not bool(torch.isfinite(norms).all()):
+        raise UserError(
+            f"After step {state.step} the weights are not finite any more; the checkpoint before that is intact.",
+            fix="Go on from it with a smaller learning rate: --resume --lr.",
+        )
+    save(state, best)
+
+
+def _face_trouble(
+    state: TrainState, bad: Sequence[tuple[str, ...]], count: int, device: Device, report: Report
+) -> None:
+    """Name the cases of skipped steps; when epochs are bad in a row, compute in fp32, or give up where that is done."""
+    state.skipped += len(bad)
+    cases = list(dict.fromkeys(case for batch in bad for case in batch))
+    named = ", ".join(cases[:8]) + (f" and {len(cases) - 8} more" if len(cases) > 8 else "")
+    report(Warned(
+        f"{len(bad)} of {count} steps of epoch {state.epoch} had a loss or gradient that is not finite and were "
+        f"skipped; their batches held {named}."
+    ))  # fmt: skip
+    state.troubled = state.troubled + 1 if len(bad) > BAD_SHARE * count else 0
+    if state.troubled < TROUBLED_EPOCHS:
+        return
+    if device_of(state, device).precision != "fp32":
+        state.precision, state.troubled = "fp32", 0
+        state.scaler = make_scaler(device_of(state, device))
+        report(Warned("Mixed precision is given up after repeated trouble: the training goes on in fp32."))
+    elif len(bad) == count:
+        raise UserError(
+            f"No step of epoch {state.epoch} had a finite loss, in full precision either; the last checkpoint is that "
+            "of the epoch before.",
+            fix=f"Look at the cases {named}, or go on with a smaller learning rate: --resume --lr.",
+        )

@@ -136,30 +136,37 @@ def gather(
     size = enlarged_voxels if any(moved) else patch_voxels
     flat = len(patch_voxels) == 2
     lead = (1,) if flat else ()
-    margins = (0,) * len(lead) + tuple((e - p) // 2 for e, p in zip(size, patch_voxels, strict=True))
-    patch_zyx, size_zyx = lead + patch_voxels, lead + size
     image_BCZYX: np.ndarray | None = None
-    labels_BZYX = np.zeros((len(places), *size_zyx), np.int16)
+    labels_BZYX = np.zeros((len(places), *lead, *size), np.int16)
     for sample, place in enumerate(places):
         source = sources[place.case]
-        box, into = [], []
-        for corner, p, full, margin, limit in zip(
-            place.corner_ZYX, patch_zyx, size_zyx, margins, source.shape, strict=True
-        ):
-            first, last = (corner - margin, corner - margin + full) if moved[sample] else (corner, corner + p)
-            start, stop = max(0, first), min(limit, last)
-            box.append((start, max(start, stop)))
-            offset = start - (corner - margin)
-            into.append(slice(offset, offset + max(0, stop - start)))
-        image, labels = source.read((box[0], box[1], box[2]))
+        box, (into_z, into_y, into_x) = window(place, source.shape, patch_voxels, size, moved[sample])
+        image, labels = source.read(box)
         if image_BCZYX is None:
-            image_BCZYX = np.zeros((len(places), len(image), *size_zyx), np.float32)
-        along_z, along_y, along_x = into
-        image_BCZYX[sample, :, along_z, along_y, along_x] = image
-        labels_BZYX[sample, along_z, along_y, along_x] = labels
+            image_BCZYX = np.zeros((len(places), len(image), *lead, *size), np.float32)
+        image_BCZYX[sample, :, into_z, into_y, into_x] = image
+        labels_BZYX[sample, into_z, into_y, into_x] = labels
     if image_BCZYX is None:
         raise ValueError("a batch needs at least one place")
     return (image_BCZYX[:, :, 0], labels_BZYX[:, 0]) if flat else (image_BCZYX, labels_BZYX)
+
+
+def window(
+    place: Place, limits: tuple[int, int, int], patch_voxels: tuple[int, ...], size_voxels: tuple[int, ...], moved: bool
+) -> tuple[Box, tuple[slice, slice, slice]]:
+    """What to read of a case with `limits` voxels, and where it goes in an array of `size_voxels` around the patch."""
+    lead = (1,) * (3 - len(patch_voxels))
+    box, into = [], []
+    for corner, patch, full, limit in zip(
+        place.corner_ZYX, (*lead, *patch_voxels), (*lead, *size_voxels), limits, strict=True
+    ):
+        margin = (full - patch) // 2
+        first, last = (corner - margin, corner - margin + full) if moved else (corner, corner + patch)
+        start, stop = max(0, first), min(limit, last)
+        box.append((start, max(start, stop)))
+        offset = start - (corner - margin)
+        into.append(slice(offset, offset + max(0, stop - start)))
+    return (box[0], box[1], box[2]), (into[0], into[1], into[2])
 
 
 def _clamped(corner: int, size: int, patch: int) -> int:

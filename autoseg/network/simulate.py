@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoseg.network import kernels, losses, losses_sums, unet
 from autoseg.network.device import Device, channels_last_format
-from autoseg.network.loop import make_optimizer, step
+from autoseg.network.step import make_optimizer, step
 from autoseg.records import Configuration
 
 MIB = 2**20

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from autoseg.network import augment
 from autoseg.network.device import Device, channels_last_format
+from autoseg.network.distributed import ALONE, Team, add_up, share
 from autoseg.network.loop import Batch
 from autoseg.network.patches import Place, Sampling, Source, draw_places, gather, generator_of
-from autoseg.parallel import allowed_cores
+from autoseg.network.patches_on_device import OnDevice, gather_on_device
+from autoseg.parallel import own_cores
 from autoseg.records import Configuration
 
 TRAINING, VALIDATION, AUGMENTATION = 0, 1, 2
@@ -23,7 +25,7 @@ TRAINING, VALIDATION, AUGMENTATION = 0, 1, 2
 VALIDATION_SHARE = 0.1
 """Validation batches per training batch of an epoch; a forward pass costs a third of a step."""
 
-Read = tuple[np.ndarray, np.ndarray, augment.Drawn, tuple[Place, ...]]
+Read = tuple[np.ndarray | Tensor, np.ndarray | Tensor, augment.Drawn, Sequence[Place]]
 
 
 class Batches:
@@ -33,20 +35,22 @@ class Batches:
         channels: of the image; a cascade reads one more, the previous stage's labels, and makes them one-hot.
         classes: background included.
         workers: reading threads; None takes the allowed cores, at most 8.
+        team: the processes that share every batch. All draw the whole batch, and each reads and augments its samples.
     """
 
     def __init__(
-        self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device, workers: int | None
-    ) -> None:
+        self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device,
+        workers: int | None, team: Team = ALONE,
+    ) -> None:  # fmt: skip
         train = configuration.train
         self._patch = configuration.patch_voxels
         self._enlarged = augment.enlarged_patch(train.augment, self._patch)
         self._spec = train.augment
         self._sampling = Sampling(self._patch, configuration.batch_size, train.foreground_share, seed)
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
-        self._device = device
+        self._device, self._team = device, team
         self._format = channels_last_format(configuration.dimension)
-        self._ahead = min(8, workers or allowed_cores())
+        self._ahead = min(8, workers or own_cores())
         self._threads = ThreadPoolExecutor(self._ahead)
         self._coming: deque[tuple[int, Future[Read]]] = deque()
 
@@ -75,27 +79,29 @@ class Batches:
         return Batch(result, result_labels, cases, waited, time.perf_counter() - start - waited)
 
     @torch.no_grad()
-    def validation_dice(self, network: nn.Module, sources: Sequence[Source], steps: int) -> list[float]:
+    def validation_dice(
+        self, network: nn.Module, sources: Sequence[Source], steps: int, device: Device | None = None
+    ) -> list[float]:
         """Dice per foreground class over patches of unseen cases, pooled; NaN for a class that is in none of them.
 
         Pooled over patches, so it is no substitute for the scores of whole images; it steers the best checkpoint. The
-        patches are the same in every epoch.
+        patches are the same in every epoch; a team shares them. `device` may say another precision.
         """
         totals = torch.zeros(3, self._classes, device=self._device.torch_device)
-        for number in range(max(1, round(steps * VALIDATION_SHARE))):
+        for number in share(self._team, range(max(1, round(steps * VALIDATION_SHARE)))):
             places = draw_places(sources, self._sampling, number, VALIDATION)
             image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places))
             inputs, target = self._to_device(image), self._to_device(labels)
             if self._cascade:
                 inputs = torch.cat((inputs[:, :-1], _one_hot(inputs[:, -1].to(torch.int16), self._classes)), 1)
-            with self._device.autocast():
+            with (device or self._device).autocast():
                 found = network(inputs.contiguous(memory_format=self._format)).argmax(1)
             for k in range(1, self._classes):
                 is_found, is_true = (found == k) & (target >= 0), target == k
                 totals[0, k] += (is_found & is_true).sum()
                 totals[1, k] += is_found.sum()
                 totals[2, k] += is_true.sum()
-        both, found_sum, true_sum = totals[:, 1:].cpu()
+        both, found_sum, true_sum = add_up(self._team, totals)[:, 1:].cpu()
         dice = torch.where(true_sum > 0, 2 * both / (found_sum + true_sum), torch.nan)
         return [float(value) for value in dice]
 
@@ -110,14 +116,22 @@ class Batches:
         return self._coming.popleft()[1].result()
 
     def _read(self, sources: Sequence[Source], step: int) -> Read:
-        places = draw_places(sources, self._sampling, step, TRAINING)
+        whole = draw_places(sources, self._sampling, step, TRAINING)
         seed = int(generator_of(self._sampling.seed, step, AUGMENTATION).integers(2**62))
         chance = torch.Generator().manual_seed(seed)
-        drawn = augment.draw(self._spec, len(places), self._channels, self._patch, chance)
-        image, labels = gather(sources, places, self._patch, self._enlarged, drawn.moved_B.tolist())
-        return image, labels, drawn, places
+        drawn = augment.draw(self._spec, len(whole), self._channels, self._patch, chance)
+        places = share(self._team, whole)
+        if self._team.size > 1:
+            drawn = augment.some(drawn, share(self._team, range(len(whole))))
+        moved = drawn.moved_B.tolist()
+        on_device = [source for source in sources if isinstance(source, OnDevice)]
+        if len(on_device) == len(sources):
+            return *gather_on_device(on_device, places, self._patch, self._enlarged, moved), drawn, places
+        return *gather(sources, places, self._patch, self._enlarged, moved), drawn, places
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: np.ndarray | Tensor) -> Tensor:
+        if isinstance(array, Tensor):
+            return array
         tensor = torch.from_numpy(array)
         if self._device.is_cuda:
             return tensor.pin_memory().to(self._device.torch_device, non_blocking=True)

@@ -21,13 +21,34 @@ LEAST_BATCH = 2
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for beside the plan; None means: as planned."""
+    """What the user asked for beside the plan; None means: as planned, or as the training that is resumed had it.
+
+    init: run folder or model folder whose weights to begin with. freeze: "encoder" leaves those weights as they are.
+    """
 
     epochs: int | None = None
     max_seconds: float | None = None
     loss: str | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    precision: str | None = None
+    deterministic: bool | None = None
+    init: str | None = None
+    freeze: str | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training may use of this machine; changes nothing in what it computes.
+
+    cache_bytes: preprocessed cases are kept in memory up to this; None: a share of what is free. tensorboard: also
+    write the history for TensorBoard.
+    """
+
+    device: str | None = None
+    workers: int | None = None
+    cache_bytes: int | None = None
+    tensorboard: bool = False
 
 
 def with_options(planned: Configuration, asked: Options) -> Configuration:
@@ -50,16 +71,19 @@ def with_options(planned: Configuration, asked: Options) -> Configuration:
         raise UserError(f"{first['loc'][-1]} {first['input']}: {first['msg']}.") from error
 
 
-def fit_to_time(configuration: Configuration, asked: Options, seconds: float) -> tuple[Configuration, str]:
+def fit_to_time(
+    configuration: Configuration, asked: Options, seconds: float, least: int = LEAST_BATCH
+) -> tuple[Configuration, str]:
     """Shrink the batch, unless it was asked for, until enough steps fit; and pace the epochs. Returns a note or "".
 
     Args:
         seconds: of one training step per sample.
+        least: samples that a batch needs at least.
     """
     limit = asked.max_seconds or 0.0
     batch, note = configuration.batch_size, ""
     if asked.batch_size is None and limit / (seconds * batch) < STEPS_WANTED:
-        fitting = max(LEAST_BATCH, int(limit / STEPS_WANTED / seconds))
+        fitting = max(LEAST_BATCH, least, int(limit / STEPS_WANTED / seconds))
         if fitting < batch:
             note = (
                 f"Batch size {fitting} instead of {batch}: a sample takes {seconds:.2f} s, and {limit:.0f} s shall "
@@ -96,19 +120,23 @@ def seconds_per_sample(configuration: Configuration, device: Device) -> float:
 
 
 def resume_command(
-    run: Path, configuration: str, fold: str, seed: int, resume: str = "yes", asked: Options | None = None
-) -> str:
+    run: Path, configuration: str, fold: str, seed: int, resume: str = "yes", asked: Options | None = None,
+    seeds: int = 1,
+) -> str:  # fmt: skip
     """The command that goes on; a training that has begun knows its options, one that has not needs them again."""
     words = ["autoseg", "train", str(run), "-c", configuration, "-f", fold]
     words += ["--seed", str(seed)] if seed else []
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
     for field, option in OPTIONS.items():
         if asked is not None and (value := getattr(asked, field)) is not None:
-            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+            shown = [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [option, *shown]
     return shlex.join([*words, "--resume", *([] if resume == "yes" else [resume])])
 
 
 OPTIONS = {
     "epochs": "--epochs", "max_seconds": "--max-time", "loss": "--loss", "batch_size": "--batch-size",
-    "learning_rate": "--lr",
+    "learning_rate": "--lr", "precision": "--precision", "deterministic": "--deterministic", "init": "--init",
+    "freeze": "--freeze",
 }  # fmt: skip
 """Field of `Options` -> its option on the command line."""

@@ -1,48 +1,27 @@
 """`autoseg train`: one network on one fold, from the plan to validation scores. Survives a kill at any moment."""
 
-import json
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import nn
 
-from autoseg import __version__, store
-from autoseg.cases.cache import CachedCase, open_case
-from autoseg.cases.split import make_splits
+from autoseg import store
 from autoseg.errors import Interrupted, UserError
-from autoseg.events import Report, Said, Warned, silent
-from autoseg.layout import Layout, ModelLayout, scores_csv
-from autoseg.network import checkpoint, losses, unet
-from autoseg.network.device import Device, channels_last, pays_to_compile, pick, set_up, try_compile
-from autoseg.network.loop import Length, TrainState, fit, make_optimizer, make_scaler
-from autoseg.network.patches import InMemory, Source, WithPrevious
-from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Scores, Splits
-from autoseg.steps.batches import Batches
-from autoseg.steps.cascade import is_trained, previous_label_maps, previous_on_grid
-from autoseg.steps.curves import draw_curves
-from autoseg.steps.evaluate import as_csv
-from autoseg.steps.options import (
-    Options,
-    fit_to_time,
-    resume_command,
-    seconds_per_sample,
-    with_options,
-    with_suited_norm,
-)
+from autoseg.events import Report, Said, silent
+from autoseg.layout import Layout
+from autoseg.network.device import set_up
+from autoseg.network.distributed import Team, first_goes_first, joined
+from autoseg.records import Run, Scores
+from autoseg.steps.begin import begin
+from autoseg.steps.cascade import is_trained
+from autoseg.steps.learn import in_precision, learn
+from autoseg.steps.options import Machine, Options, resume_command
 from autoseg.steps.plan import checked
-from autoseg.steps.predict import configuration_named, default_configuration
-from autoseg.steps.preprocess import preprocess
+from autoseg.steps.predict import default_configuration
+from autoseg.steps.sources import sources_of
 from autoseg.steps.validate import validate_fold
-
-RAM_SHARE = 0.25
-"""Preprocessed cases are kept in RAM while they need less than this share of what is free."""
+from autoseg.steps.work import Work, look_up, warn_of_restart
 
 
 def train(
@@ -57,250 +36,133 @@ def train(
     loss: str | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    precision: str | None = None,
+    deterministic: bool | None = None,
+    init: str | None = None,
+    freeze: str | None = None,
     device: str | None = None,
     workers: int | None = None,
+    cache_bytes: int | None = None,
+    tensorboard: bool = False,
     report: Report = silent,
 ) -> Run:
     """Train a network, then predict and score the validation cases of its fold.
 
-    The second stage of a cascade has the first one trained before, unless that has been done for this fold.
+    The second stage of a cascade has the first one trained before, unless that has been done for this fold. Under
+    torchrun all processes train one network together; the first one writes and reports.
 
     Args:
         run: a planned run folder; cases that are not preprocessed yet are.
         configuration: name in the plan; None takes "3d", else "2d".
         fold: "0" to "4", or "all" to learn from every case (and validate on none).
         max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
-        resume: "yes" goes on where a training stopped (an error if there is none), "auto" starts it otherwise.
+        resume: "no" starts a training and refuses to overwrite one, "restart" overwrites it; "yes" goes on where it
+            stopped (an error if there is none), "auto" does so or starts it; "extend" goes on to a larger `epochs` or
+            `max_seconds`.
         epochs, max_seconds, loss, batch_size, learning_rate: None takes what is planned, or what the training that is
             resumed had.
+        precision: "bf16", "fp16" or "fp32"; None takes what the device multiplies fastest.
+        deterministic: only kernels that repeat their results, where there is a choice.
+        init: run folder or model folder to take the first weights from, see steps/finetune.py.
+        freeze: "encoder" leaves those weights as they are.
+        cache_bytes: preprocessed cases are kept in memory up to this; None: a quarter of what there is.
+        tensorboard: also write the history for TensorBoard.
 
     Raises:
-        UserError: nothing planned, no such configuration or fold, nothing to resume, or the disk is full.
+        UserError: nothing planned, no such configuration or fold, nothing to resume or something to overwrite, another
+            plan than the training began with, or the disk is full.
         Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
     """
-    layout, plan = Layout(run), checked(run)
-    planned = configuration_named(plan, configuration or default_configuration(plan))
-    asked = Options(epochs, max_seconds, loss, batch_size, learning_rate)
-    losses.parse(with_options(planned, asked).train.loss)
-    dataset = store.load(layout.dataset, Dataset)
-    cases = fold_cases(_splits(layout, dataset), dataset, fold)
-    model = layout.model(planned.name, fold, seed)
-    continues = _continues(model, resume, report)
-    where = pick(device)
-    set_up(where)
-    if planned.previous is not None and not is_trained(layout, planned.previous, fold):
-        asked = _train_previous(run, planned, fold, seed, asked, device, workers, report)
-    preprocess(run, configuration=planned.name, workers=workers, report=report)
-    if continues:
-        record = _resumed_run(store.load(model.run, Run), asked, where)
-    else:
-        record = _fresh_run(plan, planned, asked, fold, seed, where, report)
-        shutil.rmtree(model.root, ignore_errors=True)  # a kill must not leave an older state beside the new record
-    shutil.rmtree(model.for_next_stage, ignore_errors=True)
-    model.root.mkdir(parents=True, exist_ok=True)
-    store.remove_unfinished(model.root)
-    store.save(model.run, record)
-    opened = {case: open_case(layout.cache(planned.name), case) for case in (*cases.train, *cases.validation)}
-    sources = _sources(opened, run, plan, record.configuration, dataset, fold, device, report)
-    state, compiled = _train_network(run, record, model, plan, cases, sources, where, continues, workers, report)
-    record = record.model_copy(update={"seconds": state.seconds, "steps": state.step, "compiled": compiled})
-    if cases.validation:
-        scores = _validate(run, record, model, state.network, cases, dataset, plan, where, report)
+    asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze)
+    machine = Machine(device, workers, cache_bytes, tensorboard)
+    return train_seeds(
+        run, (seed,), configuration=configuration, fold=fold, resume=resume, asked=asked, machine=machine, report=report
+    )[0]
+
+
+def train_seeds(
+    run: Path, seeds: Sequence[int], *, configuration: str | None = None, fold: str = "0", resume: str = "no",
+    asked: Options = Options(), machine: Machine = Machine(), report: Report = silent,
+) -> tuple[Run, ...]:  # fmt: skip
+    """Train one network per seed, one after another; the other arguments are those of `train`.
+
+    With `resume` "no" none of them may be there before; with "yes" and "auto" finished ones are kept as they are,
+    stopped ones go on and missing ones are started, so the same command again completes what was stopped.
+    """
+    if len(seeds) == 1:
+        with joined(machine.device) as team:
+            own_report = report if team.is_first else silent
+            return (train_one(run, configuration, fold, seeds[0], resume, asked, machine, team, own_report),)
+    name = configuration or default_configuration(checked(run))
+    models = {seed: Layout(run).model(name, fold, seed) for seed in seeds}
+    keeps = resume in ("yes", "auto")
+    there = [seed for seed, model in models.items() if model.resume_tensors.is_file()]
+    if resume == "no" and there:
+        raise UserError(
+            f"{models[there[0]].root}: a training is there already.",
+            fix="Complete what is missing with --resume, or overwrite it with --restart.",
+        )
+    ended = []
+    with joined(machine.device) as team:
+        own_report = report if team.is_first else silent
+        for seed, model in models.items():
+            if keeps and model.run.is_file() and store.load(model.run, Run).finished:
+                own_report(Said(f"{name}, fold {fold}, seed {seed}: trained already."))
+                ended.append(store.load(model.run, Run))
+                continue
+            how = "auto" if keeps else resume
+            try:
+                ended.append(train_one(run, name, fold, seed, how, asked, machine, team, own_report))
+            except Interrupted as stopped:
+                raise Interrupted(resume_command(run, name, fold, seeds[0], "auto", asked, len(seeds))) from stopped
+    return tuple(ended)
+
+
+def train_one(
+    run: Path, configuration: str | None, fold: str, seed: int, resume: str, asked: Options, machine: Machine,
+    team: Team, report: Report,
+) -> Run:  # fmt: skip
+    """`train` inside a team."""
+    with first_goes_first(team):
+        work = look_up(run, configuration, fold, seed, resume, asked, machine, team, report)
+        warn_of_restart(work, resume)
+    set_up(work.device, deterministic=bool(asked.deterministic))
+    if work.planned.previous is not None and not is_trained(work.layout, work.planned.previous, fold):
+        asked = _train_previous(work, asked)
+    with first_goes_first(team):
+        record = begin(work, asked)
+    set_up(work.device, record.deterministic)
+    state, record = learn(work, record, sources_of(work, record.configuration))
+    if work.cases.validation:
+        scores = _validate(in_precision(work, record), record, state.network)
         record = record.model_copy(update={"validation_dice": scores.mean["dice"]})
     record = record.model_copy(update={"finished": True})
-    store.save(model.run, record)
+    if team.is_first:
+        store.save(work.model.run, record)
     return record
 
 
-def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
-    """The cases of a fold; "all" learns from every labelled one. Raises UserError that lists the folds."""
-    if fold == "all":
-        return Fold(train=tuple(sorted(case.id for case in dataset.cases if case.label is not None)), validation=())
-    if not fold.isdigit() or int(fold) >= len(splits.folds):
-        raise UserError(f"There is no fold {fold!r}.", fix=f"Choose 0 to {len(splits.folds) - 1}, or all.")
-    return splits.folds[int(fold)]
-
-
-def _splits(layout: Layout, dataset: Dataset) -> Splits:
-    """The splits of the run, or those that preprocessing will write."""
-    return store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
-
-
-def _continues(model: ModelLayout, resume: str, report: Report) -> bool:
-    """Whether to go on from a saved state, as the user's `--resume` and what is there say."""
-    there = model.resume_tensors.is_file() and model.run.is_file()
-    if resume not in ("no", "yes", "auto"):
-        raise UserError(f"--resume {resume} is none of yes, auto, no.")
-    if resume == "yes" and not there:
-        raise UserError(f"{model.root}: there is no training to resume.", fix="Leave --resume out to start one.")
-    if resume == "no" and there:
-        finished = store.load(model.run, Run).finished
-        state = "trained before" if finished else "an unfinished training"
-        report(Warned(f"{model.root}: {state}; it is started anew (--resume would go on)."))
-    return there and resume != "no"
-
-
-def _fresh_run(
-    plan: Plan, planned: Configuration, asked: Options, fold: str, seed: int, device: Device, report: Report
-) -> Run:
-    """The record of a new training: plan values, overridden by what was asked for, fitted to the time."""
-    configuration, notes = with_options(planned, asked), []
-    if asked.max_seconds is not None:
-        seconds = seconds_per_sample(configuration, device)
-        configuration, note = fit_to_time(configuration, asked, seconds)
-        notes += [note] if note else []
-    configuration, note = with_suited_norm(configuration)
-    notes += [note] if note else []
-    for note in notes:
-        report(Said(note))
-    return Run(
-        autoseg_version=__version__, torch_version=torch.__version__, configuration=configuration, fold=fold, seed=seed,
-        device=device.name, precision=device.precision, compiled=False, max_seconds=asked.max_seconds,
-        notes=tuple(notes),
-    )  # fmt: skip
-
-
-def _resumed_run(record: Run, asked: Options, device: Device) -> Run:
-    """The record of a training that goes on, with what is asked for now put in."""
-    update = {
-        "configuration": with_options(record.configuration, asked), "finished": False, "device": device.name,
-        "precision": device.precision,
-    }  # fmt: skip
-    if asked.epochs is not None or asked.max_seconds is not None:
-        update["max_seconds"] = asked.max_seconds
-    return record.model_copy(update=update)
-
-
-def _train_previous(
-    run: Path, planned: Configuration, fold: str, seed: int, asked: Options, device: str | None, workers: int | None,
-    report: Report,
-) -> Options:  # fmt: skip
+def _train_previous(work: Work, asked: Options) -> Options:
     """Train the stage that a cascade refines, with the same options and half of the time; the rest is returned."""
     half = None if asked.max_seconds is None else asked.max_seconds / 2
     first = replace(asked, max_seconds=half)
     within = "" if half is None else f" in half of the time, {half:.0f} s"
-    report(Said(f"{planned.name} refines what {planned.previous} finds, which is trained first{within}."))
+    name, previous = work.planned.name, work.planned.previous
+    work.report(Said(f"{name} refines what {previous} finds, which is trained first{within}."))
+    fresh = replace(first, init=None, freeze=None)
     try:
-        train(
-            run, configuration=planned.previous, fold=fold, seed=seed, epochs=first.epochs, max_seconds=half,
-            resume="auto", loss=first.loss, batch_size=first.batch_size, learning_rate=first.learning_rate,
-            device=device, workers=workers, report=report,
-        )  # fmt: skip
+        train_one(work.run, previous, work.fold, work.seed, "auto", fresh, work.machine, work.team, work.report)
     except Interrupted as stopped:
-        raise Interrupted(resume_command(run, planned.name, fold, seed, "auto", asked)) from stopped
+        raise Interrupted(resume_command(work.run, name, work.fold, work.seed, "auto", asked)) from stopped
     return first
 
 
-def _sources(
-    opened: dict[str, CachedCase], run: Path, plan: Plan, configuration: Configuration, dataset: Dataset, fold: str,
-    device: str | None, report: Report,
-) -> dict[str, Source]:  # fmt: skip
-    """The cases to read patches from: in RAM if they fit well, else from disk; with the previous stage's channel."""
-    from autoseg.network.memory import allowed_ram_bytes
-
-    need = sum(int(np.prod(case.shape)) * (4 * case.channels + 2) for case in opened.values())
-    in_ram = need < RAM_SHARE * allowed_ram_bytes()
-    sources: dict[str, Source] = {}
-    for name, case in opened.items():
-        sources[name] = InMemory(*case.read(), case.locations) if in_ram else case
-    if not in_ram:
-        report(Said(f"{need / 2**30:.1f} GB of preprocessed cases are read from disk, patch by patch."))
-    if configuration.previous is None:
-        return sources
-    wanted = [case for case in dataset.cases if case.id in opened]
-    maps = previous_label_maps(run, plan, configuration, fold, wanted, device, report)
-    return {
-        name: WithPrevious(source, previous_on_grid(maps[name], opened[name].mark, plan, configuration))
-        for name, source in sources.items()
-    }
-
-
-def _train_network(
-    run: Path, record: Run, model: ModelLayout, plan: Plan, cases: Fold, sources: dict[str, Source], device: Device,
-    continues: bool, workers: int | None, report: Report,
-) -> tuple[TrainState, bool]:  # fmt: skip
-    """Train until the length is reached or the user stops; the finished weights are on disk then.
-
-    Returns the state and whether the step was compiled.
-    """
-    configuration, spec = record.configuration, record.configuration.train
-    torch.manual_seed(record.seed)
-    network: nn.Module = unet.build(configuration.network).to(device.torch_device)
-    network = channels_last(network, configuration.dimension)
-    optimizer = make_optimizer(network, spec, device)
-    state = TrainState(network, optimizer, make_scaler(device), steps_per_epoch=spec.steps_per_epoch)
-    if continues:
-        checkpoint.load_state(model.resume_tensors, state)
-        report(Said(f"Going on at epoch {state.epoch + 1}, step {state.step}."))
-    loss = losses.build(spec.loss, batch_dice=configuration.batch_dice)
-    length = Length(spec.epochs, record.max_seconds)
-    compiled = None
-    if pays_to_compile(device, None if record.max_seconds is None else record.max_seconds - state.seconds):
-        shape = (configuration.batch_size, configuration.network.in_channels, *configuration.patch_voxels)
-        compiled = try_compile(network, shape, device, report)
-
-    def save(state: TrainState, best: bool) -> None:
-        checkpoint.save_state(model.resume_tensors, state)
-        store.write_text(model.history, "".join(json.dumps(_plain(row)) + "\n" for row in state.history))
-        if best:
-            checkpoint.save_weights(model.best, state.network, state.average)
-
-    channels = len(plan.channels)
-    coming = Batches(configuration, record.seed, channels, plan.classes, device, workers)
-    with _stop_requests() as asked, coming as batches:
-        learned = [sources[case] for case in cases.train]
-        held_out = [sources[case] for case in cases.validation] or learned
-        reached = fit(
-            state, spec, length, device, loss,
-            draw_batch=lambda step: batches.draw(learned, cases.train, step),
-            validate=lambda epoch: batches.validation_dice(network, held_out, state.steps_per_epoch),
-            save=save, stop=asked, report=report, compiled=compiled,
-        )  # fmt: skip
-    draw_curves(model.curves, state.history)
-    if not reached:
-        raise Interrupted(resume_command(run, configuration.name, record.fold, record.seed))
-    if state.step:
-        save(state, False)
-    checkpoint.save_weights(model.weights, state.network, state.average)
-    if state.average:
-        checkpoint.load_weights(model.weights, state.network)
-    return state, compiled is not None
-
-
-def _validate(
-    run: Path, record: Run, model: ModelLayout, network: nn.Module, cases: Fold, dataset: Dataset, plan: Plan,
-    device: Device, report: Report,
-) -> Scores:  # fmt: skip
+def _validate(work: Work, record: Run, network: nn.Module) -> Scores:
     """Score the trained network on the validation cases and save that; Ctrl-C loses no training."""
     try:
-        scores = validate_fold(run, model, record.configuration, network, cases, dataset, plan, device, report)
+        return validate_fold(
+            work.run, work.model, record.configuration, network, work.cases, work.dataset, work.plan, work.device,
+            work.report, work.team,
+        )  # fmt: skip
     except KeyboardInterrupt as stopped:
-        raise Interrupted(resume_command(run, record.configuration.name, record.fold, record.seed)) from stopped
-    store.save(model.scores, scores)
-    store.write_text(scores_csv(model.validation), as_csv(scores))
-    return scores
-
-
-def _plain(row: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: a value that is not defined becomes null."""
-    return {name: value if np.isfinite(value) else None for name, value in row.items()}
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Catch Ctrl-C and SIGTERM inside the block; the function tells whether one came. A second one ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def remember(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        raise Interrupted(resume_command(work.run, record.configuration.name, record.fold, record.seed)) from stopped

@@ -7,32 +7,42 @@ from torch import nn
 from autoseg import store
 from autoseg.events import Advanced, Finished, Report, Started
 from autoseg.image.formats import read_image, write_labels
-from autoseg.layout import ModelLayout, prediction_file
+from autoseg.layout import ModelLayout, prediction_file, scores_csv
 from autoseg.network.device import Device
+from autoseg.network.distributed import ALONE, Team, share, wait_for_all
 from autoseg.records import Configuration, Dataset, Fold, Plan, Scores
-from autoseg.steps.evaluate import Pair, Scoring, score_pairs, summary
+from autoseg.steps.evaluate import Pair, Scoring, as_csv, score_pairs, summary
 from autoseg.steps.predict import Predictor
 
 
 def validate_fold(
     run: Path, model: ModelLayout, configuration: Configuration, network: nn.Module, cases: Fold, dataset: Dataset,
-    plan: Plan, device: Device, report: Report,
+    plan: Plan, device: Device, report: Report, team: Team = ALONE,
 ) -> Scores:  # fmt: skip
-    """Predict every validation case of a fold on its file's grid, write the label maps, and score them."""
+    """Predict every validation case of a fold on its file's grid, write the label maps, score them and save that.
+
+    A team shares the cases; the first process scores them all.
+    """
     predictor = Predictor.of_network(run, configuration, network, model.root.name, device)
     by_id = {case.id: case for case in dataset.cases}
-    model.validation.mkdir(parents=True, exist_ok=True)
-    store.remove_unfinished(model.validation)
-    report(Started("validate", len(cases.validation)))
-    pairs = []
-    for number, name in enumerate(cases.validation):
-        case = by_id[name]
-        volume = read_image([Path(path) for path in case.images])
-        path = prediction_file(model.validation, name, plan.file_ending)
-        write_labels(path, predictor.segment(volume, case=name).labels_ZYX, volume.geometry)
-        pairs.append(Pair(name, path, Path(str(case.label))))
-        report(Advanced("validate", number + 1, len(cases.validation), name))
+    paths = {name: prediction_file(model.validation, name, plan.file_ending) for name in cases.validation}
+    if team.is_first:
+        model.validation.mkdir(parents=True, exist_ok=True)
+        store.remove_unfinished(model.validation)
+    wait_for_all(team)
+    own = share(team, cases.validation)
+    report(Started("validate", len(own)))
+    for number, name in enumerate(own):
+        volume = read_image([Path(path) for path in by_id[name].images])
+        write_labels(paths[name], predictor.segment(volume, case=name).labels_ZYX, volume.geometry)
+        report(Advanced("validate", number + 1, len(own), name))
     report(Finished("validate"))
-    scoring = Scoring(dataset.labels, dataset.ignore_value, surface=True, tolerance_mm=1.0)
-    scored = score_pairs(pairs, scoring, None, report)
-    return summary(scored, dataset.labels, str(model.validation), str(run))
+    wait_for_all(team)
+    if team.is_first:
+        pairs = [Pair(name, path, Path(str(by_id[name].label))) for name, path in paths.items()]
+        scoring = Scoring(dataset.labels, dataset.ignore_value, surface=True, tolerance_mm=1.0)
+        scores = summary(score_pairs(pairs, scoring, None, report), dataset.labels, str(model.validation), str(run))
+        store.save(model.scores, scores)
+        store.write_text(scores_csv(model.validation), as_csv(scores))
+    wait_for_all(team)
+    return scores if team.is_first else store.load(model.scores, Scores)

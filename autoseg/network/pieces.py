@@ -1,0 +1,141 @@
+"""A batch in pieces: the gradient of the whole batch in the memory of a part, for when a device runs out of it.
+
+Most losses are functions of sums over the batch, such as Dice over the batch, so the mean of the pieces' losses is not
+the loss of the batch. Here the pieces go through the network twice. The first time nothing is kept for a backward
+pass, and the sums that the loss hands to its `reduce` are added over the pieces; the second time every piece sees the
+totals, with its own part in them as what the gradient flows through. That costs a forward pass, a third of a step.
+It asks of a loss that what it reduces does not depend on what it reduced before.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from autoseg.errors import UserError
+from autoseg.network.losses_sums import Reduce, alone
+
+Forward = Callable[..., Tensor]
+
+
+def whole_backward(
+    forward: Forward, scaled: Callable[[Tensor], Tensor], batch: Sequence[Tensor], lap: Callable[[str], None]
+) -> Tensor:
+    """Add the gradient of a batch to the weights, in one piece; arguments and result are those of `Pieces.backward`."""
+    value = forward(*batch)
+    lap("forward")
+    scaled(value).backward()
+    lap("backward")
+    return value.detach()
+
+
+class Pieces:
+    """How many pieces batches are in; and the `Reduce` of the loss, which has to know that there are pieces.
+
+    Args:
+        between: adds sums over processes, with gradient; each sum is added once, however often a piece is tried.
+        count: pieces to begin with.
+    """
+
+    def __init__(self, between: Reduce = alone, count: int = 1) -> None:
+        self.count = count
+        self._between = between
+        self._totals: list[Tensor] = []
+        """What each call of `reduce` in this step came to, over all processes."""
+        self._heard: list[Tensor] | None = None
+        self._calls = 0
+
+    def __call__(self, part: Tensor) -> Tensor:
+        """The `Reduce` of the loss."""
+        call = self._calls
+        self._calls += 1
+        if self._heard is not None:
+            self._heard.append(part.detach())
+            return part
+        if call < len(self._totals):
+            return part + (self._totals[call] - part.detach())
+        total = self._between(part)
+        self._totals.append(total.detach())
+        return total
+
+    def backward(
+        self,
+        forward: Forward,
+        scaled: Callable[[Tensor], Tensor],
+        batch: Sequence[Tensor],
+        forget: Callable[[], None],
+        buffers: Sequence[Tensor] = (),
+        lap: Callable[[str], None] = lambda part: None,
+    ) -> Tensor:
+        """Add the gradient of a batch to the weights, in `count` pieces; returns the loss of the batch.
+
+        Where memory runs out (torch.OutOfMemoryError), the number of pieces is doubled until it is enough or a piece
+        is a single sample; `count` keeps what was needed.
+
+        Args:
+            forward: from the tensors of a piece to its loss, which calls this object as its `reduce`.
+            scaled: what becomes of a loss before its backward pass.
+            batch: image, labels and whatever else has one row per sample.
+            forget: drops the gradients of a pass that failed half-way.
+            buffers: running statistics of the network, which the forward passes without gradient leave as they were.
+            lap: called with "forward" and "backward" when these are done.
+        """
+        self._totals = []
+        before = [buffer.clone() for buffer in buffers]
+        while True:
+            short = False
+            try:
+                return self._try(forward, scaled, batch, buffers, lap)
+            except torch.OutOfMemoryError as error:
+                short = True
+                if self.count >= len(batch[0]):
+                    raise UserError(
+                        f"{batch[0].device} has too little memory for a single patch ({str(error).splitlines()[0]}).",
+                        fix="Free memory on it, or plan again with less --memory.",
+                    ) from error
+            if short:  # here, not above: the exception still holds every tensor of the failed pass
+                forget()
+                for buffer, old in zip(buffers, before, strict=True):
+                    buffer.copy_(old)
+                self.count = min(2 * self.count, len(batch[0]))
+                if batch[0].is_cuda:
+                    torch.cuda.empty_cache()
+
+    def _try(
+        self, forward: Forward, scaled: Callable[[Tensor], Tensor], batch: Sequence[Tensor],
+        buffers: Sequence[Tensor], lap: Callable[[str], None],
+    ) -> Tensor:  # fmt: skip
+        count = min(self.count, len(batch[0]))
+        if count == 1:
+            self._calls = 0
+            return whole_backward(forward, scaled, batch, lap)
+        parts = list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
+        self._listen(forward, parts, buffers)
+        lap("forward")
+        for part in parts:
+            self._calls = 0
+            value = forward(*part)
+            scaled(value).backward()
+        lap("backward")
+        return value.detach()
+
+    def _listen(
+        self, forward: Forward, parts: Sequence[Sequence[Tensor]], buffers: Sequence[Tensor]
+    ) -> None:
+        """Fill `_totals`: the sums of all pieces, then of all processes."""
+        before = [buffer.clone() for buffer in buffers]
+        sums: list[Tensor] = []
+        devices = [parts[0][0].device] if parts[0][0].is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):  # the second pass has the same dropout
+            for part in parts:
+                self._heard, self._calls = [], 0
+                try:
+                    forward(*part)
+                    heard = self._heard
+                finally:
+                    self._heard = None
+                sums = [total + more for total, more in zip(sums, heard, strict=True)] if sums else heard
+        for total in sums[len(self._totals) :]:
+            self._totals.append(self._between(total).detach())
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)

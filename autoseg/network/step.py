@@ -1,0 +1,136 @@
+"""The training step: optimizer, loss scaling, forward, backward, clipping, update."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoseg.network.device import Device
+from autoseg.network.distributed import ALONE, Team, add_gradients
+from autoseg.network.losses import Supervised
+from autoseg.network.pieces import Pieces, whole_backward
+from autoseg.records import TrainSpec
+
+BETAS = (0.9, 0.99)
+
+
+def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) or SGD with Nesterov momentum; fused where torch has the kernel.
+
+    Weight decay spares norms and biases in AdamW; SGD follows nnU-Net and decays everything. Weights that need no
+    gradient are left out.
+    """
+    fused = device.torch_device.type in ("cuda", "cpu")
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    if train.optimizer == "sgd":
+        sgd = torch.optim.SGD(
+            weights, train.learning_rate, train.momentum, weight_decay=train.weight_decay, nesterov=True, fused=fused
+        )
+        for weight in weights:  # else a first step that is skipped leaves them uninitialized
+            sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        return sgd
+    decayed = [p for p in weights if p.ndim > 1]
+    spared = [p for p in weights if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, train.learning_rate, betas=BETAS, fused=fused)
+
+
+def make_scaler(device: Device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; does nothing in bf16 and fp32."""
+    return torch.amp.GradScaler(device.torch_device.type, enabled=device.precision == "fp16")
+
+
+def step(
+    network: Callable[[Tensor], Any],
+    optimizer: torch.optim.Optimizer,
+    loss: Supervised,
+    image: Tensor,
+    labels: Tensor,
+    device: Device,
+    clip_norm: float,
+    scaler: torch.amp.GradScaler | None = None,
+    *,
+    extra: Sequence[Tensor] = (),
+    pieces: Pieces | None = None,
+    team: Team = ALONE,
+    buffers: Sequence[Tensor] = (),
+    lap: Callable[[str], None] = lambda part: None,
+) -> Tensor:
+    """Forward, backward, clip and update once. Returns the loss, still on the device; NaN if the step was skipped.
+
+    A loss or gradient that is not finite changes nothing: the fused optimizers are told so by a flag on the device, so
+    that the host never waits for it. (With loss scaling the scaler decides, and its overflows are no news.)
+
+    Args:
+        extra: further tensors with a row per sample, which the loss takes after the labels.
+        pieces: splits the batch where memory runs out; the loss has to reduce by it.
+        team: whose gradients are added.
+        buffers: running statistics of the network, which a skipped step leaves as they were.
+        lap: called with "forward", "backward" and "step" when these are done.
+    """
+    scale = scaler if scaler is not None and scaler.is_enabled() else None
+    kept = [buffer.clone() for buffer in buffers]
+
+    def forward(some_image: Tensor, *rest: Tensor) -> Tensor:
+        with device.autocast():
+            return loss(network(some_image), *rest)
+
+    scaled: Callable[[Tensor], Tensor] = scale.scale if scale else lambda plain: plain
+    if pieces is None:
+        value = whole_backward(forward, scaled, (image, labels, *extra), lap)
+    else:
+        value = pieces.backward(
+            forward, scaled, (image, labels, *extra), optimizer.zero_grad, buffers, lap
+        )
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    add_gradients(team, weights)
+    if scale:
+        scale.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(weights, clip_norm, foreach=True)
+    usable = torch.isfinite(value)
+    if scale:
+        scale.step(optimizer)
+        scale.update()
+    else:
+        usable &= torch.isfinite(norm)
+        value = torch.where(usable, value, math.nan)
+        # the flag that torch's own GradScaler sets on fused optimizers: 1 means "leave the weights as they are"
+        optimizer.found_inf = (~usable).float().reshape(())  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+    for buffer, old in zip(buffers, kept, strict=True):
+        buffer.copy_(torch.where(usable, buffer, old))
+    optimizer.zero_grad(set_to_none=True)
+    lap("step")
+    return value
+
+
+def learning_rate(train: TrainSpec, done: float, number: int) -> float:
+    """Learning rate when the share `done` (0..1) of the training is over; rises linearly in the warm-up steps."""
+    falling = SCHEDULES[train.schedule](min(max(done, 0.0), 1.0))
+    return train.learning_rate * falling * min(1.0, (number + 1) / max(1, train.warmup_steps))
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """What the network keeps of the data it saw beside its weights: means and variances of batch norms."""
+    return [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+
+
+def learn_mode(network: nn.Module) -> None:
+    """Training mode, but not for what is frozen: its batch norms keep their statistics."""
+    network.train()
+    for module in network.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(weight.requires_grad for weight in own):
+            module.eval()
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "polynomial": lambda done: (1.0 - done) ** 0.9,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "constant": lambda done: 1.0,
+}
+"""Share of the learning rate left when a share of the training is over; polynomial as in nnU-Net (Chen et al. 2017)."""

@@ -1,0 +1,66 @@
+"""How a training begins: its record, made of plan and options or of what it was before, and an empty or kept folder."""
+
+import shutil
+
+import torch
+
+from autoseg import __version__, store
+from autoseg.events import Said
+from autoseg.records import Run
+from autoseg.steps.options import Options, fit_to_time, seconds_per_sample, with_options, with_suited_norm
+from autoseg.steps.preprocess import preprocess
+from autoseg.steps.work import Work
+
+
+def begin(work: Work, asked: Options) -> Run:
+    """Preprocess what is missing, and write the record of the training that starts or goes on; its folder is ready.
+
+    In a team the first process does so, and the others read the record.
+    """
+    if not work.team.is_first:
+        return store.load(work.model.run, Run)
+    preprocess(work.run, configuration=work.planned.name, workers=work.machine.workers, report=work.report)
+    if work.continues:
+        record = _resumed(store.load(work.model.run, Run), work, asked)
+    else:
+        record = _fresh(work, asked)
+        shutil.rmtree(work.model.root, ignore_errors=True)  # a kill must not leave an older state beside the new record
+    shutil.rmtree(work.model.for_next_stage, ignore_errors=True)
+    work.model.root.mkdir(parents=True, exist_ok=True)
+    store.remove_unfinished(work.model.root)
+    store.save(work.model.run, record)
+    return record
+
+
+def _fresh(work: Work, asked: Options) -> Run:
+    """The record of a new training: plan values, overridden by what was asked for, fitted to the time."""
+    configuration, notes = with_options(work.planned, asked), []
+    if asked.max_seconds is not None:
+        seconds = seconds_per_sample(configuration, work.device) / work.team.size
+        configuration, note = fit_to_time(configuration, asked, seconds, least=work.team.size)
+        notes += [note] if note else []
+    configuration, note = with_suited_norm(configuration)
+    notes += [note] if note else []
+    for note in notes:
+        work.report(Said(note))
+    return Run(
+        autoseg_version=__version__, torch_version=torch.__version__, configuration=configuration,
+        planned=work.planned, channels=work.plan.channels, labels=tuple(label.name for label in work.plan.labels),
+        init=asked.init or "", freeze=asked.freeze or "", asked_precision=asked.precision or "",
+        deterministic=bool(asked.deterministic), processes=work.team.size, fold=work.fold, seed=work.seed,
+        device=work.device.name, precision=work.device.precision, compiled=False, max_seconds=asked.max_seconds,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _resumed(record: Run, work: Work, asked: Options) -> Run:
+    """The record of a training that goes on, with what is asked for now put in."""
+    update = {
+        "configuration": with_options(record.configuration, asked), "finished": False, "device": work.device.name,
+        "precision": work.device.precision, "processes": work.team.size,
+        "asked_precision": asked.precision or record.asked_precision,
+        "deterministic": record.deterministic if asked.deterministic is None else asked.deterministic,
+    }  # fmt: skip
+    if asked.epochs is not None or asked.max_seconds is not None:
+        update["max_seconds"] = asked.max_seconds
+    return record.model_copy(update=update)

@@ -1,0 +1,185 @@
+"""The training itself: network, loss, batches and loop put together, and what is written while it runs."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from autoseg import store
+from autoseg.errors import Interrupted
+from autoseg.events import Said, Warned
+from autoseg.network import checkpoint, losses, unet
+from autoseg.network.device import Device, channels_last, pays_to_compile, try_compile
+from autoseg.network.distributed import adding, whole_batch_statistics
+from autoseg.network.loop import Length, TrainState, device_of, fit
+from autoseg.network.losses import Supervised
+from autoseg.network.patches import Source
+from autoseg.network.pieces import Pieces
+from autoseg.network.step import make_optimizer, make_scaler
+from autoseg.network.timing import Capacity, matmul_rate
+from autoseg.planning.cost import training_operations
+from autoseg.records import Configuration, Run
+from autoseg.steps.batches import Batches
+from autoseg.steps.boards import board
+from autoseg.steps.curves import draw_curves
+from autoseg.steps.finetune import donor_of, freeze, load_donor, names_of, short_list, take_over
+from autoseg.steps.options import resume_command
+from autoseg.steps.stopping import stop_requests
+from autoseg.steps.work import Work
+
+
+def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainState, Run]:
+    """Train until the length is reached or the user stops; the finished weights are on disk then.
+
+    Returns the state, its network holding the finished weights, and the record with what it came to.
+    """
+    network, record = _network(work, record)
+    state = _state(work, record, network)
+    capacity = capacity_of(record.configuration, work.device)
+    compiled = _compiled(work, record, state, capacity)
+    save = _saver(work, state)
+    reached = _fit(work, record, state, sources, compiled, save, capacity)
+    if work.team.is_first:
+        draw_curves(work.model.curves, state.history)
+    if not reached:
+        raise Interrupted(resume_command(work.run, record.configuration.name, record.fold, record.seed))
+    if state.step:
+        save(state, False)
+    if work.team.is_first:
+        checkpoint.save_weights(work.model.weights, state.network, state.average)
+    _use_average(state)
+    precision = device_of(state, work.device).precision
+    update = {"seconds": state.seconds, "steps": state.step, "compiled": compiled is not None, "precision": precision}
+    return state, record.model_copy(update=update)
+
+
+def _network(work: Work, record: Run) -> tuple[nn.Module, Run]:
+    """The network with its first weights, and the record with what of them is fresh."""
+    torch.manual_seed(record.seed)
+    configuration = record.configuration
+    network: nn.Module = unet.build(configuration.network)
+    if record.init and not work.continues:
+        donor = load_donor(donor_of(record.init, configuration.name, record.fold, record.seed, work.model))
+        names = names_of(record.channels, record.labels, configuration.previous is not None)
+        fresh = take_over(network, names, donor)
+        if fresh:
+            work.report(Warned(
+                f"{len(fresh)} of {len(network.state_dict())} tensors are not in {donor.folder} or do not fit, and "
+                f"stay fresh: {short_list(fresh)}."
+            ))  # fmt: skip
+        record = record.model_copy(update={"fresh": fresh})
+        if work.team.is_first:
+            store.save(work.model.run, record)
+    if record.freeze:
+        freeze(network, record.freeze)
+    network = network.to(work.device.torch_device)
+    return whole_batch_statistics(channels_last(network, configuration.dimension), work.team), record
+
+
+def _state(work: Work, record: Run, network: nn.Module) -> TrainState:
+    """A fresh training state, or the saved one."""
+    spec = record.configuration.train
+    optimizer = make_optimizer(network, spec, work.device)
+    state = TrainState(network, optimizer, make_scaler(work.device), steps_per_epoch=spec.steps_per_epoch)
+    if work.continues:
+        checkpoint.load_state(work.model.resume_tensors, state)
+        if state.precision:
+            state.scaler = make_scaler(device_of(state, work.device))
+        work.report(Said(f"Going on at epoch {state.epoch + 1}, step {state.step}."))
+    return state
+
+
+def loss_of(configuration: Configuration, reduce: Pieces) -> Supervised:
+    """What the network of a configuration is trained with."""
+    return losses.build(configuration.train.loss, batch_dice=configuration.batch_dice, reduce=reduce)
+
+
+def batches_of(work: Work, record: Run) -> Batches:
+    """Where this process' share of every batch comes from."""
+    plan, machine = work.plan, work.machine
+    return Batches(
+        record.configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers, work.team
+    )
+
+
+def _compiled(
+    work: Work, record: Run, state: TrainState, capacity: Capacity
+) -> Callable[[Tensor], object] | None:
+    """The compiled network where compiling pays in the time that is left, which epochs are estimated to take."""
+    device, configuration = device_of(state, work.device), record.configuration
+    samples = -(-configuration.batch_size // work.team.size)
+    if record.max_seconds is not None:
+        left: float | None = record.max_seconds - state.seconds
+    else:
+        steps = configuration.train.epochs * state.steps_per_epoch - state.step
+        left = capacity.seconds(steps * samples)
+    if not pays_to_compile(device, left):
+        return None
+    shape = (samples, configuration.network.in_channels, *configuration.patch_voxels)
+    return try_compile(state.network, shape, device, work.report)
+
+
+def _saver(work: Work, state: TrainState) -> Callable[[TrainState, bool], None]:
+    """The function that writes state, history and best weights; in a team only the first process does."""
+    model = work.model
+    if not work.team.is_first:
+        return lambda state, best: None
+    shown = board(model.tensorboard, len(state.history)) if work.machine.tensorboard else None
+
+    def save(state: TrainState, best: bool) -> None:
+        checkpoint.save_state(model.resume_tensors, state)
+        store.write_text(model.history, "".join(json.dumps(_plain(row)) + "\n" for row in state.history))
+        if best:
+            checkpoint.save_weights(model.best, state.network, state.average)
+        if shown is not None:
+            shown(state.history)
+
+    return save
+
+
+def _fit(
+    work: Work, record: Run, state: TrainState, sources: dict[str, Source],
+    compiled: Callable[[Tensor], object] | None, save: Callable[[TrainState, bool], None], capacity: Capacity,
+) -> bool:  # fmt: skip
+    """Run the loop; False when it was stopped."""
+    configuration, team = record.configuration, work.team
+    pieces = Pieces(adding(team), state.pieces)
+    learned = [sources[case] for case in work.cases.train]
+    held_out = [sources[case] for case in work.cases.validation] or learned
+    with stop_requests() as asked, batches_of(work, record) as batches:
+
+        def validate(epoch: int) -> Sequence[float]:
+            device = device_of(state, work.device)
+            return batches.validation_dice(state.network, held_out, state.steps_per_epoch, device)
+
+        return fit(
+            state, configuration.train, Length(configuration.train.epochs, record.max_seconds), work.device,
+            loss_of(configuration, pieces), lambda step: batches.draw(learned, work.cases.train, step), validate, save,
+            asked, work.report, compiled, pieces=pieces, team=team, capacity=capacity,
+        )  # fmt: skip
+
+
+def capacity_of(configuration: Configuration, device: Device) -> Capacity:
+    """What the steps of a configuration are measured against on this device."""
+    operations = training_operations(configuration.network, configuration.patch_voxels, 1)
+    return Capacity(float(operations), matmul_rate(device))
+
+
+def _use_average(state: TrainState) -> None:
+    """Put the average of the weights, where one was kept, into the network: that is what was saved."""
+    with torch.no_grad():
+        for weight, average in zip(state.network.parameters(), state.average, strict=bool(state.average)):
+            weight.copy_(average)
+
+
+def in_precision(work: Work, record: Run) -> Work:
+    """The work on its device in the precision that the training ended with."""
+    return replace(work, device=replace(work.device, precision=record.precision))
+
+
+def _plain(row: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: a value that is not defined becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}

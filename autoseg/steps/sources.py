@@ -1,0 +1,79 @@
+"""Where the patches of a training are read from: the device, RAM, or the compressed cache on disk."""
+
+import torch
+
+from autoseg.cases.cache import CachedCase, open_case
+from autoseg.events import Said
+from autoseg.network.memory import GIB, allowed_ram_bytes
+from autoseg.network.patches import InMemory, Source, WithPrevious
+from autoseg.network.patches_on_device import OnDevice
+from autoseg.records import Configuration
+from autoseg.steps.cascade import previous_label_maps, previous_on_grid
+from autoseg.steps.work import Work
+
+RAM_SHARE = 0.25
+"""Preprocessed cases are kept in RAM while they need less than this share of it, unless a limit was asked for."""
+DEVICE_SHARE = 0.25
+"""Of what is free on a GPU: the plan counts on the rest."""
+
+
+def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
+    """The cases to read patches from, by id: on the GPU if all fit, else in RAM up to the limit, the rest on disk.
+
+    With the previous stage's channel in a cascade. In a team every process keeps its own; they share the limits.
+    """
+    names = (*work.cases.train, *work.cases.validation)
+    opened = {name: open_case(work.layout.cache(configuration.name), name) for name in names}
+    limit = _limit_bytes(work)
+    need = sum(bytes_of(case) for case in opened.values())
+    sources: dict[str, Source] = {}
+    if configuration.previous is None and need <= min(_device_bytes(work), limit):
+        where = work.device.torch_device
+        for name, case in opened.items():
+            image_CZYX, labels_ZYX = case.read()
+            image = torch.from_numpy(image_CZYX).to(where)
+            sources[name] = OnDevice(image, torch.from_numpy(labels_ZYX).to(where), case.locations)
+        work.report(Said(f"{need / GIB:.2f} GB of preprocessed cases are kept on {work.device.name}."))
+        return sources
+    left = limit
+    for name, case in opened.items():
+        left -= bytes_of(case)
+        sources[name] = InMemory(*case.read(), case.locations) if left >= 0 else case
+    on_disk = [name for name in opened if sources[name] is opened[name]]
+    if on_disk:
+        work.report(Said(
+            f"{len(on_disk)} of {len(opened)} preprocessed cases ({need / GIB:.1f} GB in all, {limit / GIB:.1f} GB may "
+            "be kept in memory) are read from disk, patch by patch."
+        ))  # fmt: skip
+    return sources if configuration.previous is None else _with_previous(work, configuration, opened, sources)
+
+
+def bytes_of(case: CachedCase) -> int:
+    """Memory that a whole case takes: float32 image, int16 labels."""
+    z, y, x = case.shape
+    return z * y * x * (4 * case.channels + 2)
+
+
+def _limit_bytes(work: Work) -> float:
+    if work.machine.cache_bytes is not None:
+        return work.machine.cache_bytes / work.team.size
+    return RAM_SHARE * allowed_ram_bytes() / work.team.size
+
+
+def _device_bytes(work: Work) -> float:
+    if not work.device.is_cuda:
+        return 0.0
+    return DEVICE_SHARE * torch.cuda.mem_get_info(work.device.torch_device)[0]
+
+
+def _with_previous(
+    work: Work, configuration: Configuration, opened: dict[str, CachedCase], sources: dict[str, Source]
+) -> dict[str, Source]:
+    wanted = [case for case in work.dataset.cases if case.id in opened]
+    maps = previous_label_maps(
+        work.run, work.plan, configuration, work.fold, wanted, work.device.name, work.report
+    )
+    return {
+        name: WithPrevious(source, previous_on_grid(maps[name], opened[name].mark, work.plan, configuration))
+        for name, source in sources.items()
+    }

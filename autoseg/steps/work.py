@@ -1,0 +1,157 @@
+"""One network to train: which one, from which cases, on what machine. Looked up once, before anything is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoseg import store
+from autoseg.cases.split import make_splits
+from autoseg.errors import UserError
+from autoseg.events import Report, Warned
+from autoseg.layout import Layout, ModelLayout
+from autoseg.network import losses
+from autoseg.network.device import Device, pick
+from autoseg.network.distributed import Team, own_device
+from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Splits
+from autoseg.steps.finetune import donor_of
+from autoseg.steps.options import Machine, Options, with_options
+from autoseg.steps.plan import checked
+from autoseg.steps.predict import configuration_named, default_configuration
+
+MAY_DIFFER = ("memory",)
+"""What of a configuration may change under a training: it says how the plan came about."""
+RESUMES = ("no", "yes", "auto", "extend", "restart")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training. `continues` says whether it goes on from a saved state."""
+
+    run: Path
+    plan: Plan
+    planned: Configuration
+    dataset: Dataset
+    fold: str
+    seed: int
+    cases: Fold
+    model: ModelLayout
+    continues: bool
+    device: Device
+    machine: Machine
+    team: Team
+    report: Report
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.run)
+
+
+def look_up(
+    run: Path, configuration: str | None, fold: str, seed: int, resume: str, asked: Options, machine: Machine,
+    team: Team, report: Report,
+) -> Work:  # fmt: skip
+    """Everything a training needs to know; raises UserError for whatever is impossible, before anything is written."""
+    layout, plan = Layout(run), checked(run)
+    planned = configuration_named(plan, configuration or default_configuration(plan))
+    wished = with_options(planned, asked)
+    losses.parse(wished.train.loss)
+    dataset = store.load(layout.dataset, Dataset)
+    splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
+    cases = fold_cases(splits, dataset, fold)
+    model = layout.model(planned.name, fold, seed)
+    continues = _continues(model, resume)
+    before = store.load(model.run, Run) if continues else None
+    if before is not None:
+        _check_unchanged(before, planned, plan, asked, layout.plan)
+        _check_extension(before, resume, asked)
+        wished = with_options(before.configuration, asked)
+    elif asked.init is not None:
+        donor_of(asked.init, planned.name, fold, seed, model)
+    elif asked.freeze is not None:
+        raise UserError("--freeze keeps weights as they are, which are random ones here.", fix="Name some with --init.")
+    if wished.batch_size < team.size:
+        raise UserError(
+            f"A batch of {wished.batch_size} cannot be shared by {team.size} processes.",
+            fix=f"Start at most {wished.batch_size}, or give a larger --batch-size.",
+        )
+    device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
+    return Work(run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report)
+
+
+def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
+    """The cases of a fold; "all" learns from every labelled one. Raises UserError that lists the folds."""
+    if fold == "all":
+        return Fold(train=tuple(sorted(case.id for case in dataset.cases if case.label is not None)), validation=())
+    if not fold.isdigit() or int(fold) >= len(splits.folds):
+        raise UserError(f"There is no fold {fold!r}.", fix=f"Choose 0 to {len(splits.folds) - 1}, or all.")
+    return splits.folds[int(fold)]
+
+
+def warn_of_restart(work: Work, resume: str) -> None:
+    """Say so when an older training is about to be overwritten."""
+    if resume == "restart" and work.model.run.is_file():
+        work.report(Warned(f"{work.model.root}: {_state_of(work.model)} is overwritten."))
+
+
+def _state_of(model: ModelLayout) -> str:
+    return "a finished training" if store.load(model.run, Run).finished else "an unfinished training"
+
+
+def _continues(model: ModelLayout, resume: str) -> bool:
+    """Whether to go on from a saved state, as the user's `--resume` and what is there say."""
+    there = model.resume_tensors.is_file() and model.run.is_file()
+    if resume not in RESUMES:
+        raise UserError(f"--resume {resume} is none of yes, auto, no.")
+    if resume in ("yes", "extend") and not there:
+        raise UserError(f"{model.root}: there is no training to resume.", fix="Leave --resume out to start one.")
+    if resume == "no" and there:
+        raise UserError(
+            f"{model.root}: {_state_of(model)} is there already.",
+            fix="Go on with --resume, lengthen it with --extend-to, or overwrite it with --restart.",
+        )
+    return there and resume != "restart"
+
+
+def _check_extension(before: Run, resume: str, asked: Options) -> None:
+    """Refuse an extension to less than what is done."""
+    if resume != "extend":
+        return
+    epochs = before.steps // max(1, before.configuration.train.steps_per_epoch)
+    if asked.epochs is not None and asked.epochs <= epochs:
+        raise UserError(f"--extend-to {asked.epochs}: {epochs} epochs are done already.", fix="Give a larger number.")
+    if asked.max_seconds is not None and asked.max_seconds <= before.seconds:
+        raise UserError(
+            f"--extend-to {asked.max_seconds:g}s: {before.seconds:.0f} s are done already.", fix="Give a longer time."
+        )
+
+
+def _check_unchanged(before: Run, planned: Configuration, plan: Plan, asked: Options, path: Path) -> None:
+    """Refuse to go on under another plan, or from other weights than the training began with."""
+    changed: list[str] = []
+    if before.planned is not None:
+        changed += _differences(before.planned.model_dump(), planned.model_dump())
+    for name, now in (("channels", plan.channels), ("labels", tuple(label.name for label in plan.labels))):
+        then = getattr(before, name)
+        changed += [f"{name} (was {then}, is {now})"] if then and then != now else []
+    if changed:
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{path} has changed since this training began: {'; '.join(changed[:3])}{more}.",
+            fix="Bring the old plan back, or start anew with --restart.",
+        )
+    for option, was, wanted in (("--init", before.init, asked.init), ("--freeze", before.freeze, asked.freeze)):
+        if wanted is not None and wanted != was:
+            raise UserError(
+                f"{option} {wanted}: this training began with {was or 'fresh weights, nothing frozen'}.",
+                fix="Leave the option out to go on, or start anew with --restart.",
+            )
+
+
+def _differences(then: dict, now: dict, prefix: str = "") -> list[str]:
+    """Fields whose values differ, with both values; what the older record does not know counts as equal."""
+    found = []
+    for name in then.keys() & now.keys() - set(MAY_DIFFER):
+        if isinstance(then[name], dict) and isinstance(now[name], dict):
+            found += _differences(then[name], now[name], f"{prefix}{name}.")
+        elif then[name] != now[name]:
+            found.append(f"{prefix}{name} (was {then[name]}, is {now[name]})")
+    return sorted(found)

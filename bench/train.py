@@ -1,0 +1,156 @@
+"""Seconds per training step, data and augmentation included: nnU-Net and autoseg on one plan, data, machine and torch.
+
+Run: python bench/train.py [DATA] [--peer PEER_PYTHON PEER_SCRIPT] [--steps 15] [--precision fp32]
+nnU-Net prepares the data set (a Decathlon folder) and makes its own plan; autoseg trains the network, patch and batch of
+that plan with its own augmentation. nnU-Net runs twice: as its users run it, and with glibc told to keep freed memory,
+which autoseg does by itself. All runs are whole processes with the same number of threads; medians of the steps after
+the first fifth. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
+The environment of PEER_PYTHON holds nnunetv2; its torch is the one that counts for it and is printed beside ours.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from autoseg import store
+from autoseg.events import silent
+from autoseg.layout import Layout
+from autoseg.network import unet
+from autoseg.network.device import Device, channels_last, pick, set_up
+from autoseg.network.losses import build
+from autoseg.network.step import make_optimizer, step
+from autoseg.network.timing import PARTS, Stopwatch
+from autoseg.parallel import allowed_cores
+from autoseg.records import Configuration, Dataset
+from autoseg.steps.batches import Batches
+from autoseg.steps.learn import capacity_of
+from autoseg.steps.options import Machine, Options
+from autoseg.steps.plan import checked, plan
+from autoseg.steps.predict import configuration_named
+from autoseg.steps.preprocess import preprocess
+from autoseg.steps.sources import sources_of
+from autoseg.steps.work import look_up
+from autoseg.network.distributed import ALONE
+
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2147483647", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+"""What autoseg.network.device.keep_freed_memory sets for its own process."""
+PLAN_FILE = Path("pre", "Dataset004_Peer", "nnUNetPlans.json")
+
+
+def like_the_peer(planned: Configuration, plans: Path) -> Configuration:
+    """Our configuration with the patch, batch and network of nnU-Net's 3d_fullres plan."""
+    theirs = json.loads(plans.read_text())["configurations"]["3d_fullres"]
+    made = theirs["architecture"]["arch_kwargs"]
+    network = planned.network.model_copy(update={
+        "features": tuple(made["features_per_stage"]), "strides": tuple(map(tuple, made["strides"])),
+        "kernels": tuple(map(tuple, made["kernel_sizes"])), "encoder_blocks": tuple(made["n_conv_per_stage"]),
+        "decoder_blocks": tuple(made["n_conv_per_stage_decoder"]), "norm": "instance", "deep_supervision": True,
+    })  # fmt: skip
+    # theirs counts decoder levels from the coarsest, ours from the finest
+    network = network.model_copy(update={"decoder_blocks": network.decoder_blocks[::-1]})
+    fields = planned.model_dump() | {
+        "patch_voxels": tuple(theirs["patch_size"]), "batch_size": theirs["batch_size"],
+        "batch_dice": theirs["batch_dice"], "network": network.model_dump(),
+    }  # fmt: skip
+    return Configuration.model_validate(fields)
+
+
+def ours(data: Path, run: Path, plans: Path | None, steps: int, device: Device) -> dict:
+    """Seconds of each part of a step, medians."""
+    made = plan(data, run, memory="8GB", device=device.name)
+    planned = configuration_named(made, "3d" if made.dimension == 3 else "2d")
+    if plans is not None:
+        planned = like_the_peer(planned, plans)
+        others = tuple(planned if each.name == planned.name else each for each in made.configurations)
+        store.save(Layout(run).plan, made.model_copy(update={"configurations": others}))
+    preprocess(run, configuration=planned.name)
+    work = look_up(run, planned.name, "0", 0, "no", Options(precision=device.precision), Machine(device.name), ALONE, silent)
+    sources = sources_of(work, planned)
+    learned = [sources[case] for case in work.cases.train]
+    set_up(device)
+    torch.manual_seed(0)
+    network = channels_last(unet.build(planned.network).to(device.torch_device), planned.dimension).train()
+    optimizer = make_optimizer(network, planned.train, device)
+    loss = build(planned.train.loss, batch_dice=planned.batch_dice)
+    waits: list[float] = []
+    rows: list[dict[str, float]] = []
+    watch = Stopwatch(device)
+    with Batches(planned, 0, len(made.channels), made.classes, device, None) as batches:
+        for number in range(steps):
+            watch.start()
+            start = time.perf_counter()
+            batch = batches.draw(learned, work.cases.train, number)
+            watch.lap("augment")
+            step(network, optimizer, loss, batch.image, batch.labels, device, planned.train.clip_norm, lap=watch.lap)
+            parts = watch.read()  # waits for the device
+            waits.append(batch.wait_seconds)
+            rows.append(parts | {"whole": time.perf_counter() - start})
+    warm = max(2, steps // 5)
+    found = {name: statistics.median(row[name] for row in rows[warm:]) for name in (*PARTS, "whole")}
+    found["augment"] -= statistics.median(waits[warm:])
+    capacity = capacity_of(planned, device)
+    return found | {
+        "wait": statistics.median(waits[warm:]), "batch": planned.batch_size, "patch": planned.patch_voxels,
+        "gflop": capacity.operations_per_sample * planned.batch_size / 1e9,
+        "peak_share": capacity.share(planned.batch_size, found["whole"]),
+    }  # fmt: skip
+
+
+def theirs(python: str, script: str, words: list[str], keep_memory: bool = False) -> dict:
+    """The line of figures that the peer's script prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(allowed_cores())} | (KEEP_MEMORY if keep_memory else {})
+    ended = subprocess.run([python, script, *words], env=environment, capture_output=True, text=True)
+    if ended.returncode != 0 or not ended.stdout.strip():
+        raise SystemExit(f"{script} {' '.join(words)} failed:\n{ended.stderr[-2000:]}")
+    return json.loads(ended.stdout.strip().splitlines()[-1])
+
+
+def show(name: str, seconds: float, more: str, base: float | None) -> None:
+    ratio = "" if base is None else f"{seconds / base:6.2f}"
+    print(f"{name:<44}{seconds:8.3f} s {ratio:>8}  {more}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/hippocampus"))
+    parser.add_argument("--peer", nargs=2, metavar=("PYTHON", "SCRIPT"), help="interpreter with nnunetv2, and its script")
+    parser.add_argument("--work", type=Path, help="folder to keep the peer's preprocessed data in")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--precision", default=None, help="of autoseg: bf16, fp16 or fp32")
+    options = parser.parse_args()
+    if not options.data.is_dir():
+        parser.error(f"{options.data}: no such folder")
+    device = pick(options.device, options.precision)
+    print(f"torch {torch.__version__}, {allowed_cores()} cores, {device.name}, {device.precision}", flush=True)
+    base = None
+    with tempfile.TemporaryDirectory(prefix="train-") as folder:
+        work = options.work or Path(folder) / "peer"
+        if options.peer:
+            if not (work / PLAN_FILE).is_file():
+                theirs(*options.peer, ["prepare", str(options.data.resolve()), str(work.resolve())])
+            words = ["step", str(work.resolve()), "--steps", str(options.steps), "--device", device.torch_device.type]
+            for name, keep in (("nnU-Net", False), ("nnU-Net, freed memory kept", True)):
+                found = theirs(*options.peer, words, keep)
+                seconds = found["step_s"] + found["wait_s"]
+                base = base or seconds
+                show(name, seconds, f"step {found['step_s']:.3f}, wait {found['wait_s']:.3f}, batch {found['batch']}", base)
+        plans = work / PLAN_FILE if options.peer else None
+        found = ours(options.data, Path(folder) / "run", plans, options.steps, device)
+        parts = ", ".join(f"{part} {found[part]:.3f}" for part in ("wait", *PARTS))
+        more = f"{parts}, batch {found['batch']}, {100 * found['peak_share']:.0f} % of matrix products"
+        show(f"autoseg, {device.precision}", found["whole"], more, base)
+        print(f"patch {found['patch']}, {found['gflop']:.0f} GFLOP per step", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""steps/finetune.py: what another network's weights give, by names of channels and classes, and what stays frozen."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planned import a_configuration, a_network, a_planned_run
+from safetensors.numpy import load_file
+from synthetic import write_dataset
+from torch import Tensor
+
+from autoseg.errors import UserError
+from autoseg.events import Event, Trained, Warned
+from autoseg.layout import Layout
+from autoseg.network import unet
+from autoseg.records import AugmentSpec, Configuration, NetworkSpec, Run, TrainSpec
+from autoseg.steps.finetune import Donor, Names, donor_of, freeze, load_donor, names_of, short_list, take_over
+from autoseg.steps.train import train
+from autoseg.store import load, save
+
+
+def tiny(**changes: object) -> Configuration:
+    spec = TrainSpec(
+        epochs=2, steps_per_epoch=2, warmup_steps=1, average_decay=0.9, augment=AugmentSpec(rotation_rad=(0.5,) * 3)
+    )
+    return a_configuration(network=a_network(), train=spec, **changes)
+
+
+def network(seed: int, **changes: object) -> unet.UNet:
+    torch.manual_seed(seed)
+    built = unet.build(NetworkSpec.model_validate(a_network().model_dump() | changes))
+    for name, weight in built.named_parameters():
+        if name.startswith("head."):  # no zeros: every row must be told from another
+            torch.nn.init.normal_(weight)
+    return built
+
+
+def weights(of: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in of.state_dict().items()}
+
+
+def test_everything_is_taken_where_everything_fits() -> None:
+    ours, theirs, names = network(0), network(1), Names(("T1",), ("background", "a", "b"))
+    assert take_over(ours, names, Donor(Path("x"), weights(theirs), names)) == ()
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+def test_channels_are_taken_by_name_and_unknown_ones_are_the_mean(kind: str) -> None:
+    ours, theirs = network(0, in_channels=3, kind=kind), network(1, in_channels=2, kind=kind)
+    name = "stem.conv.weight" if kind == "residual" else "encoder.0.0.conv.weight"
+    labels = ("background", "a", "b")
+    donor = Donor(Path("x"), weights(theirs), Names(("T1", "T2"), labels))
+    assert take_over(ours, Names(("T2", "FLAIR", "T1"), labels), donor) == ()
+    found, given = ours.state_dict()[name], theirs.state_dict()[name]
+    for channel, expected in enumerate((given[:, 1], given.mean(1), given[:, 0])):
+        torch.testing.assert_close(found[:, channel], expected)
+
+
+def test_classes_are_taken_by_name_and_new_ones_stay_fresh() -> None:
+    ours, theirs = network(0, classes=4), network(1)
+    before = weights(ours)
+    donor = Donor(Path("x"), weights(theirs), Names(("T1",), ("background", "liver", "spleen")))
+    take_over(ours, Names(("T1",), ("nothing", "spleen", "kidney", "liver")), donor)
+    for name in ("head.0.weight", "head.0.bias"):
+        found, given = ours.state_dict()[name], theirs.state_dict()[name]
+        assert torch.equal(found[[0, 1, 3]], given[[0, 2, 1]])
+        assert torch.equal(found[2], before[name][2])
+
+
+def test_without_names_only_equal_shapes_are_taken() -> None:
+    ours, theirs = network(0, classes=4), network(1)
+    fresh = take_over(ours, Names(("T1",), ("background", "a", "b", "c")), Donor(Path("x"), weights(theirs), Names()))
+    assert set(fresh) == {"head.0.weight", "head.0.bias"}
+
+
+def test_other_features_leave_their_tensors_fresh_and_nothing_at_all_is_refused() -> None:
+    names = Names(("T1",), ("background", "a", "b"))
+    ours = network(0, features=(4, 16))
+    fresh = take_over(ours, names, Donor(Path("x"), weights(network(1)), names))
+    assert set(fresh) == {
+        "encoder.1.0.conv.weight", "encoder.1.0.norm.weight", "encoder.1.0.norm.bias", "up.0.weight",
+    }  # fmt: skip
+    assert short_list(("a", "b", "c", "d", "e", "f", "g")) == "a, b, c, d, e and 2 more"
+    with pytest.raises(UserError, match="nothing of it fits"):
+        take_over(network(0, features=(5, 7)), names, Donor(Path("x"), weights(network(1)), names))
+
+
+def test_only_what_is_known_can_be_frozen() -> None:
+    ours = network(0)
+    freeze(ours, "encoder")
+    frozen = {name.split(".")[0] for name, weight in ours.named_parameters() if not weight.requires_grad}
+    assert frozen == {"encoder"}
+    assert any(weight.requires_grad for weight in ours.parameters())
+    with pytest.raises(UserError, match="--freeze decoder: only encoder"):
+        freeze(ours, "decoder")
+
+
+def test_a_cascade_also_sees_what_was_found_before() -> None:
+    assert names_of(("CT",), ("background", "a", "b"), True).inputs == ("CT", "previous a", "previous b")
+
+
+# ------------------------------------------------------------------------------------------------ as a command
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained run "old", and a planned one "new" whose labels have another order and name."""
+    place = tmp_path_factory.mktemp("finetune")
+    old = a_planned_run(place / "old", write_dataset(place / "data", cases=4, shape=(8, 10, 12)), tiny())
+    train(old, epochs=1, device="cpu", workers=1)
+    shutil.copytree(old, place / "new", ignore=shutil.ignore_patterns("models"))
+    return place
+
+
+@pytest.fixture
+def new(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+    shutil.copytree(runs / "new", tmp_path / "new")
+    return tmp_path / "new"
+
+
+def test_frozen_weights_stay_those_of_the_other_run_also_after_a_stop(runs: Path, new: Path) -> None:
+    given = load_file(Layout(runs / "old").model("3d", "0").weights)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Trained):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(new, init=str(runs / "old"), freeze="encoder", device="cpu", workers=1, report=stop)
+    model = Layout(new).model("3d", "0")
+    said: list[Event] = []
+    record = train(
+        new, init=str(runs / "old"), freeze="encoder", resume="auto", device="cpu", workers=1, report=said.append
+    )
+    assert not [event for event in said if isinstance(event, Warned)]
+    assert (record.init, record.freeze, record.fresh, record.finished) == (str(runs / "old"), "encoder", (), True)
+    record = train(new, resume="extend", epochs=3, device="cpu", workers=1)
+    assert record.steps == 6
+    found = load_file(model.weights)
+    same = {name: np.array_equal(found[name], given[name]) for name in found}
+    assert all(equal for name, equal in same.items() if name.startswith("encoder."))
+    assert not any(equal for name, equal in same.items() if name.endswith(".conv.weight") and "decoder" in name)
+    with pytest.raises(UserError, match="this training began with"):
+        train(new, resume="yes", init=str(runs), device="cpu")
+
+
+def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(runs: Path, new: Path) -> None:
+    before = sorted(new.rglob("*"))
+    for options, message in (
+        ({"init": str(new)}, "3d is not trained there \\(trained: nothing\\)"),
+        ({"freeze": "encoder"}, "random ones here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(new, device="cpu", **options)  # type: ignore[arg-type]
+    assert sorted(new.rglob("*")) == before
+    own = Layout(runs / "old").model("3d", "0")
+    with pytest.raises(UserError, match="the network to be trained"):
+        donor_of(str(runs / "old"), "3d", "0", 0, own)
+
+
+def test_an_old_record_without_names_takes_them_from_its_plan(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "old", tmp_path / "old")
+    model = Layout(tmp_path / "old").model("3d", "0")
+    known = load_donor(model).names
+    assert known.outputs == ("background", "large", "small")
+    save(model.run, load(model.run, Run).model_copy(update={"channels": (), "labels": ()}))
+    assert load_donor(model).names == known
