@@ -108,6 +108,9 @@ def train(
     loss: Annotated[str | None, typer.Option(help="Loss by name. [default: the plan's]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Patches per step. [default: the plan's]")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Learning rate. [default: the plan's]")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="How patches are drawn, such as class_balanced:tumour=0.5. [default: the plan's]")
+    ] = None,
     device: Device = None,
     workers: Workers = None,
     as_json: AsJson = False,
@@ -119,10 +122,23 @@ def train(
 
         ended = step(
             run, configuration=configuration, fold=fold, seed=seed, epochs=epochs, max_seconds=max_seconds,
-            resume=resume, loss=loss, batch_size=batch_size, learning_rate=learning_rate,
+            resume=resume, loss=loss, batch_size=batch_size, learning_rate=learning_rate, sampling=sampling,
             device=device, workers=workers, report=report,
         )  # fmt: skip
     _show(ended, as_json)
+
+
+@app.command("import-nnunet")
+def import_nnunet(
+    model: Annotated[Path, typer.Argument(help="nnU-Net's folder of a trained configuration.", show_default=False)],
+    output: Output,
+    checkpoint: Annotated[str, typer.Option(help="Which checkpoint of each fold.")] = "checkpoint_final.pth",
+) -> None:
+    """Make a run of a model that nnU-Net v2 trained, for `predict`."""
+    with _watched() as report:
+        from autoseg.steps.import_nnunet import import_nnunet as step
+
+        step(model, output, checkpoint_name=checkpoint, report=report)
 
 
 @app.command()

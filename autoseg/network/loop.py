@@ -5,7 +5,7 @@ Legend: B batch, C channel, K class, Z Y X voxels (2D: Y X).
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,6 +157,7 @@ def fit(
     stop: Callable[[], bool],
     report: Report,
     compiled: Callable[[Tensor], Any] | None = None,
+    about_epoch: Callable[[], Mapping[str, float]] = dict,
 ) -> bool:
     """Train until the length is reached; True when it was, False when `stop()` asked to end earlier.
 
@@ -166,6 +167,7 @@ def fit(
         save: called with the state and whether the running validation Dice is the best so far; after every epoch, in
             between when an epoch takes long, and when stopped.
         compiled: what to run instead of `state.network`, sharing its weights.
+        about_epoch: further figures of an epoch that has ended, for its row of the history.
     """
     network = compiled or state.network
     state.network.train()
@@ -188,7 +190,8 @@ def fit(
         epoch_ends = state.step % state.steps_per_epoch == 0 or length.done(state) >= 1.0
         if epoch_ends:
             began = time.perf_counter()
-            _end_epoch(state, sums, count, rate, length, validate, save, report, time.perf_counter() - epoch_start)
+            seconds = began - epoch_start
+            _end_epoch(state, sums, count, rate, length, validate, save, report, seconds, about_epoch)
             state.seconds += time.perf_counter() - began
             sums, count, epoch_start, saved_at = _Sums(device), 0, time.perf_counter(), time.perf_counter()
         else:
@@ -245,7 +248,7 @@ def _epochs(state: TrainState, length: Length) -> int:
 def _end_epoch(
     state: TrainState, sums: _Sums, count: int, rate: float, length: Length,
     validate: Callable[[int], Sequence[float]], save: Callable[[TrainState, bool], None], report: Report,
-    seconds: float,
+    seconds: float, about_epoch: Callable[[], Mapping[str, float]],
 ) -> None:  # fmt: skip
     """Validate, write the epoch into the history, remember the best, save, announce."""
     bad = int(sums.bad.item())
@@ -274,7 +277,7 @@ def _end_epoch(
         "wait_share": sums.wait / max(sums.seconds, 1e-9), "augment_share": sums.augment / max(sums.seconds, 1e-9),
         "epoch_seconds": seconds, "skipped": float(bad),
     }  # fmt: skip
-    row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)}
+    row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)} | about_epoch()
     state.history.append(row)
     save(state, best)
     epochs = _epochs(state, length)

@@ -30,9 +30,11 @@ from autoseg.steps.curves import draw_curves
 from autoseg.steps.evaluate import as_csv
 from autoseg.steps.options import (
     Options,
+    class_rates,
     fit_to_time,
     resume_command,
     seconds_per_sample,
+    with_drawn_shares,
     with_options,
     with_suited_norm,
 )
@@ -57,6 +59,7 @@ def train(
     loss: str | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    sampling: str | None = None,
     device: str | None = None,
     workers: int | None = None,
     report: Report = silent,
@@ -71,8 +74,9 @@ def train(
         fold: "0" to "4", or "all" to learn from every case (and validate on none).
         max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
         resume: "yes" goes on where a training stopped (an error if there is none), "auto" starts it otherwise.
-        epochs, max_seconds, loss, batch_size, learning_rate: None takes what is planned, or what the training that is
-            resumed had.
+        sampling: how patches are drawn, as "mode" or "mode:class=rate,share=..."; see network/sampling.py.
+        epochs, max_seconds, loss, batch_size, learning_rate, sampling: None takes what is planned, or what the training
+            that is resumed had.
 
     Raises:
         UserError: nothing planned, no such configuration or fold, nothing to resume, or the disk is full.
@@ -80,8 +84,10 @@ def train(
     """
     layout, plan = Layout(run), checked(run)
     planned = configuration_named(plan, configuration or default_configuration(plan))
-    asked = Options(epochs, max_seconds, loss, batch_size, learning_rate)
-    losses.parse(with_options(planned, asked).train.loss)
+    asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, sampling)
+    wanted = with_options(planned, asked).train
+    losses.parse(wanted.loss)
+    class_rates(wanted, plan)
     dataset = store.load(layout.dataset, Dataset)
     cases = fold_cases(_splits(layout, dataset), dataset, fold)
     model = layout.model(planned.name, fold, seed)
@@ -103,7 +109,9 @@ def train(
     opened = {case: open_case(layout.cache(planned.name), case) for case in (*cases.train, *cases.validation)}
     sources = _sources(opened, run, plan, record.configuration, dataset, fold, device, report)
     state, compiled = _train_network(run, record, model, plan, cases, sources, where, continues, workers, report)
-    record = record.model_copy(update={"seconds": state.seconds, "steps": state.step, "compiled": compiled})
+    notes = with_drawn_shares(record, state.history, plan)
+    ended = {"seconds": state.seconds, "steps": state.step, "compiled": compiled, "notes": notes}
+    record = record.model_copy(update=ended)
     if cases.validation:
         scores = _validate(run, record, model, state.network, cases, dataset, plan, where, report)
         record = record.model_copy(update={"validation_dice": scores.mean["dice"]})
@@ -184,7 +192,7 @@ def _train_previous(
         train(
             run, configuration=planned.previous, fold=fold, seed=seed, epochs=first.epochs, max_seconds=half,
             resume="auto", loss=first.loss, batch_size=first.batch_size, learning_rate=first.learning_rate,
-            device=device, workers=workers, report=report,
+            sampling=first.sampling, device=device, workers=workers, report=report,
         )  # fmt: skip
     except Interrupted as stopped:
         raise Interrupted(resume_command(run, planned.name, fold, seed, "auto", asked)) from stopped
@@ -246,15 +254,17 @@ def _train_network(
             checkpoint.save_weights(model.best, state.network, state.average)
 
     channels = len(plan.channels)
-    coming = Batches(configuration, record.seed, channels, plan.classes, device, workers)
+    rates = class_rates(spec, plan)
+    coming = Batches(configuration, record.seed, channels, plan.classes, device, workers, rates)
     with _stop_requests() as asked, coming as batches:
         learned = [sources[case] for case in cases.train]
         held_out = [sources[case] for case in cases.validation] or learned
         reached = fit(
             state, spec, length, device, loss,
-            draw_batch=lambda step: batches.draw(learned, cases.train, step),
+            draw_batch=lambda step: batches.draw(learned, cases.train, step, state.history),
             validate=lambda epoch: batches.validation_dice(network, held_out, state.steps_per_epoch),
             save=save, stop=asked, report=report, compiled=compiled,
+            about_epoch=batches.drawn_shares,
         )  # fmt: skip
     draw_curves(model.curves, state.history)
     if not reached:
