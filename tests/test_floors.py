@@ -167,10 +167,14 @@ def test_nothing_executable_is_loaded_from_files(source: tuple[Path, ast.Module]
     path, tree = source
     for name, line in imports(tree):
         first = name.split(".")[0]
+        if name == "pickle.UnpicklingError":
+            continue  # what a refusal is caught by
         assert first not in ("pickle", "dill", "joblib", "shelve", "marshal"), f"{path}:{line} imports {name}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called == "torch.load" and "weights_only=True" in {ast.unparse(each) for each in node.keywords}:
+                continue  # reads tensors and plain values and refuses the rest
             assert called not in ("torch.load", "torch.save", "eval", "exec"), f"{path}:{node.lineno} calls {called}"
 
 

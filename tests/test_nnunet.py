@@ -222,7 +222,7 @@ def test_an_imported_model_predicts_with_its_own_weights_grid_and_mirroring(tmp_
     assert planned.train.augment.mirror_axes == (0, 2)
     assert [(label.name, label.value) for label in made.labels] == [("background", 0), ("class 1", 1), ("class 2", 2)]
     assert made.intensities[0].percentile_99_5 == 99.5
-    predictor = Predictor(tmp_path / "run", device="cpu")
+    predictor = Predictor(tmp_path / "run", device="cpu", mirroring=False)
     theirs = nnunet.load_nnunet(folder)
     image = filled(tuple(PLAIN["image"]), 5, "image.values")
     with torch.no_grad():

@@ -6,11 +6,11 @@ from the finest. Nothing in a checkpoint is run: it is read as tensors and plain
 """
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with torch.serialization.safe_globals(empty):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the object {named[1]}" if named else "something beside tensors and plain values"
         raise UserError(

@@ -35,6 +35,8 @@ Holders = Mapping[int, Sequence[int]]
 
 
 class HasLocations(Protocol):
+    """A case that knows where its classes are: label index -> (n, 3) positions; the key -1 is no class."""
+
     @property
     def locations(self) -> Mapping[int, np.ndarray]: ...
 
