@@ -27,7 +27,7 @@ VALIDATION_SHARE = 0.1
 MOST_AHEAD = LAG_STEPS // 2
 """Steps that are read ahead at most."""
 
-Read = tuple[np.ndarray, np.ndarray, augment.Drawn, tuple[Place, ...]]
+Read = tuple[np.ndarray, np.ndarray, augment.Drawn, tuple[Place, ...], "Counter[str]"]
 
 
 class Batches:
@@ -74,8 +74,8 @@ class Batches:
         `history` holds the rows of the epochs so far, whose Dice mode `hard` follows.
         """
         start = time.perf_counter()
-        image, labels, drawn, places = self._next(sources, step, history)
-        self._count(places)
+        image, labels, drawn, places, drawn_for = self._next(sources, step, history)
+        self._drawn += drawn_for
         waited = time.perf_counter() - start
         moved_image, moved_labels = self._to_device(image), self._to_device(labels)
         previous = None
@@ -124,11 +124,12 @@ class Batches:
         names = ["drawn_free", *(f"drawn_{k}" for k in range(1, self._classes))]
         return {name: drawn[name] / total for name in (*names, *self._cases_with)}
 
-    def _count(self, places: Sequence[Place]) -> None:
+    def _drawn_for(self, places: Sequence[Place]) -> "Counter[str]":
+        counts = Counter({"samples": len(places)})
         for place in places:
-            self._drawn["samples"] += 1
-            self._drawn["drawn_free" if place.forced_class is None else f"drawn_{place.forced_class}"] += 1
-            self._drawn.update(name for name, cases in self._cases_with.items() if place.case in cases)
+            counts["drawn_free" if place.forced_class is None else f"drawn_{place.forced_class}"] += 1
+            counts.update(name for name, cases in self._cases_with.items() if place.case in cases)
+        return counts
 
     def _next(self, sources: Sequence[Source], step: int, history: Sequence[Mapping[str, float]]) -> Read:
         if self._sampling.mode != "foreground" and not self._held:
@@ -153,7 +154,7 @@ class Batches:
         chance = torch.Generator().manual_seed(seed)
         drawn = augment.draw(self._spec, len(places), self._channels, self._patch, chance)
         image, labels = gather(sources, places, self._patch, self._enlarged, drawn.moved_B.tolist())
-        return image, labels, drawn, places
+        return image, labels, drawn, places, self._drawn_for(places)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
