@@ -80,7 +80,8 @@ def test_a_training_says_what_its_patches_were_drawn_for(tmp_path: Path, monkeyp
     assert not Layout(run).models.exists()
     record = train(run, **options, sampling="class_balanced:small=1")
     assert record.configuration.train.class_rates == (("small", 1.0),)
-    assert record.notes[-1] == "Patches were drawn (class_balanced): centred on large 0.0%, small 50.0%; anywhere 50.0%."
+    drawn = "Patches were drawn (class_balanced): centred on large 0.0%, small 50.0%; anywhere 50.0%."
+    assert record.notes[-1] == drawn
     rows = [json.loads(line) for line in Layout(run).model("3d", "0").history.read_text().splitlines()]
     assert [(row["drawn_free"], row["drawn_1"], row["drawn_2"]) for row in rows] == [(0.5, 0.0, 0.5)] * 2
     longer = train(run, **options, epochs=3, resume="yes", sampling="case_balanced:share=1")

@@ -280,6 +280,24 @@ def test_a_plain_network_with_what_only_residual_ones_have_is_refused(change: di
         a_spec(kind="residual", bottleneck_features=(1, 2))
 
 
+@pytest.mark.parametrize(
+    "kind", [{"kind": "plain"}, {"kind": "residual"}, {"kind": "residual", "block": "bottleneck"}], ids=str
+)
+def test_a_voxel_sees_what_planning_counts(kind: dict[str, Any]) -> None:
+    spec = a_spec(2, norm="batch", kernels=((3, 3), (3, 5), (3, 3)), **kind)
+    network = unet.build(spec).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(torch.rand_like(weight) + 0.1)  # nothing cancels
+    image = torch.zeros(1, 2, 96, 96, requires_grad=True)
+    x = network.stem(image)
+    for stage, expected in zip(network.encoder, cost.receptive_fields(spec), strict=True):
+        x = stage(x)
+        gradient = torch.autograd.grad(x[0, 0, x.shape[2] // 2, x.shape[3] // 2], image, retain_graph=True)[0][0, 0]
+        seen = gradient.nonzero()
+        assert tuple((seen.amax(0) - seen.amin(0) + 1).tolist()) == expected
+
+
 def test_specs_saved_before_these_fields_existed_give_the_same_network() -> None:
     fields = a_spec(kind="residual").model_dump()
     new = ("block", "bottleneck_features", "stochastic_depth", "squeeze_excitation", "upsampling", "bias")

@@ -277,7 +277,7 @@ def _end_epoch(
         "wait_share": sums.wait / max(sums.seconds, 1e-9), "augment_share": sums.augment / max(sums.seconds, 1e-9),
         "epoch_seconds": seconds, "skipped": float(bad),
     }  # fmt: skip
-    row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)} | about_epoch()
+    row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)} | dict(about_epoch())
     state.history.append(row)
     save(state, best)
     epochs = _epochs(state, length)

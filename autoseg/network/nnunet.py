@@ -155,7 +155,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    empty = [type(n.rsplit(".", 1)[1], (_Unread,), {"__module__": n.rsplit(".", 1)[0]}) for n in UNREAD]
+    parts = [name.rsplit(".", 1) for name in UNREAD]
+    empty: list[Any] = [type(name, (_Unread,), {"__module__": module}) for module, name in parts]
     try:
         with torch.serialization.safe_globals(empty):
             found = torch.load(path, map_location="cpu", weights_only=True)

@@ -156,14 +156,14 @@ def _class_balanced(
     if not chances:
         return int(chance.integers(len(sources))), None
     k = _one_of(chance, chances)
-    return held[k][chance.integers(len(held[k]))], k
+    return held[k][int(chance.integers(len(held[k])))], k
 
 
 def _case_balanced(
     chance: np.random.Generator, sources: Sequence[HasLocations], held: Holders, rates: Sequence[float], forced: bool
 ) -> Chosen:
     group = _one_of(chance, shares(held, rates, without=True))
-    case = held[group][chance.integers(len(held[group]))]
+    case = held[group][int(chance.integers(len(held[group])))]
     classes = _classes(sources[case])
     return case, classes[chance.integers(len(classes))] if forced and classes else None
 
