@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from autoseg.steps.compare import compare
     from autoseg.steps.ensemble import ensemble
     from autoseg.steps.evaluate import evaluate
+    from autoseg.steps.import_nnunet import import_nnunet
     from autoseg.steps.plan import plan
     from autoseg.steps.postprocess import postprocess_apply
     from autoseg.steps.postprocess import postprocess_learn as postprocess
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from autoseg.steps.train import train
 
 __all__ = [
-    "Predictor", "__version__", "compare", "ensemble", "evaluate", "plan", "postprocess", "postprocess_apply",
-    "predict", "preprocess", "run", "train",
+    "Predictor", "__version__", "compare", "ensemble", "evaluate", "import_nnunet", "plan", "postprocess",
+    "postprocess_apply", "predict", "preprocess", "run", "train",
 ]  # fmt: skip
 
 
@@ -52,5 +53,6 @@ PUBLIC: dict[str, str] = {
     "evaluate": "autoseg.steps.evaluate:evaluate",
     "compare": "autoseg.steps.compare:compare",
     "run": "autoseg.steps.run:run",
+    "import_nnunet": "autoseg.steps.import_nnunet:import_nnunet",
 }
 """Public name -> where it lives."""

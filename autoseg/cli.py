@@ -122,6 +122,9 @@ def train(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="Only kernels that repeat their results.", show_default=False)
     ] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="How patches are drawn, such as class_balanced:tumour=0.5. [default: the plan's]")
+    ] = None,
     device: Device = None,
     workers: Workers = None,
     cache: Annotated[
@@ -137,7 +140,7 @@ def train(
         from autoseg.steps.options import Machine, Options
         from autoseg.steps.train import train_seeds as step
 
-        asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze)
+        asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze, sampling)
         limit = None if cache is None else parse_bytes(cache)
         ended = step(
             run, range(seed, seed + seeds), configuration=configuration, fold=fold, resume=how, asked=asked,
@@ -145,6 +148,19 @@ def train(
         )  # fmt: skip
     for each in ended if _is_first() else ():
         _show(each, as_json)
+
+
+@app.command("import-nnunet")
+def import_nnunet(
+    model: Annotated[Path, typer.Argument(help="nnU-Net's folder of a trained configuration.", show_default=False)],
+    output: Output,
+    checkpoint: Annotated[str, typer.Option(help="Which checkpoint of each fold.")] = "checkpoint_final.pth",
+) -> None:
+    """Make a run of a model that nnU-Net v2 trained, for `predict`."""
+    with _watched() as report:
+        from autoseg.steps.import_nnunet import import_nnunet as step
+
+        step(model, output, checkpoint_name=checkpoint, report=report)
 
 
 @app.command()

@@ -5,26 +5,15 @@ slice. Units stand in the names: `_mm`, `_voxels`, `_bytes`, `_share` (0..1).
 A variant is `record.model_copy(update=...)` or an edited JSON file, never a subclass.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from autoseg.record import Positive, Record, Saved, Share
+from autoseg.specs import AugmentSpec, NetworkSpec
 
 Voxels3 = tuple[int, int, int]
 Millimetres3 = tuple[float, float, float]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-
-
-class Record(BaseModel):
-    """A frozen value; unknown fields are refused so that a typing error in an edited file is not silently ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Saved(Record):
-    """A record that is a file of its own. `SCHEMA` is its version; `store.py` writes and checks it."""
-
-    SCHEMA: ClassVar[int] = 1
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -163,70 +152,12 @@ class Memory(Record):
     attempts: tuple[Attempt, ...] = ()
 
 
-class NetworkSpec(Record):
-    """A U-Net. Stage s halves the axes where `strides[s]` is 2 and convolves with `kernels[s]`, giving `features[s]`.
-
-    All per-stage tuples have the same length; `decoder_blocks` has one entry less. `strides[0]` is all ones.
-    """
-
-    kind: Literal["plain", "residual"] = "plain"
-    dimension: Literal[2, 3]
-    in_channels: Positive
-    classes: Annotated[int, Field(ge=2)]
-    features: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
-    kernels: tuple[tuple[int, ...], ...]
-    encoder_blocks: tuple[int, ...]
-    decoder_blocks: tuple[int, ...]
-    norm: Literal["instance", "batch", "group"] = "instance"
-    deep_supervision: bool = True
-    dropout: Share = 0.0
-
-    @model_validator(mode="after")
-    def _same_lengths(self) -> "NetworkSpec":
-        stages = len(self.features)
-        for name in ("strides", "kernels", "encoder_blocks"):
-            if len(getattr(self, name)) != stages:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries, features has {stages}")
-        if len(self.decoder_blocks) != stages - 1:
-            raise ValueError(f"decoder_blocks needs {stages - 1} entries, has {len(self.decoder_blocks)}")
-        if any(len(each) != self.dimension for each in (*self.strides, *self.kernels)):
-            raise ValueError(f"strides and kernels need {self.dimension} numbers per stage")
-        return self
-
-    @property
-    def divisors(self) -> tuple[int, ...]:
-        """What each patch axis must be divisible by: the product of that axis' strides."""
-        products = [1] * self.dimension
-        for stride in self.strides:
-            products = [p * s for p, s in zip(products, stride, strict=True)]
-        return tuple(products)
-
-
-class AugmentSpec(Record):
-    """How strongly patches are varied. Chances are per sample; ranges are those of nnU-Net's default trainer.
-
-    `rotation_rad` is the largest angle per axis (Z Y X; in 2D only the first counts, turning in the plane).
-    `mirror_axes` are patch axes; prediction mirrors along the same ones.
-    """
-
-    rotation_rad: tuple[float, ...]
-    rotation_chance: Share = 0.2
-    scale_range: tuple[float, float] = (0.7, 1.4)
-    scale_chance: Share = 0.2
-    noise_chance: Share = 0.1
-    blur_chance: Share = 0.2
-    brightness_chance: Share = 0.15
-    contrast_chance: Share = 0.15
-    low_resolution_chance: Share = 0.25
-    gamma_inverted_chance: Share = 0.1
-    gamma_chance: Share = 0.3
-    mirror_axes: tuple[int, ...] = ()
-    turn_in_plane_only: bool = False
-
-
 class TrainSpec(Record):
-    """How the network is trained. `schedule` runs over the share of the training done, in epochs or in time."""
+    """How the network is trained. `schedule` runs over the share of the training done, in epochs or in time.
+
+    `sampling` is the way cases and classes of patches are drawn (network/sampling.py); `class_rates` names classes with
+    the rate they are drawn at, the others share what is left.
+    """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -239,6 +170,8 @@ class TrainSpec(Record):
     clip_norm: Annotated[float, Field(gt=0)] = 12.0
     loss: str = "dice_ce"
     foreground_share: Share = 0.33
+    sampling: Literal["foreground", "class_balanced", "case_balanced", "hard"] = "foreground"
+    class_rates: tuple[tuple[str, Share], ...] = ()
     average_decay: Share = 0.0
     augment: AugmentSpec
 

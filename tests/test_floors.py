@@ -12,14 +12,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "autoseg"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
-    "records": 0, "store": 0, "layout": 0, "events": 0, "errors": 0, "parallel": 0,
+    "record": 0, "records": 0, "specs": 0, "store": 0, "layout": 0, "events": 0, "errors": 0, "parallel": 0,
     "image": 1, "network": 1, "scoring": 1,
     "planning": 2, "cases": 2,
     "steps": 3,
     "cli": 4, "screen": 4,
     "__init__": 5, "__main__": 5,
 }  # fmt: skip
-SHARED_ROOMS = {"records", "store", "layout", "events", "errors", "parallel", "cli", "screen", "__main__"}
+SHARED_ROOMS = {
+    "record", "records", "specs", "store", "layout", "events", "errors", "parallel", "cli", "screen", "__main__",
+}  # fmt: skip
 """Files that lie side by side in autoseg/ itself: those of one floor may import each other."""
 SLOW = {"torch", "numpy", "scipy", "skimage", "SimpleITK", "matplotlib", "blosc2", "pydantic"}
 
@@ -165,10 +167,14 @@ def test_nothing_executable_is_loaded_from_files(source: tuple[Path, ast.Module]
     path, tree = source
     for name, line in imports(tree):
         first = name.split(".")[0]
+        if name == "pickle.UnpicklingError":
+            continue  # what a refusal is caught by
         assert first not in ("pickle", "dill", "joblib", "shelve", "marshal"), f"{path}:{line} imports {name}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called == "torch.load" and "weights_only=True" in {ast.unparse(each) for each in node.keywords}:
+                continue  # reads tensors and plain values and refuses the rest
             assert called not in ("torch.load", "torch.save", "eval", "exec"), f"{path}:{node.lineno} calls {called}"
 
 

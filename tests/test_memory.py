@@ -72,6 +72,10 @@ TWENTY: tuple[tuple[str, Configuration], ...] = (
     ("fp32", configuration((24, 24, 24), features=(24, 48), norm="batch")),
     ("bf16", configuration((16, 16, 16), features=(32, 64), dropout=0.2)),
     ("bf16", configuration((16, 16, 16), features=(32, 64), classes=40)),
+    ("fp32", configuration((16, 16, 16), features=(32, 64), kind="residual", block="bottleneck", bias=True)),
+    ("bf16", configuration((32, 32), kind="residual", squeeze_excitation=4, stochastic_depth=0.2, features=(32, 64))),
+    ("bf16", configuration((16, 16, 16), upsampling="linear", features=(16, 32))),
+    ("fp32", configuration((8, 24, 24), **THICK, upsampling="linear")),
 )
 
 

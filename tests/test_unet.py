@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from autoseg.network import unet
@@ -41,6 +42,12 @@ SPECS = {
     "group norm": a_spec(2, norm="group", kind="residual"),
     "no deep supervision": a_spec(deep_supervision=False),
     "dropout": a_spec(dropout=0.3),
+    "bottlenecks": a_spec(kind="residual", block="bottleneck", squeeze_excitation=4, dropout=0.1),
+    "bottlenecks of a given width, 2D": a_spec(2, kind="residual", block="bottleneck", bottleneck_features=(2, 3, 5)),
+    "stochastic depth": a_spec(2, kind="residual", stochastic_depth=0.2, encoder_blocks=(2, 2, 2)),
+    "linear upsampling": a_spec(upsampling="linear", **THICK_SLICES),
+    "linear upsampling, 2D, residual": a_spec(2, kind="residual", upsampling="linear", squeeze_excitation=16),
+    "biases": a_spec(kind="residual", bias=True, block="bottleneck"),
     "two stages": a_spec(
         2, features=(4, 8), strides=((1, 1), (2, 2)), kernels=((3, 3),) * 2, encoder_blocks=(1, 1), decoder_blocks=(1,)
     ),
@@ -107,10 +114,16 @@ def test_every_weight_takes_part_in_learning(spec: NetworkSpec) -> None:
 def test_a_convolution_has_a_bias_only_where_no_norm_follows(spec: NetworkSpec) -> None:
     kinds = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     convolutions = {n: m for n, m in unet.build(spec).named_modules() if isinstance(m, kinds)}
+    convolutions = {name: module for name, module in convolutions.items() if ".squeeze." not in name}
     with_bias = {name.split(".")[0] for name, module in convolutions.items() if module.bias is not None}
     without = {name.split(".")[0] for name, module in convolutions.items() if module.bias is None}
-    assert with_bias == {"up", "head"}
-    assert without == {"encoder", "decoder"} | ({"stem"} if spec.kind == "residual" else set())
+    parts = {"encoder", "decoder"} | ({"stem"} if spec.kind == "residual" else set())
+    if spec.bias:
+        assert with_bias == {"up", "head"} | parts
+        assert all(module.bias is None for name, module in convolutions.items() if name.endswith(".skip"))
+    else:
+        assert with_bias == {"up", "head"}
+        assert without == parts
 
 
 def test_kernels_and_strides_are_those_of_the_plan() -> None:
@@ -196,3 +209,100 @@ def test_without_deep_supervision_only_the_finest_level_has_a_head() -> None:
     network = unet.build(SPECS["no deep supervision"])
     assert len(network.head) == 1
     assert network.head[0].in_channels == 4
+
+
+# ------------------------------------------------------------------------------------------------ what may be added
+
+
+def test_a_bottleneck_starts_as_its_shortcut_and_strides_in_the_middle() -> None:
+    spec = SPECS["bottlenecks"]
+    block = unet.build(spec).get_submodule("encoder.1.0")
+    sizes = [(m.in_channels, m.out_channels, m.kernel_size, m.stride) for m in (block.conv1, block.conv2, block.conv3)]
+    one, two, three = (1, 1, 1), (2, 2, 2), (3, 3, 3)
+    assert sizes == [(4, 1, one, one), (1, 1, three, two), (1, 6, one, one)]
+    x = torch.randn(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    shortcut = nn.functional.conv3d(nn.functional.avg_pool3d(x, 2), block.get_parameter("skip.weight"))
+    torch.testing.assert_close(block(x), nn.functional.leaky_relu(nn.functional.instance_norm(shortcut), 0.01))
+
+
+def test_bottlenecks_are_as_wide_as_asked_else_a_quarter() -> None:
+    assert SPECS["bottlenecks of a given width, 2D"].inner_features == (2, 3, 5)
+    assert a_spec(kind="residual", block="bottleneck", features=(3, 8, 320)).inner_features == (1, 2, 80)
+    network = unet.build(SPECS["bottlenecks of a given width, 2D"])
+    assert [network.get_submodule(f"encoder.{stage}.0.conv2").out_channels for stage in range(3)] == [2, 3, 5]
+
+
+def test_squeeze_excitation_weighs_channels_by_their_means_alone() -> None:
+    squeeze = unet.Squeeze(a_spec(2), 6, 2)
+    x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    weights = squeeze(x) / x
+    gate = torch.sigmoid(squeeze.up(nn.functional.leaky_relu(squeeze.down(x.mean((2, 3))[:, :, None, None]), 0.01)))
+    torch.testing.assert_close(weights, gate.expand_as(x))
+    assert weights.std() > 0.01
+    shuffled = x.flatten(2)[:, :, torch.randperm(16)].view_as(x)
+    torch.testing.assert_close(squeeze(shuffled) / shuffled, weights)
+
+
+def test_stochastic_depth_leaves_samples_out_at_its_chance_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    left_out = unet.LeaveOut(0.25).train()(torch.ones(4000, 1, 2, 2))
+    kept = left_out.flatten(1).amax(1)
+    assert left_out.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert torch.equal(left_out.flatten(1).amin(1), kept)
+    assert (kept == 0).float().mean().item() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 4000))
+    assert torch.equal(unet.LeaveOut(0.25).eval()(torch.ones(2, 1)), torch.ones(2, 1))
+
+
+def test_stochastic_depth_grows_with_depth_up_to_the_last_block() -> None:
+    network = unet.build(SPECS["stochastic depth"])
+    chances = [module.chance for module in network.modules() if isinstance(module, unet.LeaveOut)]
+    assert chances == pytest.approx([0.2 * number / 6 for number in range(1, 7)])
+
+
+@pytest.mark.parametrize("name", ["linear upsampling", "linear upsampling, 2D, residual"])
+def test_linear_upsampling_is_interpolation_followed_by_a_convolution(name: str) -> None:
+    spec = SPECS[name]
+    up = unet.build(spec).get_submodule("up.1")
+    x = torch.randn(1, 8, *patch_of(spec))
+    mode = "trilinear" if spec.dimension == 3 else "bilinear"
+    factor = tuple(float(each) for each in spec.strides[2])
+    larger = nn.functional.interpolate(x, scale_factor=factor, mode=mode, align_corners=False)
+    torch.testing.assert_close(up(x), up.conv(larger), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"block": "bottleneck"}, {"stochastic_depth": 0.1}, {"squeeze_excitation": 16}]
+)  # fmt: skip
+def test_a_plain_network_with_what_only_residual_ones_have_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(change))}: only a network of kind residual"):
+        a_spec(**change)
+    with pytest.raises(ValidationError, match="bottleneck_features needs 3 entries or none, has 2"):
+        a_spec(kind="residual", bottleneck_features=(1, 2))
+
+
+@pytest.mark.parametrize(
+    "kind", [{"kind": "plain"}, {"kind": "residual"}, {"kind": "residual", "block": "bottleneck"}], ids=str
+)
+def test_a_voxel_sees_what_planning_counts(kind: dict[str, Any]) -> None:
+    spec = a_spec(2, norm="batch", kernels=((3, 3), (3, 5), (3, 3)), **kind)
+    network = unet.build(spec).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(torch.rand_like(weight) + 0.1)  # nothing cancels
+    image = torch.zeros(1, 2, 96, 96, requires_grad=True)
+    x = network.stem(image)
+    for stage, expected in zip(network.encoder, cost.receptive_fields(spec), strict=True):
+        x = stage(x)
+        gradient = torch.autograd.grad(x[0, 0, x.shape[2] // 2, x.shape[3] // 2], image, retain_graph=True)[0][0, 0]
+        seen = gradient.nonzero()
+        assert tuple((seen.amax(0) - seen.amin(0) + 1).tolist()) == expected
+
+
+def test_specs_saved_before_these_fields_existed_give_the_same_network() -> None:
+    fields = a_spec(kind="residual").model_dump()
+    new = ("block", "bottleneck_features", "stochastic_depth", "squeeze_excitation", "upsampling", "bias")
+    assert NetworkSpec.model_validate({name: value for name, value in fields.items() if name not in new}) == a_spec(
+        kind="residual"
+    )
+    names = set(unet.build(a_spec(kind="residual")).state_dict())
+    assert not [name for name in names if "conv3" in name or "squeeze" in name or "conv1.bias" in name]

@@ -5,7 +5,7 @@ Legend: B batch, C channel, K class, Z Y X voxels (2D: Y X).
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -114,6 +114,7 @@ def fit(
     pieces: Pieces | None = None,
     team: Team = ALONE,
     capacity: Capacity = Capacity(),
+    about_epoch: Callable[[], Mapping[str, float]] = dict,
 ) -> bool:
     """Train until the length is reached; True when it was, False when `stop()` asked to end earlier.
 
@@ -126,6 +127,7 @@ def fit(
         pieces: splits batches where memory runs out; the loss has to reduce by it. None: running out is an error.
         team: the processes that share this training; each draws its share of the batch.
         capacity: what steps are measured against in the history.
+        about_epoch: further figures of an epoch that has ended, for its row of the history.
     Raises UserError when steps are not finite epoch after epoch, also in full precision.
     """
     learn_mode(state.network)
@@ -143,7 +145,7 @@ def fit(
         epoch_ends = state.step % state.steps_per_epoch == 0 or length.done(state) >= 1.0
         if epoch_ends:
             began = time.perf_counter()
-            _end_epoch(state, sums, rate, length, device, validate, save, report, capacity)
+            _end_epoch(state, sums, rate, length, device, validate, save, report, capacity, about_epoch)
             asked_now, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - began)
             asked |= asked_now
             sums, saved_at = _Sums(device), time.perf_counter()
@@ -245,7 +247,7 @@ def _epochs(state: TrainState, length: Length) -> int:
 def _end_epoch(
     state: TrainState, sums: _Sums, rate: float, length: Length, device: Device,
     validate: Callable[[int], Sequence[float]], save: Callable[[TrainState, bool], None], report: Report,
-    capacity: Capacity,
+    capacity: Capacity, about_epoch: Callable[[], Mapping[str, float]],
 ) -> None:  # fmt: skip
     """Validate, write the epoch into the history, remember the best, save, announce."""
     loss, bad = sums.read()
@@ -264,7 +266,7 @@ def _end_epoch(
         "epoch_seconds": time.perf_counter() - sums.began, "skipped": float(len(bad)), "peak_share": share,
     }  # fmt: skip
     row |= {f"{part}_seconds": value for part, value in seconds.items()}
-    row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)}
+    row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)} | dict(about_epoch())
     state.history.append(row)
     if bad:
         _face_trouble(state, bad, sums.count, device, report)

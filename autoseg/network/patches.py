@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from autoseg.network.sampling import CHOOSE, Holders, holders
+
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -69,12 +71,17 @@ class WithPrevious:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Size and mix of the batches. `patch_voxels` has two numbers for slices, three for volumes."""
+    """Size and mix of the batches. `patch_voxels` has two numbers for slices, three for volumes.
+
+    `mode` is one of `sampling.CHOOSE`; `class_rates` has one entry per foreground class, or none where all are alike.
+    """
 
     patch_voxels: tuple[int, ...]
     batch_size: int
     foreground_share: float
     seed: int
+    mode: str = "foreground"
+    class_rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,28 +98,31 @@ def generator_of(seed: int, step: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng((seed, step, purpose))
 
 
-def draw_places(sources: Sequence[Source], sampling: Sampling, step: int, purpose: int = 0) -> tuple[Place, ...]:
-    """Draw one place per sample: the case uniformly with replacement, the position by one of two rules.
+def draw_places(
+    sources: Sequence[Source], sampling: Sampling, step: int, purpose: int = 0, held: Holders | None = None
+) -> tuple[Place, ...]:
+    """Draw one place per sample: first the case and perhaps a class, as the mode of sampling says, then the position.
 
     The last `round(batch x foreground_share)` samples (at least one when the share is above 0) are centred on a voxel
-    of a foreground class, the class uniform among those of the case; the others lie uniformly inside the image (with an
-    ignore label: around an annotated voxel). Source: nnU-Net's data loader (Isensee et al. 2021), except that forced
-    patches are also clamped at the far end instead of hanging over it.
+    of a foreground class; the others lie uniformly inside the image (with an ignore label: around an annotated voxel).
+    Source: nnU-Net's data loader (Isensee et al. 2021), except that forced patches are also clamped at the far end
+    instead of hanging over it.
+
+    Args:
+        held: `sampling.holders(sources)`, for modes other than "foreground"; made here where it is not given.
     """
     chance = generator_of(sampling.seed, step, purpose)
     batch = sampling.batch_size
     forced_from = batch
     if sampling.foreground_share > 0:
         forced_from = min(batch - 1, round(batch * (1 - sampling.foreground_share)))
+    if held is None:
+        held = {} if sampling.mode == "foreground" else holders(sources)
     patch_zyx = (1,) * (3 - len(sampling.patch_voxels)) + sampling.patch_voxels
-    places = []
+    choose, places = CHOOSE[sampling.mode], []
     for sample in range(batch):
-        case = int(chance.integers(len(sources)))
+        case, forced = choose(chance, sources, held, sampling.class_rates, sample >= forced_from)
         source = sources[case]
-        classes = sorted(k for k in source.locations if k > 0)
-        forced: int | None = None
-        if sample >= forced_from and classes:
-            forced = int(classes[chance.integers(len(classes))])
         around = source.locations.get(-1 if forced is None else forced)
         if around is not None and len(around):
             centre = around[chance.integers(len(around))]

@@ -151,7 +151,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _CudaCasts(TorchFunctionMode):
-    """Casts where CUDA's autocast differs from the CPU's: group norm in fp32, average pooling in half precision.
+    """Casts where CUDA's autocast differs from the CPU's: group norm in fp32, pooling and interpolation in half.
 
     Source: the two lists in torch/csrc and aten/src/ATen/autocast_mode.h; losses leave autocast by themselves.
     """
@@ -161,7 +161,7 @@ class _CudaCasts(TorchFunctionMode):
     ) -> Any:
         if func is nn.functional.group_norm:
             args = tuple(arg.float() if isinstance(arg, Tensor) else arg for arg in args)
-        if func in (torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d):
+        if func in (torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d, nn.functional.interpolate):
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -2,14 +2,19 @@
 
 Legend: B batch, C channel, K class, Z Y X voxels.
 
-Names in the state dict: `encoder.<stage>.<block>.…`, `up.<level>.…`, `decoder.<level>.<block>.…`, `head.<level>.…`;
-level 0 is the finest. A plain block is `conv`, `norm`; a residual one `conv1`, `norm1`, `conv2`, `norm2` and, where
-channels change, `skip`, `skip_norm`. Convolutions that a norm follows carry no bias: the norm would subtract it.
+Names in the state dict: `stem.…`, `encoder.<stage>.<block>.…`, `up.<level>.…`, `decoder.<level>.<block>.…`,
+`head.<level>.…`; level 0 is the finest. A plain block is `conv`, `norm`; a residual one `conv1`, `norm1`, `conv2`,
+`norm2` (a bottleneck also `conv3`, `norm3`), where channels change `skip`, `skip_norm`, and with squeeze-excitation
+`squeeze.down`, `squeeze.up`. An upsampling is one transposed convolution, or `conv` of size 1 followed by linear
+interpolation. Convolutions that a norm follows carry no bias, which the norm would subtract, unless `bias` asks for it.
 
 Sources: Ronneberger et al., U-Net, MICCAI 2015; Isensee et al., nnU-Net, Nature Methods 2021 (topology, norm,
 nonlinearity, deep supervision); He et al., Deep residual learning, CVPR 2016, and Isensee et al., nnU-Net Revisited,
-MICCAI 2024 (residual encoder); Ulyanov et al., Instance normalization, 2016.
+MICCAI 2024 (residual encoder); Ulyanov et al., Instance normalization, 2016; Huang et al., Stochastic depth, ECCV 2016;
+Hu et al., Squeeze-and-excitation, CVPR 2018.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +22,8 @@ from torch import Tensor, nn
 from autoseg.records import NetworkSpec
 
 CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
-UPSAMPLINGS: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+INTERPOLATIONS = {2: "bilinear", 3: "trilinear"}
 POOLINGS: dict[int, type[nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 DROPOUTS: dict[int, type[nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 SLOPE = 0.01
@@ -25,14 +31,18 @@ GROUPS = 16
 
 
 def _convolve(
-    spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+    spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...], bias: bool
 ) -> nn.Module:
     padding = tuple((size - 1) // 2 for size in kernel)
-    return CONVOLUTIONS[spec.dimension](channels, features, kernel, stride, padding, bias=False)
+    return CONVOLUTIONS[spec.dimension](channels, features, kernel, stride, padding, bias=bias)
 
 
 def _norm(spec: NetworkSpec, features: int) -> nn.Module:
     return NORMS[spec.norm](spec.dimension, features)
+
+
+def _dropout(spec: NetworkSpec) -> nn.Module:
+    return DROPOUTS[spec.dimension](spec.dropout) if spec.dropout else nn.Identity()
 
 
 class PlainBlock(nn.Module):
@@ -42,9 +52,9 @@ class PlainBlock(nn.Module):
         self, spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]
     ) -> None:
         super().__init__()
-        self.conv = _convolve(spec, channels, features, kernel, stride)
+        self.conv = _convolve(spec, channels, features, kernel, stride, spec.bias)
         self.norm = _norm(spec, features)
-        self.drop = DROPOUTS[spec.dimension](spec.dropout) if spec.dropout else nn.Identity()
+        self.drop = _dropout(spec)
         # not in place: behind instance norm, which returns a view, autograd would copy the whole tensor
         self.act = nn.LeakyReLU(SLOPE)
 
@@ -52,29 +62,97 @@ class PlainBlock(nn.Module):
         return self.act(self.norm(self.drop(self.conv(x))))
 
 
+class Squeeze(nn.Module):
+    """Squeeze-excitation: every channel weighted by a gate that sees the means of all channels (Hu et al., eq. 2-4)."""
+
+    def __init__(self, spec: NetworkSpec, features: int, squeezed: int) -> None:
+        super().__init__()
+        self.down = CONVOLUTIONS[spec.dimension](features, squeezed, 1)
+        self.up = CONVOLUTIONS[spec.dimension](squeezed, features, 1)
+        self.act = nn.LeakyReLU(SLOPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(tuple(range(2, x.ndim)), keepdim=True)
+        return x * torch.sigmoid(self.up(self.act(self.down(mean))))
+
+
+class LeaveOut(nn.Module):
+    """Stochastic depth: in training, sets a sample to zero with this chance and scales the others to the same mean."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand((len(x),) + (1,) * (x.ndim - 1), device=x.device) >= self.chance
+        return x * (kept / (1.0 - self.chance)).to(x.dtype)
+
+
 class ResidualBlock(nn.Module):
-    """Two convolutions and a shortcut that is pooled where the block strides and projected where channels change."""
+    """Convolutions and a shortcut that is pooled where the block strides and projected where channels change.
+
+    `leave_out` is the chance of stochastic depth. The last norm is `norm2`, or `norm3` in a bottleneck.
+    """
 
     def __init__(
-        self, spec: NetworkSpec, channels: int, features: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+        self, spec: NetworkSpec, channels: int, stage: int, stride: tuple[int, ...], leave_out: float
     ) -> None:
         super().__init__()
-        ones = (1,) * spec.dimension
-        self.conv1 = _convolve(spec, channels, features, kernel, stride)
-        self.norm1 = _norm(spec, features)
-        self.conv2 = _convolve(spec, features, features, kernel, ones)
-        self.norm2 = _norm(spec, features)
-        self.drop = DROPOUTS[spec.dimension](spec.dropout) if spec.dropout else nn.Identity()
+        features, inner, kernel = spec.features[stage], spec.inner_features[stage], spec.kernels[stage]
+        ones, wide = (1,) * spec.dimension, spec.block == "bottleneck"
+        first, last = ((ones, ones), (ones, ones)) if wide else ((kernel, stride), (kernel, ones))
+        self.conv1 = _convolve(spec, channels, inner, *first, spec.bias)
+        self.norm1 = _norm(spec, inner)
+        self.drop = _dropout(spec)
+        if wide:
+            self.conv2 = _convolve(spec, inner, inner, kernel, stride, spec.bias)
+            self.norm2 = _norm(spec, inner)
+            self.conv3 = _convolve(spec, inner, features, *last, spec.bias)
+            self.norm3 = _norm(spec, features)
+        else:
+            self.conv2 = _convolve(spec, inner, features, *last, spec.bias)
+            self.norm2 = _norm(spec, features)
+        self.wide = wide
+        squeezed = spec.squeezed_features[stage]
+        self.squeeze = Squeeze(spec, features, squeezed) if squeezed else nn.Identity()
+        self.leave_out = LeaveOut(leave_out) if leave_out else nn.Identity()
         self.act = nn.LeakyReLU(SLOPE)
         self.pool = POOLINGS[spec.dimension](stride, stride) if max(stride) > 1 else nn.Identity()
         projects = channels != features
-        self.skip = _convolve(spec, channels, features, ones, ones) if projects else nn.Identity()
+        self.skip = _convolve(spec, channels, features, ones, ones, bias=False) if projects else nn.Identity()
         self.skip_norm = _norm(spec, features) if projects else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.skip_norm(self.skip(self.pool(x)))
-        inner = self.act(self.norm1(self.drop(self.conv1(x))))
-        return self.act(self.norm2(self.conv2(inner)) + shortcut)
+        if self.wide:
+            inner = self.act(self.norm1(self.conv1(x)))
+            inner = self.act(self.norm2(self.drop(self.conv2(inner))))
+            inner = self.norm3(self.conv3(inner))
+        else:
+            inner = self.act(self.norm1(self.drop(self.conv1(x))))
+            inner = self.norm2(self.conv2(inner))
+        return self.act(self.leave_out(self.squeeze(inner)) + shortcut)
+
+
+class LinearUp(nn.Module):
+    """Interpolation between voxels, and a convolution of size 1 that brings the channels to those of the level.
+
+    The convolution comes first: both act on different axes and the interpolation's weights add up to 1, so the result
+    is the same either way, and here it takes a fraction of the work and memory.
+    """
+
+    def __init__(self, spec: NetworkSpec, below: int, features: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv = CONVOLUTIONS[spec.dimension](below, features, 1)
+        self.stride = tuple(float(each) for each in stride)
+        self.mode = INTERPOLATIONS[spec.dimension]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        # a CPU's autocast interpolates in fp32; the level goes on in the precision it came in
+        return nn.functional.interpolate(x, scale_factor=self.stride, mode=self.mode, align_corners=False).to(x.dtype)
 
 
 class UNet(nn.Module):
@@ -87,26 +165,16 @@ class UNet(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         self.spec = spec
-        block = BLOCKS[spec.kind]
         ones = (1,) * spec.dimension
-        channels = spec.in_channels
         self.stem: nn.Module = nn.Identity()
         if spec.kind == "residual":
-            self.stem = PlainBlock(spec, channels, spec.features[0], spec.kernels[0], ones)
-            channels = spec.features[0]
-        self.encoder = nn.ModuleList()
-        for features, kernel, stride, blocks in zip(
-            spec.features, spec.kernels, spec.strides, spec.encoder_blocks, strict=True
-        ):
-            stage = [block(spec, channels, features, kernel, stride)]
-            stage += [block(spec, features, features, kernel, ones) for _ in range(blocks - 1)]
-            self.encoder.append(nn.Sequential(*stage))
-            channels = features
+            self.stem = PlainBlock(spec, spec.in_channels, spec.features[0], spec.kernels[0], ones)
+        self.encoder = ENCODERS[spec.kind](spec)
         self.up, self.decoder, self.head = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, blocks in enumerate(spec.decoder_blocks):
             features, below, stride = spec.features[level], spec.features[level + 1], spec.strides[level + 1]
             kernel = spec.kernels[level]
-            self.up.append(UPSAMPLINGS[spec.dimension](below, features, stride, stride))
+            self.up.append(UPSAMPLINGS[spec.upsampling](spec, below, features, stride))
             stage = [PlainBlock(spec, 2 * features, features, kernel, ones)]
             stage += [PlainBlock(spec, features, features, kernel, ones) for _ in range(blocks - 1)]
             self.decoder.append(nn.Sequential(*stage))
@@ -141,8 +209,38 @@ def build(spec: NetworkSpec) -> UNet:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, ResidualBlock):
-            nn.init.zeros_(module.norm2.get_parameter("weight"))
+            last = module.norm3 if module.wide else module.norm2
+            nn.init.zeros_(last.get_parameter("weight"))
     return network
+
+
+def _plain_encoder(spec: NetworkSpec) -> nn.ModuleList:
+    ones, channels, stages = (1,) * spec.dimension, spec.in_channels, nn.ModuleList()
+    for features, kernel, stride, blocks in zip(
+        spec.features, spec.kernels, spec.strides, spec.encoder_blocks, strict=True
+    ):
+        stage = [PlainBlock(spec, channels, features, kernel, stride)]
+        stage += [PlainBlock(spec, features, features, kernel, ones) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(*stage))
+        channels = features
+    return stages
+
+
+def _residual_encoder(spec: NetworkSpec) -> nn.ModuleList:
+    ones, channels, stages, number = (1,) * spec.dimension, spec.features[0], nn.ModuleList(), 0
+    for stage, blocks in enumerate(spec.encoder_blocks):
+        sequence = nn.Sequential()
+        for block in range(blocks):
+            number += 1
+            leave_out = spec.stochastic_depth * number / sum(spec.encoder_blocks)
+            sequence.append(ResidualBlock(spec, channels, stage, ones if block else spec.strides[stage], leave_out))
+            channels = spec.features[stage]
+        stages.append(sequence)
+    return stages
+
+
+def _transposed(spec: NetworkSpec, below: int, features: int, stride: tuple[int, ...]) -> nn.Module:
+    return TRANSPOSED[spec.dimension](below, features, stride, stride)
 
 
 def _instance(dimension: int, features: int) -> nn.Module:
@@ -158,4 +256,8 @@ def _group(dimension: int, features: int) -> nn.Module:
 
 
 NORMS = {"instance": _instance, "batch": _batch, "group": _group}
-BLOCKS = {"plain": PlainBlock, "residual": ResidualBlock}
+ENCODERS = {"plain": _plain_encoder, "residual": _residual_encoder}
+UPSAMPLINGS: dict[str, Callable[[NetworkSpec, int, int, tuple[int, ...]], nn.Module]] = {
+    "transposed": _transposed,
+    "linear": LinearUp,
+}

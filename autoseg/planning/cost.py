@@ -22,6 +22,7 @@ class Layer:
     size_voxels: tuple[int, ...]
     norm: bool = True
     transposed: bool = False
+    bias: bool = False
 
     @property
     def elements(self) -> int:
@@ -30,7 +31,7 @@ class Layer:
     @property
     def parameters(self) -> int:
         weights = self.in_channels * self.out_channels * prod(self.kernel)
-        return weights + self.out_channels * (2 if self.norm else 1)  # scale and shift of the norm, or a bias
+        return weights + self.out_channels * (2 * self.norm + self.bias)  # scale and shift of the norm, and a bias
 
     @property
     def operations(self) -> int:
@@ -74,7 +75,8 @@ def receptive_fields(spec: NetworkSpec) -> tuple[tuple[int, ...], ...]:
     """Voxels of the patch that one voxel of each encoder stage sees, per axis."""
     seen, jump, fields = [1] * spec.dimension, [1] * spec.dimension, []
     for stage, (stride, kernel) in enumerate(zip(spec.strides, spec.kernels, strict=True)):
-        convolutions = spec.encoder_blocks[stage] * (2 if spec.kind == "residual" else 1)
+        two = spec.kind == "residual" and spec.block == "basic"  # a bottleneck has one that is wider than a voxel
+        convolutions = spec.encoder_blocks[stage] * (2 if two else 1)
         convolutions += spec.kind == "residual" and stage == 0  # the stem
         for a in range(spec.dimension):
             seen[a] += (kernel[a] - 1) * jump[a]
@@ -88,30 +90,52 @@ def _plain_encoder(spec: NetworkSpec, sizes: Sequence[tuple[int, ...]]) -> Itera
     channels = spec.in_channels
     for stage, size in enumerate(sizes):
         for _ in range(spec.encoder_blocks[stage]):
-            yield Layer("encoder", stage, channels, spec.features[stage], spec.kernels[stage], size)
+            yield Layer("encoder", stage, channels, spec.features[stage], spec.kernels[stage], size, bias=spec.bias)
             channels = spec.features[stage]
 
 
 def _residual_encoder(spec: NetworkSpec, sizes: Sequence[tuple[int, ...]]) -> Iterator[Layer]:
     channels = spec.features[0]
-    yield Layer("stem", 0, spec.in_channels, channels, spec.kernels[0], sizes[0])
+    yield Layer("stem", 0, spec.in_channels, channels, spec.kernels[0], sizes[0], bias=spec.bias)
     for stage, size in enumerate(sizes):
-        features, kernel = spec.features[stage], spec.kernels[stage]
-        for _ in range(spec.encoder_blocks[stage]):
-            yield Layer("encoder", stage, channels, features, kernel, size)
-            yield Layer("encoder", stage, features, features, kernel, size)
-            if channels != features:
-                yield Layer("encoder", stage, channels, features, (1,) * spec.dimension, size)
-            channels = features
+        before = sizes[max(0, stage - 1)]
+        for block in range(spec.encoder_blocks[stage]):
+            yield from _residual_block(spec, stage, channels, size if block else before, size)
+            channels = spec.features[stage]
+
+
+def _residual_block(
+    spec: NetworkSpec, stage: int, channels: int, before: tuple[int, ...], size: tuple[int, ...]
+) -> Iterator[Layer]:
+    """The convolutions of a block, which gets maps of size `before` and puts out maps of `size`."""
+    features, inner, kernel = spec.features[stage], spec.inner_features[stage], spec.kernels[stage]
+    ones, bias = (1,) * spec.dimension, spec.bias
+    if spec.block == "bottleneck":
+        yield Layer("encoder", stage, channels, inner, ones, before, bias=bias)
+        yield Layer("encoder", stage, inner, inner, kernel, size, bias=bias)
+        yield Layer("encoder", stage, inner, features, ones, size, bias=bias)
+    else:
+        yield Layer("encoder", stage, channels, features, kernel, size, bias=bias)
+        yield Layer("encoder", stage, features, features, kernel, size, bias=bias)
+    if squeezed := spec.squeezed_features[stage]:
+        yield Layer("encoder", stage, features, squeezed, ones, ones, norm=False, bias=True)
+        yield Layer("encoder", stage, squeezed, features, ones, ones, norm=False, bias=True)
+    if channels != features:
+        yield Layer("encoder", stage, channels, features, ones, size)
 
 
 def _decoder(spec: NetworkSpec, sizes: Sequence[tuple[int, ...]]) -> Iterator[Layer]:
+    ones = (1,) * spec.dimension
     for stage in reversed(range(len(sizes) - 1)):
         below, features, size = spec.features[stage + 1], spec.features[stage], sizes[stage]
-        yield Layer("up", stage, below, features, spec.strides[stage + 1], size, norm=False, transposed=True)
+        if spec.upsampling == "linear":
+            yield Layer("up", stage, below, features, ones, sizes[stage + 1], norm=False, bias=True)
+        else:
+            stride = spec.strides[stage + 1]
+            yield Layer("up", stage, below, features, stride, size, norm=False, transposed=True, bias=True)
         channels = 2 * features
         for _ in range(spec.decoder_blocks[stage]):
-            yield Layer("decoder", stage, channels, features, spec.kernels[stage], size)
+            yield Layer("decoder", stage, channels, features, spec.kernels[stage], size, bias=spec.bias)
             channels = features
         if stage == 0 or spec.deep_supervision:
-            yield Layer("head", stage, features, spec.classes, (1,) * spec.dimension, size, norm=False)
+            yield Layer("head", stage, features, spec.classes, ones, size, norm=False, bias=True)

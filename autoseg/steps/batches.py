@@ -1,8 +1,8 @@
 """Batches for training and validation: drawn, read ahead by threads, moved to the device and augmented there."""
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -17,6 +17,7 @@ from autoseg.network.distributed import ALONE, Team, add_up, share
 from autoseg.network.loop import Batch
 from autoseg.network.patches import Place, Sampling, Source, draw_places, gather, generator_of
 from autoseg.network.patches_on_device import OnDevice, gather_on_device
+from autoseg.network.sampling import LAG_STEPS, Holders, hard_rates, holders
 from autoseg.parallel import own_cores
 from autoseg.records import Configuration
 
@@ -25,7 +26,10 @@ TRAINING, VALIDATION, AUGMENTATION = 0, 1, 2
 VALIDATION_SHARE = 0.1
 """Validation batches per training batch of an epoch; a forward pass costs a third of a step."""
 
-Read = tuple[np.ndarray | Tensor, np.ndarray | Tensor, augment.Drawn, Sequence[Place]]
+MOST_AHEAD = LAG_STEPS // 2
+"""Steps that are read ahead at most."""
+
+Read = tuple[np.ndarray | Tensor, np.ndarray | Tensor, augment.Drawn, Sequence[Place], "Counter[str]"]
 
 
 class Batches:
@@ -35,22 +39,27 @@ class Batches:
         channels: of the image; a cascade reads one more, the previous stage's labels, and makes them one-hot.
         classes: background included.
         workers: reading threads; None takes the allowed cores, at most 8.
+        class_rates: of the foreground classes (`sampling.rates_of`), for the modes of sampling that have rates.
         team: the processes that share every batch. All draw the whole batch, and each reads and augments its samples.
     """
 
     def __init__(
         self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device,
-        workers: int | None, team: Team = ALONE,
+        workers: int | None, team: Team = ALONE, class_rates: tuple[float, ...] = (),
     ) -> None:  # fmt: skip
         train = configuration.train
         self._patch = configuration.patch_voxels
         self._enlarged = augment.enlarged_patch(train.augment, self._patch)
         self._spec = train.augment
-        self._sampling = Sampling(self._patch, configuration.batch_size, train.foreground_share, seed)
+        self._validation = Sampling(self._patch, configuration.batch_size, train.foreground_share, seed)
+        self._sampling = replace(self._validation, mode=train.sampling, class_rates=class_rates)
+        self._held: Holders = {}
+        self._cases_with: dict[str, frozenset[int]] = {}
+        self._drawn: Counter[str] = Counter()
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
         self._device, self._team = device, team
         self._format = channels_last_format(configuration.dimension)
-        self._ahead = min(8, workers or own_cores())
+        self._ahead = min(MOST_AHEAD, workers or own_cores())
         self._threads = ThreadPoolExecutor(self._ahead)
         self._coming: deque[tuple[int, Future[Read]]] = deque()
 
@@ -60,10 +69,16 @@ class Batches:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def draw(self, sources: Sequence[Source], ids: Sequence[str], step: int) -> Batch:
-        """The augmented training batch of a step; the next ones are read meanwhile."""
+    def draw(
+        self, sources: Sequence[Source], ids: Sequence[str], step: int, history: Sequence[Mapping[str, float]] = ()
+    ) -> Batch:
+        """The augmented training batch of a step; the next ones are read meanwhile.
+
+        `history` holds the rows of the epochs so far, whose Dice mode `hard` follows.
+        """
         start = time.perf_counter()
-        image, labels, drawn, places = self._next(sources, step)
+        image, labels, drawn, places, drawn_for = self._next(sources, step, history)
+        self._drawn += drawn_for
         waited = time.perf_counter() - start
         moved_image, moved_labels = self._to_device(image), self._to_device(labels)
         previous = None
@@ -89,7 +104,7 @@ class Batches:
         """
         totals = torch.zeros(3, self._classes, device=self._device.torch_device)
         for number in share(self._team, range(max(1, round(steps * VALIDATION_SHARE)))):
-            places = draw_places(sources, self._sampling, number, VALIDATION)
+            places = draw_places(sources, self._validation, number, VALIDATION)
             image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places))
             inputs, target = self._to_device(image), self._to_device(labels)
             if self._cascade:
@@ -105,18 +120,42 @@ class Batches:
         dice = torch.where(true_sum > 0, 2 * both / (found_sum + true_sum), torch.nan)
         return [float(value) for value in dice]
 
-    def _next(self, sources: Sequence[Source], step: int) -> Read:
+    def drawn_shares(self) -> dict[str, float]:
+        """What the samples since the last call were drawn for: shares that are centred on class k (`drawn_<k>`) or lie
+        anywhere (`drawn_free`), and in mode `case_balanced` of those from a case that has class k (`case_with_<k>`).
+        """
+        drawn, total = self._drawn, max(1, self._drawn["samples"])
+        self._drawn = Counter()
+        names = ["drawn_free", *(f"drawn_{k}" for k in range(1, self._classes))]
+        return {name: drawn[name] / total for name in (*names, *self._cases_with)}
+
+    def _drawn_for(self, places: Sequence[Place]) -> "Counter[str]":
+        counts = Counter({"samples": len(places)})
+        for place in places:
+            counts["drawn_free" if place.forced_class is None else f"drawn_{place.forced_class}"] += 1
+            counts.update(name for name, cases in self._cases_with.items() if place.case in cases)
+        return counts
+
+    def _next(self, sources: Sequence[Source], step: int, history: Sequence[Mapping[str, float]]) -> Read:
+        if self._sampling.mode != "foreground" and not self._held:
+            self._held = holders(sources)
+            if self._sampling.mode == "case_balanced":
+                self._cases_with = {f"case_with_{k}": frozenset(cases) for k, cases in self._held.items() if k > 0}
         if not self._coming or self._coming[0][0] != step:
             for _, unused in self._coming:
                 unused.cancel()
             self._coming.clear()
         first = self._coming[-1][0] + 1 if self._coming else step
         for number in range(first, step + self._ahead + 1):
-            self._coming.append((number, self._threads.submit(self._read, sources, number)))
+            sampling = self._sampling
+            if sampling.mode == "hard":
+                sampling = replace(sampling, class_rates=hard_rates(history, number, self._classes))
+            self._coming.append((number, self._threads.submit(self._read, sources, number, sampling)))
         return self._coming.popleft()[1].result()
 
-    def _read(self, sources: Sequence[Source], step: int) -> Read:
-        whole = draw_places(sources, self._sampling, step, TRAINING)
+    def _read(self, sources: Sequence[Source], step: int, sampling: Sampling) -> Read:
+        whole = draw_places(sources, sampling, step, TRAINING, self._held)
+        drawn_for = self._drawn_for(whole)
         seed = int(generator_of(self._sampling.seed, step, AUGMENTATION).integers(2**62))
         chance = torch.Generator().manual_seed(seed)
         drawn = augment.draw(self._spec, len(whole), self._channels, self._patch, chance)
@@ -126,8 +165,9 @@ class Batches:
         moved = drawn.moved_B.tolist()
         on_device = [source for source in sources if isinstance(source, OnDevice)]
         if len(on_device) == len(sources):
-            return *gather_on_device(on_device, places, self._patch, self._enlarged, moved), drawn, places
-        return *gather(sources, places, self._patch, self._enlarged, moved), drawn, places
+            image, labels = gather_on_device(on_device, places, self._patch, self._enlarged, moved)
+            return image, labels, drawn, places, drawn_for
+        return *gather(sources, places, self._patch, self._enlarged, moved), drawn, places, drawn_for
 
     def _to_device(self, array: np.ndarray | Tensor) -> Tensor:
         if isinstance(array, Tensor):

@@ -26,7 +26,7 @@ from autoseg.steps.batches import Batches
 from autoseg.steps.boards import board
 from autoseg.steps.curves import draw_curves
 from autoseg.steps.finetune import donor_of, freeze, load_donor, names_of, short_list, take_over
-from autoseg.steps.options import resume_command
+from autoseg.steps.options import class_rates, resume_command, with_drawn_shares
 from autoseg.steps.stopping import stop_requests
 from autoseg.steps.work import Work
 
@@ -52,7 +52,10 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
         checkpoint.save_weights(work.model.weights, state.network, state.average)
     _use_average(state)
     precision = device_of(state, work.device).precision
-    update = {"seconds": state.seconds, "steps": state.step, "compiled": compiled is not None, "precision": precision}
+    update = {
+        "seconds": state.seconds, "steps": state.step, "compiled": compiled is not None, "precision": precision,
+        "notes": with_drawn_shares(record, state.history, work.plan),
+    }  # fmt: skip
     return state, record.model_copy(update=update)
 
 
@@ -99,10 +102,11 @@ def loss_of(configuration: Configuration, reduce: Pieces) -> Supervised:
 
 def batches_of(work: Work, record: Run) -> Batches:
     """Where this process' share of every batch comes from."""
-    plan, machine = work.plan, work.machine
+    plan, machine, configuration = work.plan, work.machine, record.configuration
     return Batches(
-        record.configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers, work.team
-    )
+        configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers,
+        work.team, class_rates(configuration.train, plan),
+    )  # fmt: skip
 
 
 def _compiled(
@@ -157,8 +161,10 @@ def _fit(
 
         return fit(
             state, configuration.train, Length(configuration.train.epochs, record.max_seconds), work.device,
-            loss_of(configuration, pieces), lambda step: batches.draw(learned, work.cases.train, step), validate, save,
+            loss_of(configuration, pieces),
+            lambda step: batches.draw(learned, work.cases.train, step, state.history), validate, save,
             asked, work.report, compiled, pieces=pieces, team=team, capacity=capacity,
+            about_epoch=batches.drawn_shares,
         )  # fmt: skip
 
 

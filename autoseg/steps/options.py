@@ -2,21 +2,25 @@
 
 import shlex
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from autoseg.errors import UserError
+from autoseg.network import sampling
 from autoseg.network.device import Device
 from autoseg.planning.batch import choose_norm
-from autoseg.records import Configuration
+from autoseg.records import Configuration, Plan, Run, TrainSpec
 
 STEPS_WANTED = 1000
 """With a time limit the batch shrinks until about this many steps fit: fewer, however large, do not converge."""
 REPORTS_WANTED = 40
 """With a time limit an epoch is paced so that there are about this many."""
 LEAST_BATCH = 2
+DRAWN = "Patches were drawn"
+"""How the note begins that says what patches were drawn for."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Options:
     deterministic: bool | None = None
     init: str | None = None
     freeze: str | None = None
+    sampling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ def with_options(planned: Configuration, asked: Options) -> Configuration:
     for field in ("epochs", "loss", "learning_rate"):
         if (value := getattr(asked, field)) is not None:
             update[field] = value
+    if asked.sampling is not None:
+        update |= sampling.parse(asked.sampling)
     if asked.max_seconds is not None and not asked.max_seconds > 0:
         raise UserError(f"max_seconds {asked.max_seconds}: the time has to be above 0.")
     fields = planned.model_dump()
@@ -105,6 +112,32 @@ def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
     return configuration.model_copy(update={"network": network.model_copy(update={"norm": "instance"})}), note
 
 
+def class_rates(train: TrainSpec, plan: Plan) -> tuple[float, ...]:
+    """The rate at which every foreground class of the plan is drawn; raises UserError for rates that are none."""
+    return sampling.rates_of(train, [label.name for label in plan.labels[1:]])
+
+
+def with_drawn_shares(record: Run, history: Sequence[Mapping[str, float | None]], plan: Plan) -> tuple[str, ...]:
+    """The notes of a training with one more: what its patches were really drawn for, over all epochs."""
+    notes = tuple(note for note in record.notes if not note.startswith(DRAWN))
+    ends = [row["step"] or 0.0 for row in history]
+    steps = [end - before for before, end in zip([0.0, *ends], ends, strict=False)]
+    rows = [(row, count) for row, count in zip(history, steps, strict=True) if "drawn_free" in row]
+    if not rows:
+        return notes
+    total = sum(count for _, count in rows)
+
+    def shares(prefix: str) -> str:
+        each = [sum((row.get(f"{prefix}{k}") or 0.0) * n for row, n in rows) / total for k in range(1, plan.classes)]
+        return ", ".join(f"{label.name} {share:.1%}" for label, share in zip(plan.labels[1:], each, strict=True))
+
+    free = sum((row["drawn_free"] or 0.0) * count for row, count in rows) / total
+    note = f"{DRAWN} ({record.configuration.train.sampling}): centred on {shares('drawn_')}; anywhere {free:.1%}"
+    if record.configuration.train.sampling == "case_balanced":
+        note += f"; from cases with {shares('case_with_')}"
+    return (*notes, f"{note}.")
+
+
 def seconds_per_sample(configuration: Configuration, device: Device) -> float:
     """Seconds of one training step per sample, timed on a network of its own."""
     from autoseg.network.simulate import make_step
@@ -137,6 +170,6 @@ def resume_command(
 OPTIONS = {
     "epochs": "--epochs", "max_seconds": "--max-time", "loss": "--loss", "batch_size": "--batch-size",
     "learning_rate": "--lr", "precision": "--precision", "deterministic": "--deterministic", "init": "--init",
-    "freeze": "--freeze",
+    "freeze": "--freeze", "sampling": "--sampling",
 }  # fmt: skip
 """Field of `Options` -> its option on the command line."""

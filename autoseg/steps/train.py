@@ -40,6 +40,7 @@ def train(
     deterministic: bool | None = None,
     init: str | None = None,
     freeze: str | None = None,
+    sampling: str | None = None,
     device: str | None = None,
     workers: int | None = None,
     cache_bytes: int | None = None,
@@ -59,8 +60,8 @@ def train(
         resume: "no" starts a training and refuses to overwrite one, "restart" overwrites it; "yes" goes on where it
             stopped (an error if there is none), "auto" does so or starts it; "extend" goes on to a larger `epochs` or
             `max_seconds`.
-        epochs, max_seconds, loss, batch_size, learning_rate: None takes what is planned, or what the training that is
-            resumed had.
+        epochs, max_seconds, loss, batch_size, learning_rate, sampling: None takes what is planned, or what the training
+            that is resumed had. Sampling is "mode" or "mode:class=rate,share=..."; see network/sampling.py.
         precision: "bf16", "fp16" or "fp32"; None takes what the device multiplies fastest.
         deterministic: only kernels that repeat their results, where there is a choice.
         init: run folder or model folder to take the first weights from, see steps/finetune.py.
@@ -73,7 +74,9 @@ def train(
             plan than the training began with, or the disk is full.
         Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
     """
-    asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze)
+    asked = Options(
+        epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze, sampling
+    )
     machine = Machine(device, workers, cache_bytes, tensorboard)
     return train_seeds(
         run, (seed,), configuration=configuration, fold=fold, resume=resume, asked=asked, machine=machine, report=report

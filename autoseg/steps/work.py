@@ -13,7 +13,7 @@ from autoseg.network.device import Device, pick
 from autoseg.network.distributed import Team, own_device
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Splits
 from autoseg.steps.finetune import donor_of
-from autoseg.steps.options import Machine, Options, with_options
+from autoseg.steps.options import Machine, Options, class_rates, with_options
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
 
@@ -54,6 +54,7 @@ def look_up(
     planned = configuration_named(plan, configuration or default_configuration(plan))
     wished = with_options(planned, asked)
     losses.parse(wished.train.loss)
+    class_rates(wished.train, plan)
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, fold)

@@ -1,0 +1,161 @@
+"""`autoseg import-nnunet`: a model that nnU-Net v2 trained becomes a run that `predict` understands."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoseg import __version__, store
+from autoseg.errors import UserError
+from autoseg.events import Report, Said, silent
+from autoseg.layout import Layout
+from autoseg.network import checkpoint, nnunet
+from autoseg.network.unet import UNet
+from autoseg.records import (
+    AugmentSpec,
+    Budget,
+    Choice,
+    Configuration,
+    Intensities,
+    Label,
+    Memory,
+    Plan,
+    Resampling,
+    Run,
+    TrainSpec,
+)
+
+NAMES = {"2d": "2d", "3d_fullres": "3d", "3d_lowres": "3d_lowres"}
+"""Their name of a configuration and ours; others keep their name."""
+THEIRS = {"minimum": "min", "maximum": "max"}
+"""Our name of a statistic and theirs, where they differ."""
+NORMALIZATIONS = {
+    "ZScoreNormalization": "zscore", "CTNormalization": "ct", "NoNormalization": "none",
+    "RescaleTo01Normalization": "rescale_0_1", "RGBTo01Normalization": "rgb_0_1",
+}  # fmt: skip
+
+
+def import_nnunet(
+    folder: Path, run: Path, *, checkpoint_name: str = "checkpoint_final.pth", report: Report = silent
+) -> Plan:
+    """Write plan and weights of all folds that nnU-Net trained into a run folder; returns the plan.
+
+    A run that already holds another configuration of the same data set gets this one beside it.
+
+    Args:
+        folder: nnU-Net's model folder, `<trainer>__<plans>__<configuration>`, with plans.json, dataset.json and fold_*.
+        run: the run folder to make, or one imported before.
+        checkpoint_name: which checkpoint of each fold.
+
+    Raises:
+        UserError: a file is missing, a checkpoint would have to be run, or the model does what autoseg cannot.
+    """
+    plans, dataset = nnunet.read_json(folder / "plans.json"), nnunet.read_json(folder / "dataset.json")
+    theirs = folder.name.rsplit("__", 1)[-1]
+    trained = {each.name.removeprefix("fold_"): each for each in sorted(folder.glob("fold_*"))}
+    files = {fold: path / checkpoint_name for fold, path in trained.items() if (path / checkpoint_name).is_file()}
+    if not files:
+        raise UserError(f"{folder}: no fold has a {checkpoint_name}.", fix="Give nnU-Net's folder of a trained model.")
+    read = {fold: nnunet.read_checkpoint(path) for fold, path in files.items()}
+    labels, ignore_value = _labels(dataset, folder)
+    mirror_axes = next(iter(read.values())).mirror_axes
+    configuration = _configuration(plans, theirs, len(_channels(dataset)), len(labels), mirror_axes, folder)
+    weights = {fold: nnunet.weights_from_nnunet(each.weights, configuration.network) for fold, each in read.items()}
+    made = _plan(plans, dataset, configuration, labels, ignore_value, folder)
+    layout = Layout(run)
+    if layout.plan.is_file():
+        made = _joined(store.load(layout.plan, Plan), made, run)
+    for fold, tensors in weights.items():
+        network = UNet(configuration.network)
+        network.load_state_dict(tensors)
+        model = layout.model(configuration.name, fold)
+        model.root.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_weights(model.weights, network)
+        note = f"Trained by nnU-Net, read from {files[fold]}."
+        store.save(model.run, Run(
+            autoseg_version=__version__, torch_version=torch.__version__, configuration=configuration, fold=fold,
+            seed=0, device="", precision="", compiled=False, finished=True, notes=(note,),
+        ))  # fmt: skip
+    store.save(layout.plan, made)
+    report(Said(f"{configuration.name}: fold {', '.join(weights)} of {folder.name}."))
+    return made
+
+
+def _configuration(
+    plans: Mapping[str, Any], theirs: str, channels: int, classes: int, mirror_axes: tuple[int, ...], folder: Path
+) -> Configuration:
+    entry = nnunet.inherited(plans, theirs)
+    if entry.get("previous_stage"):
+        raise UserError(f"{folder}: the second stage of a cascade cannot be imported.")
+    unknown = [name for name in entry["normalization_schemes"] if name not in NORMALIZATIONS]
+    if unknown:
+        known = ", ".join(NORMALIZATIONS)
+        raise UserError(f"{folder}: the normalization {unknown[0]} is not known here.", fix=f"Known are {known}.")
+    network = nnunet.spec_from_nnunet(nnunet.architecture_of(plans, theirs), channels, classes)
+    dimension = network.dimension
+    spacing, shape = entry["spacing"], [round(n) for n in entry["median_image_size_in_voxels"]]
+    images, labels = (entry.get(f"resampling_fn_{what}_kwargs", {}).get("order") for what in ("data", "seg"))
+    return Configuration.model_validate({
+        "name": NAMES.get(theirs, theirs), "dimension": dimension, "axes": plans["transpose_forward"],
+        "spacing_mm": (None, *spacing) if dimension == 2 else spacing,
+        "median_shape_voxels": (1, *shape) if len(shape) == 2 else shape,
+        "patch_voxels": entry["patch_size"], "batch_size": entry["batch_size"],
+        "normalization": [NORMALIZATIONS[name] for name in entry["normalization_schemes"]],
+        "mask_for_normalization": entry["use_mask_for_norm"],
+        "resampling": Resampling(
+            image_order=3 if images is None else images, label_order=1 if labels is None else labels
+        ),
+        "batch_dice": entry.get("batch_dice", False), "network": network,
+        "train": TrainSpec(augment=AugmentSpec(rotation_rad=(0.0,) * dimension, mirror_axes=mirror_axes)),
+        "memory": Memory(source="assumed", peak_bytes=0),
+    })  # fmt: skip
+
+
+def _plan(
+    plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: Configuration, labels: tuple[Label, ...],
+    ignore_value: int | None, folder: Path,
+) -> Plan:  # fmt: skip
+    stored = plans["foreground_intensity_properties_per_channel"]
+    intensities = tuple(
+        Intensities.model_validate({name: stored[str(c)][THEIRS.get(name, name)] for name in Intensities.model_fields})
+        for c in range(len(_channels(dataset)))
+    )
+    flat = configuration.dimension == 2 and round(plans["original_median_shape_after_transp"][0]) == 1
+    because = "nnU-Net trained this network; grid, normalization, network and weights are its own."
+    return Plan(
+        autoseg_version=__version__, dataset=plans["dataset_name"], dimension=2 if flat else 3,
+        channels=_channels(dataset), labels=labels, ignore_value=ignore_value, file_ending=dataset["file_ending"],
+        intensities=intensities, preset="imported", budget=Budget(device="imported", total_bytes=1, budget_bytes=1),
+        configurations=(configuration,),
+        choices=(Choice(field=f"{configuration.name}.network", value=folder.name, because=because),),
+    )  # fmt: skip
+
+
+def _channels(dataset: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(dataset["channel_names"][str(c)] for c in range(len(dataset["channel_names"])))
+
+
+def _labels(dataset: Mapping[str, Any], folder: Path) -> tuple[tuple[Label, ...], int | None]:
+    """Labels in the order of their values, and the value that marks what nobody annotated."""
+    ignore_value, found = None, []
+    for name, value in dataset["labels"].items():
+        if name == "ignore":
+            ignore_value = int(value)
+        elif isinstance(value, list):
+            raise UserError(f"{folder}: {name!r} is a region of several labels, which cannot be imported.")
+        else:
+            found.append(Label(name=name, value=int(value)))
+    return tuple(sorted(found, key=lambda label: label.value)), ignore_value
+
+
+def _joined(old: Plan, new: Plan, run: Path) -> Plan:
+    """The old plan with the new configuration, in place of one of that name."""
+    if old.preset != "imported":
+        raise UserError(f"{run}: this run was planned here.", fix="Import into another folder.")
+    if (old.channels, old.labels, old.dataset) != (new.channels, new.labels, new.dataset):
+        raise UserError(f"{run}: this run is of another data set ({old.dataset}).", fix="Import into another folder.")
+    name = new.configurations[0].name
+    kept = tuple(each for each in old.configurations if each.name != name)
+    choices = tuple(each for each in old.choices if each.field != f"{name}.network")
+    return new.model_copy(update={"configurations": kept + new.configurations, "choices": choices + new.choices})

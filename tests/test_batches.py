@@ -1,0 +1,95 @@
+"""steps/batches.py: what is drawn is counted, and the same whatever was read ahead."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planned import a_configuration, a_network, a_planned_run
+from synthetic import write_dataset
+
+from autoseg.errors import UserError
+from autoseg.layout import Layout
+from autoseg.network.device import Device
+from autoseg.network.patches import InMemory
+from autoseg.network.sampling import hard_rates
+from autoseg.records import AugmentSpec, TrainSpec
+from autoseg.steps.batches import Batches
+from autoseg.steps.train import train
+
+STILL = AugmentSpec(rotation_rad=(0.0,) * 3, rotation_chance=0, scale_chance=0)
+
+
+def a_case(*classes: int) -> InMemory:
+    locations = {k: np.array([[k, k, k]], np.int32) for k in classes}
+    return InMemory(np.zeros((1, 8, 8, 8), np.float32), np.zeros((8, 8, 8), np.int16), locations)
+
+
+CASES = [a_case(1, 2), a_case(1), a_case(1), a_case()]
+
+
+def batches(workers: int, sampling: str, rates: tuple[float, ...] = ()) -> Batches:
+    configuration = a_configuration(network=a_network(), train=TrainSpec(sampling=sampling, augment=STILL))
+    return Batches(configuration, 0, 1, 3, Device(torch.device("cpu"), "fp32"), workers, class_rates=rates)
+
+
+def test_drawn_shares_are_those_of_the_batches_that_were_used_since_the_last_time() -> None:
+    with batches(4, "case_balanced") as coming:
+        batch = coming.draw(CASES, "abcd", 0)
+        shares = coming.drawn_shares()
+        size = len(batch.cases)
+        assert shares["case_with_1"] == sum(case in "abc" for case in batch.cases) / size
+        assert shares["case_with_2"] == sum(case == "a" for case in batch.cases) / size
+        assert shares["drawn_free"] + shares["drawn_1"] + shares["drawn_2"] == pytest.approx(1)
+        assert shares["drawn_free"] >= 0.5
+        assert set(coming.drawn_shares().values()) == {0.0}
+
+
+def test_hard_sampling_draws_the_same_however_far_it_reads_ahead_and_wherever_it_resumes() -> None:
+    rows = [{"step": 20.0, "dice_1": 0.99, "dice_2": 0.2}, {"step": 40.0, "dice_1": 0.3, "dice_2": 0.9}]
+
+    def drawn(workers: int, first: int) -> list[tuple[str, ...]]:
+        """The cases of every step; an epoch's row is known only when its last step is done."""
+        with batches(workers, "hard") as coming:
+            return [
+                coming.draw(CASES, "abcd", step, [row for row in rows if row["step"] <= step]).cases
+                for step in range(first, 70)
+            ]
+
+    assert hard_rates(rows, 70, 3) != hard_rates(rows, 36, 3)
+    whole = drawn(1, 0)
+    assert drawn(8, 0) == whole
+    for first in (20, 33, 41):
+        assert drawn(8, first) == whole[first:]
+
+
+def test_a_training_says_what_its_patches_were_drawn_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoseg.steps.train.draw_curves", lambda path, history: None)
+    spec = TrainSpec(epochs=2, steps_per_epoch=2, warmup_steps=1, augment=STILL)
+    data = write_dataset(tmp_path / "data", cases=4, shape=(8, 10, 12))
+    run = a_planned_run(tmp_path / "run", data, a_configuration(network=a_network(), train=spec))
+    options = {"configuration": "3d", "fold": "0", "device": "cpu", "workers": 1}
+    for text, sentence in (
+        ("balanced", "Choose one of foreground, class_balanced, case_balanced, hard"),
+        ("class_balanced:huge=1", "no class 'huge'. The classes are large, small"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            train(run, **options, sampling=text)
+    assert not Layout(run).models.exists()
+    record = train(run, **options, sampling="class_balanced:small=1")
+    assert record.configuration.train.class_rates == (("small", 1.0),)
+    drawn = "Patches were drawn (class_balanced): centred on large 0.0%, small 50.0%; anywhere 50.0%."
+    assert record.notes[-1] == drawn
+    rows = [json.loads(line) for line in Layout(run).model("3d", "0").history.read_text().splitlines()]
+    assert [(row["drawn_free"], row["drawn_1"], row["drawn_2"]) for row in rows] == [(0.5, 0.0, 0.5)] * 2
+    longer = train(run, **options, epochs=3, resume="yes", sampling="case_balanced:share=1")
+    assert longer.configuration.train.class_rates == ()
+    notes = [note for note in longer.notes if note.startswith("Patches were drawn")]
+    assert len(notes) == 1
+    assert "from cases with large" in notes[0]
+    free = [json.loads(line)["drawn_free"] for line in Layout(run).model("3d", "0").history.read_text().splitlines()]
+    assert free == [0.5, 0.5, 0.0]
+    assert f"anywhere {100 / 3:.1f}%" in notes[0]
+    assert math.isclose(sum(rows[0][name] for name in ("drawn_free", "drawn_1", "drawn_2")), 1.0)
