@@ -167,8 +167,9 @@ def _learn(
     if pieces is not None:
         pieces.count = max(pieces.count, state.pieces)
     sums.watch.lap("augment")
+    network = state.network if compiled is None else compiled
     value = step(
-        state.network if compiled is None else compiled, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
+        network, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
         state.scaler, pieces=pieces, team=team, buffers=running_statistics(state.network), lap=sums.watch.lap,
     )  # fmt: skip
     if pieces is not None and pieces.count > state.pieces:
