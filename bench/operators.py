@@ -67,9 +67,10 @@ def main() -> int:
     operations = training_operations(configuration.network, configuration.patch_voxels, batch)
     rate = matmul_rate(device)
     limit = operations / rate
+    reached = 100 * limit / min(seconds)
     print(
         f"one step: {1000 * min(seconds):.0f} ms without the profiler, {operations / 1e9:.0f} GFLOP; matrix products "
-        f"run at {rate / 1e9:.0f} GFLOP/s: the limit is {1000 * limit:.0f} ms, {100 * limit / min(seconds):.0f} % reached"
+        f"run at {rate / 1e9:.0f} GFLOP/s: the limit is {1000 * limit:.0f} ms, {reached:.0f} % reached"
     )
     return 0
 
