@@ -5,26 +5,14 @@ slice. Units stand in the names: `_mm`, `_voxels`, `_bytes`, `_share` (0..1).
 A variant is `record.model_copy(update=...)` or an edited JSON file, never a subclass.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from autoseg.record import Positive, Record, Saved, Share
 
 Voxels3 = tuple[int, int, int]
 Millimetres3 = tuple[float, float, float]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-
-
-class Record(BaseModel):
-    """A frozen value; unknown fields are refused so that a typing error in an edited file is not silently ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Saved(Record):
-    """A record that is a file of its own. `SCHEMA` is its version; `store.py` writes and checks it."""
-
-    SCHEMA: ClassVar[int] = 1
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -333,10 +321,8 @@ class Splits(Saved):
 class Run(Saved):
     """What a training really used, once options and plan values were put together, and how it ended.
 
-    `planned` is the configuration as the plan had it, before options; with `channels` and `labels` (names, background
-    first) it says later whether the plan is still the same. `init` names the model whose weights it began with,
-    `fresh` the tensors that were not found there, `freeze` the part that stayed as it was. `processes` shared each
-    batch. `asked_precision` is empty where the precision was left to the device.
+    `planned`, `channels` and `labels` are the plan's, to see later whether it changed; `fresh` the tensors that `init`
+    lacked; `asked_precision` is empty where the device decided.
     """
 
     autoseg_version: str

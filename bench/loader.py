@@ -2,8 +2,8 @@
 
 Run: python bench/loader.py [DATA] [--steps 20] [--cases 6] [--shape 200 512 512] [--cache 1GB] [--most 0.05]
 The large data set is noise with a labelled ball per case, written straight into a cache of preprocessed cases; under
-the limit its patches are read from the compressed files. Its network is small (patch 64x96x96, batch 2, 8 channels in the
-first stage), so that waiting would show. Prints the wait for data as a share of the time of the steps, data and
+the limit its patches are read from the compressed files. Its network is small (patch 64x96x96, batch 2, 8 channels in
+the first stage), so that waiting would show. Prints the wait for data as a share of the time of the steps, data and
 augmentation included; ends with code 1 where a share is above --most.
 """
 

@@ -3,8 +3,8 @@
 Run: python bench/train.py [DATA] [--peer PEER_PYTHON PEER_SCRIPT] [--steps 15] [--precision fp32]
 nnU-Net prepares the data set (a Decathlon folder) and makes its own plan; autoseg trains the network, patch and batch
 of that plan with its own augmentation. nnU-Net runs twice: as its users run it, and with glibc told to keep freed
-memory, which autoseg does by itself. All runs are whole processes with the same number of threads; medians of the steps after
-the first fifth. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
+memory, which autoseg does by itself. All runs are whole processes with the same number of threads; medians of the
+steps after the first fifth. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
 The environment of PEER_PYTHON holds nnunetv2; its torch is the one that counts for it and is printed beside ours.
 """
 
