@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from autoseg import cli
 from autoseg.arguments import parse_length, watched
 from autoseg.errors import EndedElsewhere, Interrupted, UserError
-from autoseg.events import Said, silent
+from autoseg.events import silent
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)  # type: ignore
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "reference" / "commands.md"
@@ -185,12 +185,23 @@ def test_contradicting_lengths_are_refused(given: tuple, message: str) -> None:
         parse_length(*given)
 
 
-def test_of_several_processes_only_the_first_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_processes_only_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(typer.Exit), watched() as report:
-        report(Said("nothing of this is shown"))
-        raise EndedElsewhere
-    assert report is silent
+    with watched() as report:
+        assert report is silent
+
+    def follow() -> None:
+        with watched():
+            raise EndedElsewhere
+
+    with pytest.raises(typer.Exit):
+        follow()
+    assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
     with watched() as report:
         assert report is not silent
+    with pytest.raises(typer.Exit):
+        follow()
+    assert "Another process of this training has ended" in " ".join(capsys.readouterr().err.split())
