@@ -35,12 +35,19 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to
 
 
 @contextmanager
-def watched() -> Iterator[Report]:
-    """Show the events of a step, and turn the errors meant for the user into a sentence and an exit code."""
+def watched(together: bool = False) -> Iterator[Report]:
+    """Show the events of a step, and turn the errors meant for the user into a sentence and an exit code.
+
+    `together` says that several processes of torchrun may do this step as one; else they are refused.
+    """
     from autoseg import screen
 
     first = is_first_process()
     try:
+        if not together and torchrun_setting("WORLD_SIZE", 1) > 1:
+            raise EndedElsewhere if not first else UserError(
+                "Several processes can only train together.", fix="Run this command without torchrun."
+            )
         if first:
             with screen.screen() as report:
                 yield report

@@ -128,7 +128,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one network on one fold and score it on the cases it has not seen."""
-    with _watched() as report:
+    with _watched(together=True) as report:
         how, epochs, max_seconds = parse_length(resume, restart, extend_to, epochs, _seconds(max_time))
         from autoseg.network.memory import parse_bytes
         from autoseg.steps.options import Machine, Options

@@ -189,19 +189,23 @@ def test_of_several_processes_only_the_first_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    with watched() as report:
+    with watched(together=True) as report:
         assert report is silent
 
     def follow() -> None:
-        with watched():
+        with watched(together=True):
             raise EndedElsewhere
 
     with pytest.raises(typer.Exit):
         follow()
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
-    with watched() as report:
+    with watched(together=True) as report:
         assert report is not silent
     with pytest.raises(typer.Exit):
         follow()
     assert "Another process of this training has ended" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(typer.Exit), watched():
+        pass
+    assert "can only train together" in capsys.readouterr().err
