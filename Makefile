@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench docs plans
+.PHONY: setup demo test check bench bench-train docs plans
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -22,7 +22,10 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup  ## paired measurements; not part of the tests
-	set -e; for script in $(filter-out bench/plans.py bench/kill.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+	set -e; for script in $(filter-out bench/plans.py bench/kill.py bench/train.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+
+bench-train: setup  ## a training step beside nnU-Net's: make bench-train PEER=/path/to/python/with/nnunetv2
+	$(BIN)/python bench/train.py $(if $(PEER),--peer $(PEER) ../shared/peer/nnunet.py)
 
 docs: setup  ## docs/*.md to HTML in site/; fails at a link that leads nowhere
 	$(BIN)/python docs/build.py

@@ -1,21 +1,33 @@
 """The commands. Each parses its options and calls one function of `steps/`, imported only then: `--help` stays fast."""
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from autoseg.errors import EndedElsewhere, Interrupted, UserError
-from autoseg.events import Report, silent
+from autoseg.arguments import (
+    AsJson,
+    ConfigurationName,
+    DataFolder,
+    Device,
+    MaxTime,
+    Output,
+    RunFolder,
+    Workers,
+    is_first_process,
+    parse_duration,
+    parse_length,
+)
+from autoseg.arguments import decimals as _decimals
+from autoseg.arguments import names as _names
+from autoseg.arguments import numbers as _numbers
+from autoseg.arguments import seconds as _seconds
+from autoseg.arguments import show as _show
+from autoseg.arguments import watched as _watched
+from autoseg.errors import UserError
 from autoseg.layout import Layout
-from autoseg.parallel import torchrun_setting
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 app = typer.Typer(
     name="autoseg",
@@ -26,21 +38,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RunFolder = Annotated[Path, typer.Argument(help="Folder of the run (made by `autoseg plan`).", show_default=False)]
-DataFolder = Annotated[
-    Path, typer.Argument(help="Decathlon folder, nnU-Net raw folder, or images/ + labels/.", show_default=False)
-]
-ConfigurationName = Annotated[
-    str | None, typer.Option("--configuration", "-c", help="Name in the plan, such as 2d or 3d. [default: 3d, else 2d]")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: the GPU, else the CPU]")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes for reading and preparing. [default: all cores]")]
-MaxTime = Annotated[
-    str | None, typer.Option("--max-time", help="Training ends on time: 90s, 10m, 1.5h.", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.", show_default=False)]
 
 
 @app.command()
@@ -134,19 +131,21 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one network on one fold and score it on the cases it has not seen."""
-    with _watched() as report:
-        how, epochs, max_seconds = _length(resume, restart, extend_to, epochs, _seconds(max_time))
+    with _watched(together=True) as report:
+        how, epochs, max_seconds = parse_length(resume, restart, extend_to, epochs, _seconds(max_time))
         from autoseg.network.memory import parse_bytes
         from autoseg.steps.options import Machine, Options
         from autoseg.steps.train import train_seeds as step
 
-        asked = Options(epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze, sampling)
+        asked = Options(
+            epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze, sampling
+        )
         limit = None if cache is None else parse_bytes(cache)
         ended = step(
             run, range(seed, seed + seeds), configuration=configuration, fold=fold, resume=how, asked=asked,
             machine=Machine(device, workers, limit, tensorboard), report=report,
         )  # fmt: skip
-    for each in ended if _is_first() else ():
+    for each in ended if is_first_process() else ():
         _show(each, as_json)
 
 
@@ -330,103 +329,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@contextmanager
-def _watched() -> Iterator[Report]:
-    """Show the events of a step, and turn the errors meant for the user into a sentence and an exit code."""
-    from autoseg import screen
-
-    first = _is_first()
-    try:
-        if first:
-            with screen.screen() as report:
-                yield report
-        else:
-            yield silent
-    except EndedElsewhere as error:
-        if first:
-            screen.show_error(error)
-        raise typer.Exit(2) from error
-    except UserError as error:
-        screen.show_error(error)
-        raise typer.Exit(2) from error
-    except Interrupted as stopped:
-        if first:
-            screen.show_stopped(f"Stopped; everything is saved. To go on: {stopped.how_to_resume}")
-        raise typer.Exit(130) from stopped
-    except KeyboardInterrupt as stopped:
-        screen.show_stopped("Stopped; run the same command again to continue.")
-        raise typer.Exit(130) from stopped
-
-
-def _is_first() -> bool:
-    """Whether this process is the one that speaks; torchrun starts several with the same command."""
-    return torchrun_setting("RANK", 0) == 0
-
-
 def with_resume_value(arguments: Sequence[str]) -> list[str]:
     """Put the value `yes` behind a bare `--resume`: parsers know options with a value or without, not both."""
     filled = []
     for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
         filled.append(f"{here}=yes" if here == "--resume" and following not in ("yes", "no", "auto") else here)
     return filled
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a duration such as "90s", "10m" or "1.5h"; a bare number is seconds. Raises UserError otherwise."""
-    unit = UNITS.get(text[-1:].lower())
-    digits = text[:-1] if unit else text
-    try:
-        seconds = float(digits) * (unit or 1.0)
-    except ValueError:
-        seconds = -1.0
-    if not 0.0 < seconds < float("inf"):
-        raise UserError(f"{text!r} is not a duration.", fix="Write it as 90s, 10m or 1.5h.")
-    return seconds
-
-
-def _length(
-    resume: str, restart: bool, extend_to: str | None, epochs: int | None, max_seconds: float | None
-) -> tuple[str, int | None, float | None]:
-    """How to resume, and to how many epochs or seconds; raises UserError where options contradict each other."""
-    if restart and (extend_to is not None or resume != "no"):
-        raise UserError("--restart begins anew, --resume and --extend-to go on.", fix="Give one of them.")
-    if extend_to is None:
-        return "restart" if restart else resume, epochs, max_seconds
-    if epochs is not None or max_seconds is not None:
-        raise UserError("--extend-to says how long the training shall be, and so do --epochs and --max-time.")
-    whole = extend_to.strip().isdigit()
-    return "extend", int(extend_to) if whole else None, None if whole else parse_duration(extend_to)
-
-
-def _seconds(text: str | None) -> float | None:
-    return None if text is None else parse_duration(text)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"{option} {text}: not whole numbers.", fix="Write them as 0,1,2.") from error
-
-
-def _decimals(text: str | None, option: str) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"{option} {text}: not numbers.", fix="Write them as 2,1.") from error
-
-
-def _show(result: "BaseModel", as_json: bool = False, explain: bool = False) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
-    else:
-        from autoseg import screen
-
-        screen.show(result, explain)
-
-
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}

@@ -266,10 +266,8 @@ class Splits(Saved):
 class Run(Saved):
     """What a training really used, once options and plan values were put together, and how it ended.
 
-    `planned` is the configuration as the plan had it, before options; with `channels` and `labels` (names, background
-    first) it says later whether the plan is still the same. `init` names the model whose weights it began with,
-    `fresh` the tensors that were not found there, `freeze` the part that stayed as it was. `processes` shared each
-    batch. `asked_precision` is empty where the precision was left to the device.
+    `planned`, `channels` and `labels` are the plan's, to see later whether it changed; `fresh` the tensors that `init`
+    lacked; `asked_precision` is empty where the device decided.
     """
 
     autoseg_version: str

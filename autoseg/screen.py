@@ -162,7 +162,9 @@ def _figure(name: str, value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "0.4 s", "12 s", "3 min 20 s", "2 h 05 min"."""
+    """Seconds as people say them: "3.0 ms", "0.4 s", "12 s", "3 min 20 s", "2 h 05 min"."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,10 +1,10 @@
 """Seconds per training step, data and augmentation included: nnU-Net and autoseg on one plan, data, machine and torch.
 
 Run: python bench/train.py [DATA] [--peer PEER_PYTHON PEER_SCRIPT] [--steps 15] [--precision fp32]
-nnU-Net prepares the data set (a Decathlon folder) and makes its own plan; autoseg trains the network, patch and batch of
-that plan with its own augmentation. nnU-Net runs twice: as its users run it, and with glibc told to keep freed memory,
-which autoseg does by itself. All runs are whole processes with the same number of threads; medians of the steps after
-the first fifth. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
+nnU-Net prepares the data set (a Decathlon folder) and makes its own plan; autoseg trains the network, patch and batch
+of that plan with its own augmentation. nnU-Net runs twice: as its users run it, and with glibc told to keep freed
+memory, which autoseg does by itself. All runs are whole processes with the same number of threads; medians of the
+steps after the first fifth. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
 The environment of PEER_PYTHON holds nnunetv2; its torch is the one that counts for it and is printed beside ours.
 """
 
@@ -25,20 +25,20 @@ from autoseg.events import silent
 from autoseg.layout import Layout
 from autoseg.network import unet
 from autoseg.network.device import Device, channels_last, pick, set_up
+from autoseg.network.distributed import ALONE
 from autoseg.network.losses import build
 from autoseg.network.step import make_optimizer, step
 from autoseg.network.timing import PARTS, Stopwatch
 from autoseg.parallel import allowed_cores
-from autoseg.records import Configuration, Dataset
+from autoseg.records import Configuration
 from autoseg.steps.batches import Batches
 from autoseg.steps.learn import capacity_of
 from autoseg.steps.options import Machine, Options
-from autoseg.steps.plan import checked, plan
+from autoseg.steps.plan import plan
 from autoseg.steps.predict import configuration_named
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.sources import sources_of
 from autoseg.steps.work import look_up
-from autoseg.network.distributed import ALONE
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2147483647", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 """What autoseg.network.device.keep_freed_memory sets for its own process."""
@@ -72,7 +72,8 @@ def ours(data: Path, run: Path, plans: Path | None, steps: int, device: Device) 
         others = tuple(planned if each.name == planned.name else each for each in made.configurations)
         store.save(Layout(run).plan, made.model_copy(update={"configurations": others}))
     preprocess(run, configuration=planned.name)
-    work = look_up(run, planned.name, "0", 0, "no", Options(precision=device.precision), Machine(device.name), ALONE, silent)
+    asked, machine = Options(precision=device.precision), Machine(device.name)
+    work = look_up(run, planned.name, "0", 0, "no", asked, machine, ALONE, silent)
     sources = sources_of(work, planned)
     learned = [sources[case] for case in work.cases.train]
     set_up(device)
@@ -121,7 +122,7 @@ def show(name: str, seconds: float, more: str, base: float | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/hippocampus"))
-    parser.add_argument("--peer", nargs=2, metavar=("PYTHON", "SCRIPT"), help="interpreter with nnunetv2, and its script")
+    parser.add_argument("--peer", nargs=2, metavar=("PYTHON", "SCRIPT"), help="interpreter with nnunetv2, its script")
     parser.add_argument("--work", type=Path, help="folder to keep the peer's preprocessed data in")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", default=None)
@@ -142,7 +143,8 @@ def main() -> int:
                 found = theirs(*options.peer, words, keep)
                 seconds = found["step_s"] + found["wait_s"]
                 base = base or seconds
-                show(name, seconds, f"step {found['step_s']:.3f}, wait {found['wait_s']:.3f}, batch {found['batch']}", base)
+                parts = f"step {found['step_s']:.3f}, wait {found['wait_s']:.3f}, batch {found['batch']}"
+                show(name, seconds, parts, base)
         plans = work / PLAN_FILE if options.peer else None
         found = ours(options.data, Path(folder) / "run", plans, options.steps, device)
         parts = ", ".join(f"{part} {found[part]:.3f}" for part in ("wait", *PARTS))

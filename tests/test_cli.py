@@ -10,7 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from autoseg import cli
-from autoseg.errors import Interrupted, UserError
+from autoseg.arguments import parse_length, watched
+from autoseg.errors import EndedElsewhere, Interrupted, UserError
+from autoseg.events import silent
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)  # type: ignore
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "reference" / "commands.md"
@@ -153,3 +155,57 @@ def test_the_public_names_are_those_of_the_package() -> None:
     assert set(autoseg.PUBLIC) | {"__version__"} == set(autoseg.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         autoseg.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (("no", False, None, 5, None), ("no", 5, None)),
+        (("auto", False, None, None, 60.0), ("auto", None, 60.0)),
+        (("no", True, None, None, None), ("restart", None, None)),
+        (("no", False, "200", None, None), ("extend", 200, None)),
+        (("no", False, "1.5h", None, None), ("extend", None, 5400.0)),
+    ],
+)
+def test_a_training_is_resumed_extended_or_restarted(given: tuple, meant: tuple) -> None:
+    assert parse_length(*given) == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("yes", True, None, None, None), "--restart begins anew"),
+        (("no", True, "200", None, None), "--restart begins anew"),
+        (("no", False, "200", 300, None), "so do --epochs and --max-time"),
+        (("no", False, "long", None, None), "not a duration"),
+    ],
+)
+def test_contradicting_lengths_are_refused(given: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_length(*given)
+
+
+def test_of_several_processes_only_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with watched(together=True) as report:
+        assert report is silent
+
+    def follow() -> None:
+        with watched(together=True):
+            raise EndedElsewhere
+
+    with pytest.raises(typer.Exit):
+        follow()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    with watched(together=True) as report:
+        assert report is not silent
+    with pytest.raises(typer.Exit):
+        follow()
+    assert "Another process of this training has ended" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(typer.Exit), watched():
+        pass
+    assert "can only train together" in capsys.readouterr().err

@@ -34,6 +34,12 @@ TROUBLED_EPOCHS = 2
 """After so many such epochs in a row mixed precision ends, and in full precision the training does."""
 
 
+SHOWN = (
+    "loss", "dice", "images_per_second", *(f"{part}_seconds" for part in ("wait", *PARTS)), "peak_share", "wait_share",
+)  # fmt: skip
+"""Of a row of the history, what is announced."""
+
+
 @dataclass
 class TrainState:
     """The one mutable thing of a training. `seconds` counts training time over all resumptions.
@@ -169,8 +175,9 @@ def _learn(
     if pieces is not None:
         pieces.count = max(pieces.count, state.pieces)
     sums.watch.lap("augment")
+    network = state.network if compiled is None else compiled
     value = step(
-        state.network if compiled is None else compiled, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
+        network, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
         state.scaler, pieces=pieces, team=team, buffers=running_statistics(state.network), lap=sums.watch.lap,
     )  # fmt: skip
     if pieces is not None and pieces.count > state.pieces:
@@ -227,7 +234,9 @@ class _Sums:
 
 
 def _announce(state: TrainState, length: Length, sums: _Sums, batch: Batch, report: Report) -> None:
-    figures = {"images_per_second": sums.samples / max(sums.seconds, 1e-9), "seconds_left": _left(state, length)}
+    """Where the epoch is, with what the last one came to."""
+    figures = _shown(state.history[-1]) if state.history else {}
+    figures |= {"images_per_second": sums.samples / max(sums.seconds, 1e-9), "seconds_left": _left(state, length)}
     inside = state.step % state.steps_per_epoch
     report(Trained(state.epoch + 1, _epochs(state, length), inside, state.steps_per_epoch, figures))
 
@@ -273,10 +282,13 @@ def _end_epoch(
     else:
         state.troubled = 0
     _save(state, save, best)
-    shown = ("loss", "dice", "images_per_second", "peak_share", *(f"{part}_seconds" for part in seconds))
-    report(Trained(state.epoch, _epochs(state, length), state.steps_per_epoch, state.steps_per_epoch, {
-        **{name: row[name] for name in shown}, "wait_share": row["wait_share"], "seconds_left": _left(state, length),
-    }))  # fmt: skip
+    figures = _shown(row) | {"seconds_left": _left(state, length)}
+    report(Trained(state.epoch, _epochs(state, length), state.steps_per_epoch, state.steps_per_epoch, figures))
+
+
+def _shown(row: dict[str, float]) -> dict[str, float]:
+    """What a reader wants to watch of an epoch; rows of older versions lack some of it."""
+    return {name: row[name] for name in SHOWN if name in row}
 
 
 def _remember(state: TrainState, dice: Sequence[float], learned: bool) -> tuple[float, bool]:

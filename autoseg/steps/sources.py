@@ -35,10 +35,7 @@ def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
             sources[name] = OnDevice(image, torch.from_numpy(labels_ZYX).to(where), case.locations)
         work.report(Said(f"{need / GIB:.2f} GB of preprocessed cases are kept on {work.device.name}."))
         return sources
-    left = limit
-    for name, case in opened.items():
-        left -= bytes_of(case)
-        sources[name] = InMemory(*case.read(), case.locations) if left >= 0 else case
+    sources = held(opened, limit)
     on_disk = [name for name in opened if sources[name] is opened[name]]
     if on_disk:
         work.report(Said(
@@ -46,6 +43,15 @@ def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
             "be kept in memory) are read from disk, patch by patch."
         ))  # fmt: skip
     return sources if configuration.previous is None else _with_previous(work, configuration, opened, sources)
+
+
+def held(opened: dict[str, CachedCase], limit_bytes: float) -> dict[str, Source]:
+    """The cases in their order in RAM while they fit into the limit, the others on disk."""
+    sources: dict[str, Source] = {}
+    for name, case in opened.items():
+        limit_bytes -= bytes_of(case)
+        sources[name] = InMemory(*case.read(), case.locations) if limit_bytes >= 0 else case
+    return sources
 
 
 def bytes_of(case: CachedCase) -> int:
