@@ -114,9 +114,13 @@ def prediction_file(folder: Path, case: str, ending: str) -> Path:
     return folder / f"{case}{ending}"
 
 
+PROBABILITIES = (".probabilities.b2nd", ".probabilities.npz")
+"""Endings of files of class probabilities: the one that is written, and that of earlier versions."""
+
+
 def probabilities_file(folder: Path, case: str) -> Path:
-    """Class probabilities of `case` in a prediction folder (compressed, see image/formats.py)."""
-    return folder / f"{case}.probabilities.npz"
+    """Class probabilities of `case` in a prediction folder (compressed, see image/probabilities.py)."""
+    return folder / f"{case}{PROBABILITIES[0]}"
 
 
 def scores_file(folder: Path) -> Path:
