@@ -80,7 +80,8 @@ def side_by_side(
     """Yield (item, result of the last stage) as items come out, or the `Failure` of those that do not.
 
     With `stop_at_failure` the first failure raises its error, named and with its own traceback, after what is being
-    finished in the last stage was yielded; all workers are gone then. `preload` names modules that process workers need.
+    finished in the last stage was yielded; all workers are gone then. `preload` names modules that worker processes
+    need.
     """
     flow = _Flow(stages, name)
     flow.queues = [deque() for _ in stages]
@@ -93,17 +94,17 @@ def side_by_side(
             if not flow.busy:
                 break
             for outcome in _collect(flow):
-                yield outcome
                 if isinstance(outcome, Failure) and stop_at_failure:
                     yield from _let_last_stage_finish(flow)
                     raise outcome.error
+                yield outcome
         ended = True
     finally:
         for worker in (each for group in flow.workers for each in group):
             worker.end(kindly=ended)
 
 
-def raise_named(error: Exception, doing: str, name: str, trace: str = "") -> Exception:
+def named_error(error: Exception, doing: str, name: str, trace: str = "") -> Exception:
     """The same error, saying which item it is about; sentences for users get the name, others a note."""
     if isinstance(error, MemoryError):
         return UserError(f"{name}: memory ran out while {doing}.", fix="Close other programs, or use --speed fast.")
@@ -119,15 +120,21 @@ def _hand_out(flow: _Flow) -> None:
         for place, worker in enumerate(flow.workers[number]):
             if worker in flow.busy or not flow.queues[number]:
                 continue
-            if number + 1 < len(flow.stages):
-                under_way = sum(1 for stage, _, _ in flow.busy.values() if stage == number)
-                if len(flow.queues[number + 1]) + under_way >= flow.stages[number + 1].waiting + len(flow.workers[number]) - 1:
-                    continue
+            if not _has_room(flow, number):
+                continue
             if not worker.alive():  # killed while it had nothing to do: nothing is lost
                 worker = flow.workers[number][place] = worker.again()
             item, result = flow.queues[number].popleft()
             flow.busy[worker] = (number, item, time.monotonic())
             worker.begin(item, result)
+
+
+def _has_room(flow: _Flow, number: int) -> bool:
+    """Whether what this stage would make may wait for the next one; workers beyond the first add to what may wait."""
+    if number + 1 == len(flow.stages):
+        return True
+    coming = len(flow.queues[number + 1]) + sum(1 for stage, _, _ in flow.busy.values() if stage == number)
+    return coming < flow.stages[number + 1].waiting + len(flow.workers[number]) - 1
 
 
 def _collect(flow: _Flow) -> Iterator[tuple[Any, Any] | Failure]:
@@ -152,7 +159,7 @@ def _collect(flow: _Flow) -> Iterator[tuple[Any, Any] | Failure]:
                 worker.end(kindly=False)
                 flow.workers[number][place] = worker.again()
         if not good:
-            yield Failure(item, stage.doing, raise_named(result, stage.doing, name, trace))
+            yield Failure(item, stage.doing, named_error(result, stage.doing, name, trace))
         elif number + 1 < len(flow.stages):
             flow.queues[number + 1].append((item, result))
         else:

@@ -123,6 +123,26 @@ def probabilities_file(folder: Path, case: str) -> Path:
     return folder / f"{case}{PROBABILITIES[0]}"
 
 
+def entropy_file(folder: Path, case: str, ending: str) -> Path:
+    """How undecided the network was at every voxel of `case`, beside its label map."""
+    return folder / "entropy" / f"{case}{ending}"
+
+
+def mutual_file(folder: Path, case: str, ending: str) -> Path:
+    """How far the members of an ensemble differed at every voxel of `case`."""
+    return folder / "mutual_information" / f"{case}{ending}"
+
+
+def prediction_record(folder: Path, case: str) -> Path:
+    """What the prediction of `case` was made from; by it `--resume` knows what is done."""
+    return folder / "records" / f"{case}.json"
+
+
+def flagged_file(folder: Path) -> Path:
+    """The cases of a prediction folder by uncertainty."""
+    return folder / "flagged.csv"
+
+
 def scores_file(folder: Path) -> Path:
     """Scores of a prediction folder."""
     return folder / "scores.json"

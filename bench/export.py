@@ -6,9 +6,9 @@ Three readings, each in a process of its own:
 1. 62 classes from 112x101x122 to 112x404x488 (the example of nnU-Net's own export), float32 noise as scores; nnU-Net
    exports noise of the same size right after. Memory is the peak above what the process held with its input.
 2. The same label map against a float32 reference: every class resampled whole with skimage, then argmax.
-3. 117 classes to 600x512x512, scores as float16 in RAM on a grid of 300x256x256 (twice the voxel size); the peak is that
-   of the whole process, input included. Noise is the worst case: in a real image most classes are far from most places,
-   and a class that cannot win in a tile is left out. `--smooth` gives every class a place of its own.
+3. 117 classes to 600x512x512, scores as float16 in RAM on a grid of 300x256x256 (twice the voxel size); the peak is
+   that of the whole process, input included. Noise is the worst case: in a real image most classes are far from most
+   places, and a class that cannot win in a tile is left out. `--smooth` gives every class a place of its own.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 
 
-def scores_of(classes: int, shape: tuple[int, ...], smooth: bool, half: bool):  # noqa: ANN201
+def scores_of(classes: int, shape: tuple[int, ...], smooth: bool, half: bool):
     """Noise, or a bump per class on a jittered lattice with some noise on it; made class by class."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     scores = torch.empty((classes, *shape), dtype=torch.float16 if half else torch.float32)
-    grids = [torch.linspace(0, 1, size).reshape([-1 if a == axis else 1 for a in range(3)]) for axis, size in enumerate(shape)]
+    grids = torch.meshgrid(*(torch.linspace(0, 1, size) for size in shape), indexing="ij")
     for k in range(classes):
         one = torch.randn(shape, generator=generator)
         if smooth:
@@ -38,7 +38,10 @@ def scores_of(classes: int, shape: tuple[int, ...], smooth: bool, half: bool):  
     return scores
 
 
-def export(classes: int, source: tuple[int, ...], target: tuple[int, ...], smooth: bool, half: bool, check: bool) -> dict:
+def export(
+    classes: int, source: tuple[int, ...], target: tuple[int, ...], smooth: bool, half: bool, check: bool
+) -> dict:
+    """One reading of ours, in this process."""
     import torch
 
     from autoseg.image.resample import operators
@@ -56,16 +59,18 @@ def export(classes: int, source: tuple[int, ...], target: tuple[int, ...], smoot
     return figures | ({"agreement": agreement(scores, labels.numpy(), target)} if check else {})
 
 
-def agreement(scores, labels_ZYX: np.ndarray, target: tuple[int, ...]) -> float:  # noqa: ANN001
+def agreement(scores, labels_ZYX: np.ndarray, target: tuple[int, ...]) -> float:
     """Share of voxels that agree with resampling every class whole, slice by slice, in float32."""
     from skimage.transform import resize
 
     best, winner = np.full(target, -np.inf, np.float32), np.zeros(target, np.int16)
     for k, class_ZYX in enumerate(scores.float().numpy()):
         flat = class_ZYX.shape[0] == target[0]
-        size = target[1:] if flat else target
-        whole = [resize(each, size, order=1, mode="edge", anti_aliasing=False) for each in (class_ZYX if flat else [class_ZYX])]
-        whole_ZYX = np.stack(whole) if flat else whole[0]
+        how = {"order": 1, "mode": "edge", "anti_aliasing": False}
+        if flat:
+            whole_ZYX = np.stack([resize(each, target[1:], **how) for each in class_ZYX])
+        else:
+            whole_ZYX = resize(class_ZYX, target, **how)
         better = whole_ZYX > best
         winner[better] = k
         np.copyto(best, whole_ZYX, where=better)
@@ -105,7 +110,8 @@ def main() -> None:
             theirs = peer(*given.peer)
             extra_gb = theirs["peak_gb"] - theirs["before_gb"]
             ratios = {"time_ratio": line["export_s"] / theirs["export_s"], "memory_ratio": line["extra_gb"] / extra_gb}
-            print(json.dumps({"peer": "nnU-Net", "export_s": theirs["export_s"], "extra_gb": extra_gb} | ratios), flush=True)
+            figures = {"peer": "nnU-Net", "export_s": theirs["export_s"], "extra_gb": extra_gb}
+            print(json.dumps(figures | ratios), flush=True)
 
 
 if __name__ == "__main__":

@@ -195,8 +195,13 @@ def test_several_networks_are_averaged_as_probabilities_in_one_set_of_sums() -> 
 
 @pytest.mark.parametrize(
     ("needed", "room", "place"),
-    [(10, Room(100, 100), "device"), (60, Room(100, 200), "ram"), (60, Room(0, 200), "ram"), (60, Room(0, 70), "memory map")],
-)  # fmt: skip
+    [
+        (10, Room(100, 100), "device"),
+        (60, Room(100, 200), "ram"),
+        (60, Room(0, 200), "ram"),
+        (60, Room(0, 70), "memory map"),
+    ],
+)
 def test_the_place_of_the_sums_follows_from_sizes(needed: int, room: Room, place: Place) -> None:
     assert choose_place(needed, room) == place
     assert "in a temporary file" in described("memory map", 2**30, CPU)

@@ -22,7 +22,7 @@ from autoseg.image.volume import Geometry
 from autoseg.parallel import allowed_cores
 from autoseg.store import replacing
 
-KINDS = {"uint8": np.dtype(np.uint8), "float16": np.dtype(np.float16)}
+KINDS: dict[str, np.dtype] = {"uint8": np.dtype(np.uint8), "float16": np.dtype(np.float16)}
 ABOUT = "autoseg"
 CHUNK_EDGE = 256
 CHUNK_DEPTH = 16
@@ -39,8 +39,8 @@ class ProbabilityHeader:
     """What a file of probabilities says before its numbers.
 
     `values` are those of the label maps on disk, or None. `kind` is a key of KINDS. Where not `complete`, only some of
-    the classes were saved and a voxel's probabilities do not sum to one. `background` is the background's value in label
-    maps where the classes are regions that may overlap, else None.
+    the classes were saved and a voxel's probabilities do not sum to one. `background` is the background's value in
+    label maps where the classes are regions that may overlap, else None.
     """
 
     names: tuple[str, ...]

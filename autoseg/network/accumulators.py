@@ -1,4 +1,4 @@
-"""Where the sums of the sliding window live, decided from sizes before anything is tried, and how many tiles share a pass."""
+"""Where the sums of the sliding window live, decided from sizes before anything is tried."""
 
 import tempfile
 from collections.abc import Sequence

@@ -2,9 +2,9 @@
 
 Resampling is linear and separable: one matrix per axis. Scores come as blocks of slices, so that not even those on the
 network's grid have to be in memory together, and the result is made slab by slab, in tiles that stay in the processor's
-cache. Inside a tile the classes come one after the other and only the best score so far is kept. Interpolated values lie
-between the smallest and the largest they are made of, so a class whose largest score in a tile is below the smallest of
-another cannot win there and is left out: the labels are the same, the time is not.
+cache. Inside a tile the classes come one after the other and only the best score so far is kept. Interpolated values
+lie between the smallest and the largest they are made of, so a class whose largest score in a tile is below the
+smallest of another cannot win there and is left out: the labels are the same, the time is not.
 Legend: K class, Z Y X voxels; the first axis of both grids is the one along which blocks and slabs come.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 SLAB_VOXELS = 4_000_000
-"""Voxels of a slab of the result, or with probabilities voxels times classes per 8; a few of this size exist at a time."""
+"""Voxels of a slab of the result; of one with probabilities, times an eighth of the classes."""
 TILE_EDGE = 128
 TILE_VOXELS = 131_072
 """On CPUs a tile's score, best score and label fit the second-level cache; GPUs take whole slabs."""
@@ -33,8 +33,8 @@ class Wanted:
     """What to make beside labels: probabilities of all classes, and how unsure the network is.
 
     With `mutual` the last score is no class but the members' mean entropy in nats (see `sliding.Scorer`).
-    `activation` is "softmax" for classes, or "sigmoid" for regions that may overlap: then `paints` holds the label index
-    of each, painted in their order where the region is likelier than not.
+    `activation` is "softmax" for classes, or "sigmoid" for regions that may overlap: then `paints` holds the label
+    index of each, painted in their order where the region is likelier than not.
     """
 
     are_logits: bool
@@ -88,7 +88,8 @@ def probabilities_of(scores_KZYX: Tensor, matrices: Matrices, are_logits: bool) 
     """
     result = torch.empty((len(scores_KZYX), *new_shape(scores_KZYX.shape[1:], matrices)), dtype=torch.float16)
     for slab in slabs([scores_KZYX], scores_KZYX.shape[1:], matrices, Wanted(are_logits, probabilities=True)):
-        result[:, slab.window] = slab.probabilities_KZYX
+        if slab.probabilities_KZYX is not None:
+            result[:, slab.window] = slab.probabilities_KZYX
     return result
 
 
@@ -165,7 +166,8 @@ class _Part:
         along_z, along_y, along_x = self.matrices
         on_host = self.parts[0].device.type == "cpu"
         edge = TILE_EDGE if on_host else max(self.shape[1:])
-        depth = max(1, TILE_VOXELS // (min(edge, self.shape[1]) * min(edge, self.shape[2]))) if on_host else self.size[0]
+        plane = min(edge, self.shape[1]) * min(edge, self.shape[2])
+        depth = max(1, TILE_VOXELS // plane) if on_host else self.size[0]
         pieces_y = [_piece(along_y, y, min(y + edge, self.shape[1])) for y in range(0, self.shape[1], edge)]
         pieces_x = [_piece(along_x, x, min(x + edge, self.shape[2])) for x in range(0, self.shape[2], edge)]
         for z in range(self.window.start, self.window.stop, depth):
@@ -281,7 +283,7 @@ def _dense_slab(part: _Part, wanted: Wanted, over_tiles: _Map) -> Slab:
     def make(tile: _Tile) -> None:
         place, rows, low = tile
         for k, low_ZYX in enumerate(_gathered(part.parts, *low)):
-            scores[(k, *place)] = resampled(low_ZYX, rows)
+            scores[k][place] = resampled(low_ZYX, rows)
 
     for _ in over_tiles(make, part.tiles()):
         pass

@@ -129,7 +129,7 @@ def predict_logits(
     progress: Progress | None = None,
     overlap: float = OVERLAP,
 ) -> Tensor:
-    """Logits of a whole preprocessed image at once, (K, Z, Y, X) float32 on the host; arguments as for `score_blocks`."""
+    """Logits of a whole preprocessed image, (K, Z, Y, X) float32 on the host; see `Tiling` and `score_blocks`."""
     total = torch.empty((classes, *image_CZYX.shape[1:]))
     tiling = Tiling(patch_voxels, tuple(mirror_axes), overlap)
     start = 0
@@ -163,7 +163,8 @@ def score_blocks(
     groups = range(0, padded.shape[1], SLICES_PER_PASS)
     for number, first in enumerate(groups):
         slices_NCYX = padded[:, first : first + SLICES_PER_PASS].transpose(0, 1)
-        yield _whole_slices(scorer, slices_NCYX, tiling, _share_of(progress, number, len(groups)))[:, :, kept[0], kept[1]]
+        scores_KNYX = _whole_slices(scorer, slices_NCYX, tiling, _share_of(progress, number, len(groups)))
+        yield scores_KNYX[:, :, kept[0], kept[1]]
 
 
 def _whole_slices(scorer: Scorer, slices_NCYX: Tensor, tiling: Tiling, progress: Progress | None) -> Tensor:
