@@ -92,6 +92,10 @@ class Predictor:
         UserError: nothing is trained, or a fold or seed is not, or there is no such speed.
     """
 
+    _mirror_axes: tuple[int, ...]
+    _speed: Speed
+    _report: Report
+
     def __init__(
         self,
         run: Path | str,
@@ -154,9 +158,8 @@ class Predictor:
         self.members, self.previous = members, previous
         self.rules, self.content = rules, content
         self._networks = networks
-        self._mirror_axes: tuple[int, ...] = configuration.train.augment.mirror_axes
-        self._speed: Speed = SPEEDS["accurate"]
-        self._report: Report = silent
+        self._mirror_axes = configuration.train.augment.mirror_axes
+        self._speed, self._report = SPEEDS["accurate"], silent
         self._said = ""
         self._one_at_a_time = threading.Lock()
 
