@@ -17,6 +17,7 @@ from autoseg.errors import UserError
 from autoseg.image.crop import insert
 from autoseg.image.formats import read_image, write_labels
 from autoseg.image.rules import apply_rules
+from autoseg.image.slides import is_slide
 from autoseg.layout import entropy_file, mutual_file, prediction_file, prediction_record
 from autoseg.records import Case, Configuration, Plan, Rule
 from autoseg.store import save
@@ -28,7 +29,10 @@ HASHED_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Ready:
-    """A case prepared for every stage of a cascade, the last one is the one asked for; and what its files are."""
+    """A case prepared for every stage of a cascade, the last one is the one asked for; and what its files are.
+
+    A 2D image too large for memory has no stages: it is read while it is computed.
+    """
 
     stages: tuple[Prepared, ...]
     inputs: tuple[InputFile, ...]
@@ -40,14 +44,14 @@ class Found:
 
     Args:
         indices_ZYX: int16 label indices.
-        prepared: the case without its image.
+        prepared: the case without its image; None for a slide, whose label map is written already.
         inputs: its files.
         entropy_ZYX, mutual_ZYX: uint16 in `PERMILLE`, or None.
         uncertainty: one number for the case, or None.
     """
 
     indices_ZYX: np.ndarray
-    prepared: Prepared
+    prepared: Prepared | None
     inputs: tuple[InputFile, ...]
     entropy_ZYX: np.ndarray | None = None
     mutual_ZYX: np.ndarray | None = None
@@ -68,6 +72,8 @@ class Ending:
 def read_case(plan: Plan, configurations: Sequence[Configuration], case: Case, _: object = None) -> Ready:
     """Read a case and prepare it for each configuration. Raises UserError that names the case or its file."""
     inputs = tuple(input_file(Path(path)) for path in case.images)
+    if is_slide(case.images):
+        return Ready((), inputs)
     volume = read_image([Path(path) for path in case.images])
     return Ready(tuple(prepare(volume, None, plan, each, case.id) for each in configurations), inputs)
 
@@ -76,9 +82,10 @@ def write_case(ending: Ending, case: Case, found: Found) -> Path:
     """Finish the labels of a case and write them, on the grid of its file; the record comes last."""
     prepared, axes = found.prepared, ending.configuration.axes
     written = prediction_file(ending.output, case.id, ending.plan.file_ending)
-    write_labels(written, finished(found.indices_ZYX, prepared, ending), prepared.geometry)
+    if prepared is not None:
+        write_labels(written, finished(found.indices_ZYX, prepared, ending), prepared.geometry)
     for values_ZYX, name in ((found.entropy_ZYX, entropy_file), (found.mutual_ZYX, mutual_file)):
-        if values_ZYX is not None:
+        if values_ZYX is not None and prepared is not None:
             path = name(ending.output, case.id, ending.plan.file_ending)
             write_labels(path, on_file_grid(values_ZYX, prepared, axes), prepared.geometry)
     if ending.model:

@@ -31,6 +31,7 @@ from autoseg.steps.models import default_configuration as default_configuration
 from autoseg.steps.models import trained_models as trained_models
 from autoseg.steps.predictor import Predictor as Predictor
 from autoseg.steps.predictor import on_grid as on_grid
+from autoseg.steps.slides import segment_slide
 from autoseg.store import load, remove_unfinished, write_text
 
 WHAT = "predict"
@@ -230,6 +231,10 @@ def _compute(
             raise InterruptedError("the run was given up")
 
     set_up(predictor.device)  # some of it belongs to the thread
+    if not ready.stages:
+        target = prediction_file(output, case.id, predictor.plan.file_ending)
+        segment_slide(predictor, Path(case.images[0]), target, progress)
+        return Found(np.zeros((0, 0, 0), np.int16), None, ready.inputs)
     if not wishes.probabilities:
         return predictor.compute(ready, None, wishes.uncertainty, progress)
     prepared, labels = ready.stages[-1], predictor.plan.labels

@@ -26,7 +26,7 @@ from autoseg.layout import Layout
 from autoseg.network import accumulators
 from autoseg.network.device import Device, pick, set_up
 from autoseg.network.export import Matrices, Slab, Wanted, new_shape, slab_height, slabs
-from autoseg.network.sliding import OVERLAP, Progress, Scorer, Tiling, score_blocks
+from autoseg.network.sliding import OVERLAP, SLICES_PER_PASS, Progress, Scorer, Tiling, score_blocks
 from autoseg.records import Configuration, Plan, Postprocessing, Rule
 from autoseg.steps.models import (
     configuration_named,
@@ -226,10 +226,11 @@ class Predictor:
         if self.previous is not None:
             earlier = self.previous.compute(replace(ready, stages=ready.stages[:-1]), progress=progress)
             plan, stage = self.plan, self.previous.configuration
-            values_ZYX = restore(earlier.indices_ZYX, earlier.prepared, plan.labels, plan.ignore_value, stage.axes)
+            before = without_image(ready.stages[-2])
+            values_ZYX = restore(earlier.indices_ZYX, before, plan.labels, plan.ignore_value, stage.axes)
             previous_ZYX = on_grid(values_ZYX, prepared, plan, self.configuration)
             image_CZYX = np.concatenate((image_CZYX, one_hot(previous_ZYX, plan.classes)))
-        wanted = self._wanted(put is not None, uncertainty)
+        wanted = self.wanted(put is not None, uncertainty)
         matrices = to_cropped_grid(prepared, self.configuration)
         with self._one_at_a_time:
             blocks = self._blocks(torch.from_numpy(image_CZYX), wanted, progress)
@@ -240,30 +241,40 @@ class Predictor:
         """Slices of the cropped grid that `compute` passes to `put` at a time."""
         matrices = to_cropped_grid(prepared, self.configuration)
         shape = new_shape(prepared.image_CZYX.shape[1:], matrices)
-        return slab_height(shape, self._scorer(self._wanted(True, True)).channels, self._wanted(True, True))
+        return slab_height(shape, self.scorer(self.wanted(True, True)).channels, self.wanted(True, True))
 
-    def _wanted(self, probabilities: bool, uncertainty: bool) -> Wanted:
+    def wanted(self, probabilities: bool, uncertainty: bool) -> Wanted:
+        """What is to be made of the scores of these networks."""
         several = len(self._networks) > 1
         return Wanted(not several, probabilities, uncertainty, uncertainty and several)
 
-    def _scorer(self, wanted: Wanted) -> Scorer:
+    def scorer(self, wanted: Wanted) -> Scorer:
+        """What the sliding window sums up."""
         return Scorer(self._networks, self.plan.classes, self.device, mutual=wanted.mutual)
 
     def _blocks(self, image_CZYX: torch.Tensor, wanted: Wanted, progress: Progress | None) -> Iterator[torch.Tensor]:
-        scorer, patch = self._scorer(wanted), self.configuration.patch_voxels
-        room = accumulators.room_of(self.device)
-        slices = 1 if len(patch) == 3 else min(8, image_CZYX.shape[1])
-        needed = accumulators.accumulator_bytes(scorer.channels, image_CZYX.shape[-len(patch) :], patch, slices)
+        scorer, axes = self.scorer(wanted), len(self.configuration.patch_voxels)
+        slices = 1 if axes == 3 else min(SLICES_PER_PASS, image_CZYX.shape[1])
+        tiling = self.tiling(image_CZYX.shape[-axes:], scorer.channels, slices)
+        return score_blocks(scorer, image_CZYX, tiling, progress)
+
+    def tiling(self, size: Sequence[int], channels: int, slices: int) -> Tiling:
+        """How an image of this size (patch axes) is computed; where its sums live is said in one line."""
+        patch, room = self.configuration.patch_voxels, accumulators.room_of(self.device)
+        needed = accumulators.accumulator_bytes(channels, size, patch, slices)
         place = accumulators.choose_place(needed, room)
         if needed >= WORTH_A_LINE and place != self._said:
             self._report(Said(accumulators.described(place, needed, self.device)))
             self._said = place
         features = self.configuration.network.features[0]
         samples = accumulators.samples_that_fit(
-            patch, features, scorer.channels, self.device, room, needed if place == "device" else 0
+            patch, features, channels, self.device, room, needed if place == "device" else 0
         )
-        tiling = Tiling(patch, self._mirror_axes, self._speed.overlap, samples, place)
-        return score_blocks(scorer, image_CZYX, tiling, progress)
+        return Tiling(patch, self._mirror_axes, self._speed.overlap, samples, place)
+
+    def alone(self) -> threading.Lock:
+        """To be held while the networks compute: images of several threads take turns, so that memory is bounded."""
+        return self._one_at_a_time
 
 
 def as_volume(image: Image, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> Volume:
