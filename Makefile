@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench docs plans
+.PHONY: setup demo test check bench bench-export bench-predict docs plans
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -23,6 +23,13 @@ check: setup
 
 bench: setup  ## paired measurements; not part of the tests
 	set -e; for script in $(filter-out bench/plans.py bench/kill.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+
+# PEER="PEER_PYTHON ../shared/peer/nnunet.py" runs nnU-Net beside us
+bench-export: setup  ## logits to label maps on the image's grid: time, memory, agreement
+	$(BIN)/python bench/export.py $(if $(PEER),--peer $(PEER))
+
+bench-predict: setup  ## raw files to label maps with the same network; needs PEER
+	$(BIN)/python bench/predict.py $(if $(PEER),--peer $(PEER))
 
 docs: setup  ## docs/*.md to HTML in site/; fails at a link that leads nowhere
 	$(BIN)/python docs/build.py

@@ -45,7 +45,7 @@ def write_picture(path: Path, edge: int) -> None:
 
     generator = np.random.default_rng(0)
 
-    def tiles():  # noqa: ANN202
+    def tiles():
         for _ in range((-(-edge // 512)) ** 2):
             coarse = generator.integers(0, 200, (16, 16), np.uint8).repeat(32, 0).repeat(32, 1)
             yield coarse + generator.integers(1, 50, (512, 512), np.uint8)

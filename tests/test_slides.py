@@ -67,7 +67,7 @@ def test_bands_of_labels_become_one_file_with_the_resolution_of_the_image(tmp_pa
 
 @pytest.mark.parametrize(
     ("normalization", "shape"),
-    [("zscore", (150, 130)), ("rescale_0_1", (90, 60)), ("none", (90, 60)), ("zscore", (20, 14))],
+    [("zscore", (50, 33)), ("rescale_0_1", (30, 24)), ("none", (30, 24)), ("zscore", (20, 14))],
 )
 def test_a_slide_is_segmented_as_in_memory(
     tmp_path: Path, normalization: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -184,8 +184,12 @@ def normalizers(
             low, high = _range(slide, len(schemes), box, c)
             made.append(np.zeros_like if low == high else scales.shifter(low, 1 / max(high - low, scales.SMALLEST_STD)))
         else:
-            made.append(partial(scales.find(scheme), mask_ZYX=None, intensities=stats))
+            made.append(partial(_scaled, scales.find(scheme), stats))
     return made
+
+
+def _scaled(scheme: scales.Normalization, intensities: Intensities, pixels: np.ndarray) -> np.ndarray:
+    return scheme(pixels, None, intensities)
 
 
 def _range(slide: Slide, channels: int, box: Box2, c: int) -> tuple[float, float]:
