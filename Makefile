@@ -1,8 +1,10 @@
 # `make demo` and `make test` are all a new machine needs: each makes .venv first where it is absent.
 PYTHON ?= python3
 BIN := .venv/bin
+# benchmarks with a target of their own, or that need a peer or long
+ASKED := plans kill train export predict nnunet_weights
 
-.PHONY: setup demo test check bench bench-train docs plans
+.PHONY: setup demo test check bench bench-train bench-export bench-predict docs plans
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -22,10 +24,16 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup  ## paired measurements; not part of the tests
-	set -e; for script in $(filter-out bench/plans.py bench/kill.py bench/train.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+	set -e; for script in $(filter-out $(ASKED:%=bench/%.py),$(wildcard bench/*.py)); do $(BIN)/python $$script; done
 
 bench-train: setup  ## a training step beside nnU-Net's: make bench-train PEER=/path/to/python/with/nnunetv2
 	$(BIN)/python bench/train.py $(if $(PEER),--peer $(PEER) ../shared/peer/nnunet.py)
+
+bench-export: setup  ## logits to label maps on the image's grid: time, memory, agreement
+	$(BIN)/python bench/export.py $(if $(PEER),--peer $(PEER) ../shared/peer/nnunet.py)
+
+bench-predict: setup  ## raw files to label maps with the same network; needs PEER
+	$(BIN)/python bench/predict.py $(if $(PEER),--peer $(PEER) ../shared/peer/nnunet.py)
 
 docs: setup  ## docs/*.md to HTML in site/; fails at a link that leads nowhere
 	$(BIN)/python docs/build.py

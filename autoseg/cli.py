@@ -175,9 +175,23 @@ def predict(
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Also write class probabilities, for `ensemble`.")
     ] = False,
+    probability_kind: Annotated[str, typer.Option(help="float16, or uint8: half the size.")] = "float16",
+    classes: Annotated[
+        str | None, typer.Option(help="Classes whose probabilities are saved, such as liver,tumour. [default: all]")
+    ] = None,
+    save_uncertainty: Annotated[
+        bool, typer.Option("--save-uncertainty", help="Also write images of uncertainty, and flagged.csv.")
+    ] = False,
     no_postprocess: Annotated[bool, typer.Option("--no-postprocess", help="Leave the learned rules out.")] = False,
     no_mirror: Annotated[bool, typer.Option("--no-mirror", help="No mirroring: faster, a little less exact.")] = False,
-    device: Device = None,
+    speed: Annotated[str, typer.Option(help="accurate, balanced or fast.")] = "accurate",
+    resume: Annotated[str, typer.Option(help="Leave out what is done and unchanged.")] = "no",
+    part: Annotated[str | None, typer.Option(help="3/10 takes the third of ten parts of the cases.")] = None,
+    on_error: Annotated[str, typer.Option(help="stop at the first case that fails, or skip it.")] = "stop",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or several: cuda:0,cuda:1. [default: the GPU, else the CPU]")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes for reading and writing; 0 for none.")] = None,
 ) -> None:
     """Segment images; the label maps lie on the grid of their images."""
     with _watched() as report:
@@ -185,8 +199,9 @@ def predict(
 
         step(
             run, images, output, configuration=configuration, folds=_names(folds), seeds=_numbers(seeds, "--seeds"),
-            save_probabilities=save_probabilities, postprocess=not no_postprocess, mirroring=not no_mirror,
-            device=device, report=report,
+            save_probabilities=save_probabilities, probability_kind=probability_kind, classes=_names(classes),
+            save_uncertainty=save_uncertainty, postprocess=not no_postprocess, mirroring=not no_mirror, speed=speed,
+            resume=resume != "no", part=part, on_error=on_error, device=device, workers=workers, report=report,
         )  # fmt: skip
 
 

@@ -114,9 +114,33 @@ def prediction_file(folder: Path, case: str, ending: str) -> Path:
     return folder / f"{case}{ending}"
 
 
+PROBABILITIES = (".probabilities.b2nd", ".probabilities.npz")
+"""Endings of files of class probabilities: the one that is written, and that of earlier versions."""
+
+
 def probabilities_file(folder: Path, case: str) -> Path:
-    """Class probabilities of `case` in a prediction folder (compressed, see image/formats.py)."""
-    return folder / f"{case}.probabilities.npz"
+    """Class probabilities of `case` in a prediction folder (compressed, see image/probabilities.py)."""
+    return folder / f"{case}{PROBABILITIES[0]}"
+
+
+def entropy_file(folder: Path, case: str, ending: str) -> Path:
+    """How undecided the network was at every voxel of `case`, beside its label map."""
+    return folder / "entropy" / f"{case}{ending}"
+
+
+def mutual_file(folder: Path, case: str, ending: str) -> Path:
+    """How far the members of an ensemble differed at every voxel of `case`."""
+    return folder / "mutual_information" / f"{case}{ending}"
+
+
+def prediction_record(folder: Path, case: str) -> Path:
+    """What the prediction of `case` was made from; by it `--resume` knows what is done."""
+    return folder / "records" / f"{case}.json"
+
+
+def flagged_file(folder: Path) -> Path:
+    """The cases of a prediction folder by uncertainty."""
+    return folder / "flagged.csv"
 
 
 def scores_file(folder: Path) -> Path:

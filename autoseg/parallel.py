@@ -71,13 +71,13 @@ def over_cases(
     if workers <= 1 or len(items) <= 1:
         yield from _here(function, rest, name)
         return
-    context = _context(function, preload)
+    context = worker_context(function, preload)
     if head_start_seconds > 0:
         yield from _here(function, rest, name, until=time.monotonic() + head_start_seconds)
     first = list(_take(rest, 2 * workers))
     if not first:
         return
-    pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_begin_worker)
+    pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=begin_worker)
     waiting: dict[Future[Result], Item] = {}
     try:
         for item in first:
@@ -119,7 +119,7 @@ def _here(
             return
 
 
-def _context(function: Callable, preload: Sequence[str]) -> BaseContext:
+def worker_context(function: Callable, preload: Sequence[str]) -> BaseContext:
     """Fork a small server that has imported the function's module, without the threads that make plain forks hang.
 
     The server is started, not waited for. It inherits one thread per worker from the environment.
@@ -143,7 +143,7 @@ def _context(function: Callable, preload: Sequence[str]) -> BaseContext:
     return context
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     """Leave Ctrl-C to the parent, and end when it ends: a worker whose parent was killed would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))

@@ -1,6 +1,6 @@
 """network/export.py: slab by slab gives what resampling everything at once gives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autoseg.image.resample import axis_matrix
 from autoseg.network import export
-from autoseg.network.export import Matrices, labels_of, probabilities_of, resampled_slab
+from autoseg.network.export import Matrices, Wanted, labels_of, probabilities_of, slabs
 
 Shape = tuple[int, int, int]
 OLD: Shape = (7, 9, 11)
@@ -61,11 +61,86 @@ def test_any_operators_are_applied_along_their_axes(slab_voxels: int, monkeypatc
     np.testing.assert_array_equal(labels_of(scores, (z, y, x)).numpy(), expected.argmax(0))
 
 
+@SLABS
 @NEW
-def test_a_slab_is_that_part_of_the_whole(new: Shape) -> None:
-    scores, matrices = scores_of(1), matrices_of(OLD, new)
-    window = slice(new[0] // 3, new[0] // 3 + max(1, new[0] // 2))
-    torch.testing.assert_close(resampled_slab(scores[0], matrices, window), at_once(scores, new)[0, window])
+@pytest.mark.parametrize("cuts", [(7,), (1, 1, 1, 1, 1, 1, 1), (3, 2, 2)], ids=str)
+def test_scores_may_come_in_blocks_that_are_overwritten(
+    new: Shape, slab_voxels: int, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "SLAB_VOXELS", slab_voxels)
+    scores, buffer = scores_of(), torch.empty(4, 7, *OLD[1:])
+
+    def blocks() -> Iterator[Tensor]:
+        start = 0
+        for rows in cuts:
+            block = buffer[:, :rows]
+            block.copy_(scores[:, start : start + rows])
+            yield block
+            buffer.fill_(float("nan"))
+            start += rows
+
+    found = torch.cat([each.labels_ZYX for each in slabs(blocks(), OLD, matrices_of(OLD, new), Wanted(True))])
+    assert torch.equal(found, labels_of(scores, matrices_of(OLD, new)))
+
+
+@pytest.mark.parametrize("edge", [3, 5, 128])
+def test_tiles_and_classes_that_cannot_win_change_nothing(edge: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "TILE_EDGE", edge)
+    monkeypatch.setattr(export, "TILE_VOXELS", 3 * edge**2)
+    tried = []
+    whole = export._candidates
+    monkeypatch.setattr(export, "_candidates", lambda tile: tried.append(list(whole(tile))) or tried[-1])
+    place = torch.arange(9.0).reshape(9, 1)
+    scores = torch.stack([-((place - k) ** 2) for k in range(0, 9, 2)]).unsqueeze(1).expand(5, 7, 9, 11) + scores_of(5)
+    new = (13, 21, 30)
+    labels = labels_of(scores, matrices_of(OLD, new))
+    assert torch.equal(labels, at_once(scores, new).argmax(0).to(torch.int16))
+    assert (min(map(len, tried)) < 5) == (edge < 128)
+
+
+def test_a_cubic_operator_overshoots_so_no_class_is_left_out() -> None:
+    """Between two high samples a spline rises above both, here above a constant class that is larger than either."""
+    scores = torch.zeros(2, 1, 1, 8)
+    scores[0, ..., 3:5] = 1.0
+    scores[1] = 1.02
+    matrix = torch.from_numpy(axis_matrix(8, 32, 3).copy())
+    expected = (scores @ matrix.T).argmax(0)
+    assert (expected == 0).any()
+    assert torch.equal(labels_of(scores, (None, None, matrix)), expected.to(torch.int16))
+
+
+@SLABS
+def test_entropy_is_one_where_all_classes_are_alike_and_nothing_where_one_is_sure(
+    slab_voxels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "SLAB_VOXELS", slab_voxels)
+    logits = torch.zeros(4, 2, 2, 2)
+    logits[2, 1] = 100.0
+    wanted = Wanted(True, uncertainty=True)
+    entropy = torch.cat([each.entropy_ZYX for each in slabs([logits], (2, 2, 2), (None, None, None), wanted)])
+    torch.testing.assert_close(entropy, torch.tensor([1.0, 0.0]).reshape(2, 1, 1).expand(2, 2, 2))
+
+
+def test_mutual_information_is_what_the_members_do_not_share() -> None:
+    """Two members, sure of different classes in the first voxel and both undecided in the second."""
+    members = torch.tensor([[[1.0, 0.5], [0.0, 0.5]], [[0.0, 0.5], [1.0, 0.5]]]).reshape(2, 2, 1, 1, 2)
+    own = -torch.xlogy(members, members).sum(1).mean(0, keepdim=True)
+    scores = torch.cat((members.mean(0), own))
+    wanted = Wanted(False, uncertainty=True, mutual=True)
+    [slab] = slabs([scores], (1, 1, 2), (None, None, None), wanted)
+    assert slab.entropy_ZYX is not None
+    assert slab.mutual_ZYX is not None
+    torch.testing.assert_close(slab.entropy_ZYX.flatten(), torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(slab.mutual_ZYX.flatten(), torch.tensor([1.0, 0.0]))
+
+
+def test_regions_are_painted_over_each_other_in_their_order() -> None:
+    logits = torch.tensor([[1.0, 1.0, -1.0, -1.0], [-1.0, 2.0, 0.5, -1.0]]).reshape(2, 1, 1, 4)
+    wanted = Wanted(True, activation="sigmoid", paints=(5, 2))
+    [slab] = slabs([logits], (1, 1, 4), (None, None, None), wanted)
+    assert slab.labels_ZYX.flatten().tolist() == [5, 2, 2, 0]
+    [slab] = slabs([logits.sigmoid()], (1, 1, 4), (None, None, None), Wanted(False, True, paints=(5, 2)))
+    assert slab.labels_ZYX.flatten().tolist() == [5, 2, 2, 0]
 
 
 def test_without_operators_labels_are_the_plain_argmax() -> None:
@@ -120,17 +195,13 @@ def test_without_operators_probabilities_are_kept_as_they_are() -> None:
 
 
 @SLABS
-def test_no_slab_of_a_class_is_larger_than_allowed(slab_voxels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_slab_is_larger_than_allowed_and_the_first_may_be_lower(
+    slab_voxels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(export, "SLAB_VOXELS", slab_voxels)
-    whole = export.resampled_slab
-    heights = []
-
-    def remember(scores_ZYX: Tensor, matrices: Matrices, window: slice) -> Tensor:
-        slab = whole(scores_ZYX, matrices, window)
-        heights.append(len(slab))
-        assert slab.numel() <= max(slab_voxels, slab[0].numel())
-        return slab
-
-    monkeypatch.setattr(export, "resampled_slab", remember)
-    labels_of(scores_of(2), matrices_of(OLD, (20, 15, 16)))
-    assert sum(heights) == 2 * 20
+    matrices = matrices_of(OLD, (20, 15, 16))
+    made = list(slabs([scores_of(2)], OLD, matrices, Wanted(True), first_height=1))
+    assert all(each.labels_ZYX.numel() <= max(slab_voxels, 15 * 16) for each in made)
+    assert made[0].window == slice(0, 1)
+    assert [each.window.start for each in made[1:]] == [each.window.stop for each in made[:-1]]
+    assert made[-1].window.stop == 20

@@ -301,7 +301,7 @@ def test_probabilities_come_back_with_names_and_geometry(tmp_path: Path) -> None
     write_oblique(tmp_path / "a.nii.gz", 5)
     geometry = read_geometry(tmp_path / "a.nii.gz")
     probabilities = np.random.default_rng(0).random((2, 3, 4, 5)).astype(np.float32)
-    path = tmp_path / "a.probabilities.npz"
+    path = tmp_path / "a.probabilities.b2nd"
     formats.write_probabilities(path, probabilities, geometry, ("background", "Läsion"))
     read, names, where = formats.read_probabilities(path)
     assert read.dtype == np.float32
@@ -309,7 +309,7 @@ def test_probabilities_come_back_with_names_and_geometry(tmp_path: Path) -> None
     assert names == ("background", "Läsion")
     assert where == geometry
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"a.probabilities.npz"):
+    with pytest.raises(UserError, match=r"a.probabilities.b2nd"):
         formats.read_probabilities(path)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoseg.network import sliding, unet
+from autoseg.network import unet
+from autoseg.network.accumulators import Place, Room, accumulator_bytes, choose_place, described, free_ram_bytes
 from autoseg.network.device import Device
-from autoseg.network.sliding import gaussian, mirrorings, predict_logits, tile_starts
+from autoseg.network.sliding import Scorer, Tiling, gaussian, mirrorings, predict_logits, score_blocks, tile_starts
 from autoseg.records import NetworkSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -143,13 +144,71 @@ def test_a_pointwise_network_gives_what_it_gives_on_the_whole_image(
 
 
 @SHAPES
-def test_the_order_of_the_tiles_does_not_matter(
-    shape: tuple[int, ...], patch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["device", "ram", "memory map"])
+def test_how_many_tiles_share_a_pass_and_where_sums_lie_does_not_matter(
+    shape: tuple[int, ...], patch: tuple[int, ...], place: Place
 ) -> None:
-    image, tiles = an_image(1, *shape), sliding._tiles
-    forward = predict_logits(Stub(mean_of_tile), image, patch, 2, CPU)
-    monkeypatch.setattr(sliding, "_tiles", lambda *args: reversed(list(tiles(*args))))
-    torch.testing.assert_close(forward, predict_logits(Stub(mean_of_tile), image, patch, 2, CPU))
+    image = an_image(1, *shape)
+    one = predict_logits(Stub(mean_of_tile), image, patch, 2, CPU, mirror_axes=(0, 1))
+    network = Stub(mean_of_tile)
+    tiling = Tiling(patch, (0, 1), samples=11, place=place)
+    blocks = [each.clone() for each in score_blocks(Scorer([network], 2, CPU), image, tiling)]
+    torch.testing.assert_close(torch.cat(blocks, 1), one)
+    assert 4 <= max(len(seen) for seen in network.seen) <= 11 * min(shape[0], 8)
+    assert len(network.seen) < 4 * len(blocks) * 30
+
+
+def test_only_as_many_slices_are_held_as_a_patch_is_thick() -> None:
+    image, heights = an_image(1, 40, 9, 10), []
+    for block in score_blocks(Scorer([Stub(pointwise)], 3, CPU), image, Tiling((8, 8, 8))):
+        assert block.untyped_storage().nbytes() == 3 * 8 * 9 * 10 * 4
+        heights.append(block.shape[1])
+    assert sum(heights) == 40
+    assert accumulator_bytes(3, (40, 9, 10), (8, 8, 8)) == (3 + 1) * 8 * 9 * 10 * 4
+
+
+def test_tiles_that_are_the_same_everywhere_are_computed_once_with_the_same_result() -> None:
+    image = an_image(2, 8, 40, 40)
+    image[:, :, :, 8:] = torch.tensor([0.5, -1.0]).reshape(2, 1, 1, 1)
+    network, calls = a_unet(3), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    found = predict_logits(network, image, (8, 16, 16), 3, CPU)
+    skipping = len(calls)
+    image[:, :, :, 8:] += 1e-7 * torch.randn(8, 40, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(predict_logits(network, image, (8, 16, 16), 3, CPU), found, rtol=1e-4, atol=1e-4)
+    assert skipping == 4 + 1  # of 4 x 4 tiles those of the first column, and one of the others
+    assert len(calls) == skipping + 16
+
+
+def test_several_networks_are_averaged_as_probabilities_in_one_set_of_sums() -> None:
+    image, networks = an_image(2, 8, 16, 16), [a_unet(3), a_unet(3)]
+    with torch.no_grad():
+        for parameter in networks[1].parameters():
+            parameter.mul_(-1.5)
+        shares = torch.stack([network(image[None])[0].softmax(0) for network in networks])
+    scorer = Scorer(networks, 3, CPU, mutual=True)
+    [block] = score_blocks(scorer, image, Tiling((8, 16, 16)))
+    assert not scorer.are_logits
+    torch.testing.assert_close(block[:3], shares.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block[3], -torch.xlogy(shares, shares).sum(1).mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("needed", "room", "place"),
+    [
+        (10, Room(100, 100), "device"),
+        (60, Room(100, 200), "ram"),
+        (60, Room(0, 200), "ram"),
+        (60, Room(0, 70), "memory map"),
+    ],
+)
+def test_the_place_of_the_sums_follows_from_sizes(needed: int, room: Room, place: Place) -> None:
+    assert choose_place(needed, room) == place
+    assert "in a temporary file" in described("memory map", 2**30, CPU)
+
+
+def test_free_memory_is_read_from_the_system() -> None:
+    assert 2**20 < free_ram_bytes() < 2**50
 
 
 @pytest.mark.parametrize("overlap", [0.5, 0.75])

@@ -80,6 +80,25 @@ def read_image(paths: Sequence[Path | str]) -> Volume:
     return Volume(channels[0] if len(channels) == 1 else np.concatenate(channels), geometry)
 
 
+def volume_of(image: sitk.Image) -> Volume:
+    """An image of SimpleITK in memory as a volume, components as channels. Raises UserError for other dimensions."""
+    dimension = image.GetDimension()
+    if dimension not in (2, 3):
+        raise UserError(f"An image with {dimension} axes.", fix="autoseg takes 2D and 3D images.")
+    header = FileHeader(
+        size=tuple(image.GetSize()), components=image.GetNumberOfComponentsPerPixel(),
+        spacing=tuple(image.GetSpacing()), origin=tuple(image.GetOrigin()), direction=tuple(image.GetDirection()),
+    )  # fmt: skip
+    depth, height, width = (1, *header.size[::-1])[-3:]
+    thickness, row, column = (1.0, *header.spacing[::-1])[-3:]
+    geometry = Geometry(
+        dimension, (depth, height, width), (thickness, row, column), header.origin, header.direction, header.spacing
+    )
+    array = sitk.GetArrayFromImage(image)
+    array_CZYX = np.moveaxis(array, -1, 0) if header.components > 1 else array[None]
+    return Volume(np.ascontiguousarray(array_CZYX.reshape(-1, depth, height, width), np.float32), geometry)
+
+
 def read_labels(path: Path | str) -> tuple[np.ndarray, Geometry]:
     """A label map with the values of the file: (Z, Y, X) int32, and where it lies.
 

@@ -111,6 +111,11 @@ def _shift_and_scale(channel_ZYX: np.ndarray, shift: float, scale: float, out: n
     return shifted_ZYX
 
 
+def shifter(shift: float, scale: float) -> Callable[[np.ndarray], np.ndarray]:
+    """(pixels - shift) * scale as a function, for whoever normalizes an image part by part."""
+    return lambda pixels: _shift_and_scale(pixels, shift, scale)
+
+
 def _zero_outside(channel_ZYX: np.ndarray, mask_ZYX: np.ndarray | None) -> np.ndarray:
     if mask_ZYX is not None:
         channel_ZYX[~mask_ZYX] = 0

@@ -1,20 +1,91 @@
 """Sliding-window inference: overlapping tiles, weighted by a Gaussian, mirrored along the axes that training mirrored.
 
-Legend: B batch, C channel, K class, Z Y X voxels.
+Scores leave as soon as no further tile can change them, in blocks of slices, so that only as many slices are held as a
+patch is thick. Legend: B tiles, N slices that a 2D network sees one by one, C channel, K score, Z Y X voxels.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from autoseg.network.accumulators import Place, zeros
 from autoseg.network.device import Device
+from autoseg.network.export import activated, entropy_nats
 
 OVERLAP = 0.5
 SIGMA_SHARE = 1 / 8
 SLICES_PER_PASS = 8
+
+Progress = Callable[[int, int], None]
+"""(tiles done, of) -> None; what it raises ends the prediction."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How tiles are laid and computed.
+
+    Args:
+        mirror_axes: patch axes; the mean over all their subsets is taken.
+        overlap: share of a patch that neighbours have in common at least.
+        samples: tiles and mirrorings of them that go through the network together.
+        place: where sums are kept.
+    """
+
+    patch_voxels: tuple[int, ...]
+    mirror_axes: tuple[int, ...] = ()
+    overlap: float = OVERLAP
+    samples: int = 1
+    place: Place = "ram"
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What is summed up: logits of one network, or the mean probabilities of several, tile by tile.
+
+    Args:
+        networks: in eval mode, on `device`; each takes (B, C, *patch) and returns (B, K, *patch).
+        probabilities: mean probabilities also of a single network.
+        mutual: a further score beside the classes, the members' mean entropy in nats.
+        activation: "softmax" for classes, "sigmoid" for regions.
+    """
+
+    networks: Sequence[nn.Module]
+    classes: int
+    device: Device
+    probabilities: bool = False
+    mutual: bool = False
+    activation: str = "softmax"
+
+    @property
+    def are_logits(self) -> bool:
+        return len(self.networks) == 1 and not self.probabilities
+
+    @property
+    def channels(self) -> int:
+        """Scores per voxel."""
+        return self.classes + self.mutual
+
+    @torch.inference_mode()
+    def __call__(self, batch: Tensor, flips: Sequence[tuple[int, ...]], samples: int) -> Tensor:
+        """Scores of a batch of tiles, (B, channels, *patch) float32."""
+        means = (mirrored_mean(each, batch, flips, self.device, samples) for each in self.networks)
+        if self.are_logits:
+            return next(means)
+        total = entropy = None
+        for logits in means:
+            shares = activated(logits, self.activation, 1)
+            if self.mutual:
+                own = entropy_nats(shares.transpose(0, 1), self.activation)
+                entropy = own if entropy is None else entropy + own
+            total = shares if total is None else total.add_(shares)
+        if total is None:
+            raise ValueError("at least one network is needed")
+        total /= len(self.networks)
+        return total if entropy is None else torch.cat((total, (entropy / len(self.networks)).unsqueeze(1)), 1)
 
 
 def tile_starts(size: int, patch: int, overlap: float = OVERLAP) -> tuple[int, ...]:
@@ -48,7 +119,6 @@ def mirrorings(mirror_axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     )
 
 
-@torch.inference_mode()
 def predict_logits(
     network: nn.Module,
     image_CZYX: Tensor,
@@ -56,55 +126,172 @@ def predict_logits(
     classes: int,
     device: Device,
     mirror_axes: Sequence[int] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     overlap: float = OVERLAP,
 ) -> Tensor:
-    """Logits of a whole preprocessed image.
-
-    Args:
-        network: in eval mode, on `device`; takes (B, C, *patch) and returns (B, K, *patch).
-        image_CZYX: float32 on the host. A network with a 2D patch sees it slice by slice.
-        mirror_axes: patch axes; the mean over all their subsets is taken.
-        progress: called with (tiles done, of).
-
-    Returns:
-        (K, Z, Y, X) float32 on the host.
-    """
-    flat = len(patch_voxels) == 2
-    size = image_CZYX.shape[2:] if flat else image_CZYX.shape[1:]
-    padded, inside = _padded(image_CZYX, patch_voxels)
-    padded_size = padded.shape[-len(patch_voxels) :]
-    weights = gaussian(patch_voxels).to(device.torch_device)
-    total = torch.zeros((classes, *padded.shape[1:]), dtype=torch.float32)
-    norm = torch.zeros(padded_size, dtype=torch.float32)
-    tiles = list(_tiles(padded.shape[1:], padded_size, patch_voxels, overlap))
-    flips = mirrorings(mirror_axes)
-    for number, (depth, corner) in enumerate(tiles):
-        window = tuple(slice(start, start + patch) for start, patch in zip(corner, patch_voxels, strict=True))
-        where: tuple[slice, ...] = (slice(None), depth, *window) if flat else (slice(None), *window)
-        tile = padded[where]
-        batch = (tile.transpose(0, 1) if flat else tile.unsqueeze(0)).to(device.torch_device)
-        logits = _mirrored_mean(network, batch, flips, device) * weights
-        result = logits.transpose(0, 1) if flat else logits[0]
-        total[where] += result.cpu()
-        if not flat or depth.start == 0:
-            norm[window] += weights.cpu()
-        if progress is not None:
-            progress(number + 1, len(tiles))
-    total /= norm
-    for axis, (start, length) in enumerate(zip(inside, size, strict=True), start=total.ndim - len(size)):
-        total = total.narrow(axis, start, length)
+    """Logits of a whole preprocessed image, (K, Z, Y, X) float32 on the host; see `Tiling` and `score_blocks`."""
+    total = torch.empty((classes, *image_CZYX.shape[1:]))
+    tiling = Tiling(patch_voxels, tuple(mirror_axes), overlap)
+    start = 0
+    for block in score_blocks(Scorer([network], classes, device), image_CZYX, tiling, progress):
+        total[:, start : start + block.shape[1]] = block
+        start += block.shape[1]
     return total
 
 
-def _mirrored_mean(network: nn.Module, batch: Tensor, flips: Sequence[tuple[int, ...]], device: Device) -> Tensor:
+def score_blocks(
+    scorer: Scorer, image_CZYX: Tensor, tiling: Tiling, progress: Progress | None = None
+) -> Iterator[Tensor]:
+    """Scores of a preprocessed image, in consecutive blocks of slices (K, z, Y, X) float32, wherever the sums are.
+
+    A block may be overwritten after the next one is asked for.
+
+    Args:
+        image_CZYX: float32 on the host. A network with a 2D patch sees it slice by slice.
+    """
+    padded, inside = _padded(image_CZYX, tiling.patch_voxels)
+    axes = len(tiling.patch_voxels)
+    kept = [slice(start, start + size) for start, size in zip(inside, image_CZYX.shape[-axes:], strict=True)]
+    size = tuple(padded.shape[-axes:])
+    if axes == 3:
+        blocks = row_blocks(scorer, lambda window: padded[(slice(None), *window)].unsqueeze(0), size, tiling, progress)
+        for start, block_NKZYX in blocks:
+            rows = slice(max(kept[0].start - start, 0), max(kept[0].stop - start, 0))
+            if (block_KZYX := block_NKZYX[0, :, rows, kept[1], kept[2]]).numel():
+                yield block_KZYX
+        return
+    groups = range(0, padded.shape[1], SLICES_PER_PASS)
+    for number, first in enumerate(groups):
+        slices_NCYX = padded[:, first : first + SLICES_PER_PASS].transpose(0, 1)
+        scores_KNYX = _whole_slices(scorer, slices_NCYX, tiling, _share_of(progress, number, len(groups)))
+        yield scores_KNYX[:, :, kept[0], kept[1]]
+
+
+def _whole_slices(scorer: Scorer, slices_NCYX: Tensor, tiling: Tiling, progress: Progress | None) -> Tensor:
+    """All rows of a few slices: (K, N, Y, X)."""
+    everything = slice(None)
+    blocks = row_blocks(
+        scorer, lambda window: slices_NCYX[(everything, everything, *window)], tuple(slices_NCYX.shape[2:]), tiling,
+        progress, len(slices_NCYX),
+    )  # fmt: skip
+    return torch.cat([block_NKYX.transpose(0, 1).clone() for _, block_NKYX in blocks], 2)
+
+
+def row_blocks(
+    scorer: Scorer,
+    tile_of: Callable[[tuple[slice, ...]], Tensor],
+    size: tuple[int, ...],
+    tiling: Tiling,
+    progress: Progress | None = None,
+    slices: int = 1,
+) -> Iterator[tuple[int, Tensor]]:
+    """Scores along the first patch axis as they become final: (first row, (N, K, rows, ...) float32).
+
+    A tile that is the same everywhere is computed once for each set of values; its result does not depend on where it
+    lies. A block is overwritten after the next one is asked for.
+
+    Args:
+        tile_of: window of the patch axes -> (N, C, *patch) float32 on the host.
+        size: of the patch axes; no axis is shorter than the patch.
+        slices: N.
+    """
+    patch, device = tiling.patch_voxels, scorer.device.torch_device
+    starts = [tile_starts(length, edge, tiling.overlap) for length, edge in zip(size, patch, strict=True)]
+    corners = list(itertools.product(*starts[1:]))
+    total = zeros((slices, scorer.channels, patch[0], *size[1:]), tiling.place, device)
+    norm = torch.zeros((patch[0], *size[1:]), device=total.device)
+    weights = gaussian(patch).to(device)
+    weights_there = weights.to(total.device)
+    known = _Constant(scorer, tiling, weights)
+    done = 0
+    for top, following in zip(starts[0], [*starts[0][1:], size[0]], strict=True):
+        windows = [_window((top, *corner), patch) for corner in corners]
+        for window, scores in _scored(scorer, windows, tile_of, tiling, weights, known):
+            place = (slice(None), *window[1:])
+            total[(slice(None), slice(None), *place)] += scores.to(total.device)
+            norm[place] += weights_there
+            done += 1
+            if progress is not None:
+                progress(done, len(corners) * len(starts[0]))
+        rows = following - top
+        total[:, :, :rows] /= norm[:rows]
+        yield top, total[:, :, :rows]
+        for sums in (total.unbind(0) if following < size[0] else ()):
+            _shift(sums.transpose(0, 1), rows)
+        _shift(norm, rows)
+
+
+def _shift(sums: Tensor, rows: int) -> None:
+    """Move the sums up by `rows` of the first axis, piece by piece so that no piece overlaps itself; zeros follow."""
+    kept = len(sums) - rows
+    for start in range(0, kept, rows):
+        stop = min(start + rows, kept)
+        sums[start:stop] = sums[start + rows : stop + rows]
+    sums[max(kept, 0) :] = 0
+
+
+def _scored(
+    scorer: Scorer,
+    windows: Sequence[tuple[slice, ...]],
+    tile_of: Callable[[tuple[slice, ...]], Tensor],
+    tiling: Tiling,
+    weights: Tensor,
+    known: "_Constant",
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """Windows with their weighted scores (N, K, *patch), several windows in one pass where the device has room."""
+    flips = mirrorings(tiling.mirror_axes)
+    waiting: list[tuple[tuple[slice, ...], Tensor]] = []
+    for number, window in enumerate(windows):
+        tile = tile_of(window)
+        if (scores := known.of(tile)) is not None:
+            yield window, scores
+        else:
+            waiting.append((window, tile))
+        full = len(waiting) * len(tile) * len(flips) >= tiling.samples
+        if waiting and (full or number == len(windows) - 1):
+            batch = torch.cat([each for _, each in waiting]).to(weights.device, non_blocking=True)
+            found = scorer(batch, flips, tiling.samples) * weights
+            yield from ((place, part) for (place, _), part in zip(waiting, found.split(len(tile)), strict=True))
+            waiting = []
+
+
+class _Constant:
+    """The scores of the last tile that was the same everywhere."""
+
+    def __init__(self, scorer: Scorer, tiling: Tiling, weights: Tensor) -> None:
+        self.scorer, self.tiling, self.weights = scorer, tiling, weights
+        self.values: tuple[float, ...] = ()
+        self.scores: Tensor | None = None
+
+    def of(self, tile: Tensor) -> Tensor | None:
+        """Weighted scores, or None where the tile is not constant."""
+        flat = tile.flatten(2)
+        first = flat[:, :, :1]
+        # most tiles differ within a few voxels
+        if not torch.equal(flat[:, :, :64], first.expand_as(flat[:, :, :64])) or not bool((flat == first).all()):
+            return None
+        values = tuple(first.flatten().tolist())
+        if self.scores is None or values != self.values:
+            flips = mirrorings(self.tiling.mirror_axes)
+            found = self.scorer(tile.to(self.weights.device), flips, self.tiling.samples)
+            self.values, self.scores = values, found * self.weights
+        return self.scores
+
+
+def mirrored_mean(
+    network: nn.Module, batch: Tensor, flips: Sequence[tuple[int, ...]], device: Device, samples: int = 1
+) -> Tensor:
+    """Mean logits over the mirrorings, mirrored back, float32; as many in one pass as `samples` allows."""
+    together = max(1, samples // len(batch))
     total: Tensor | None = None
-    for flip in flips:
-        axes = [axis + 2 for axis in flip]
+    for start in range(0, len(flips), together):
+        group = [[axis + 2 for axis in flip] for flip in flips[start : start + together]]
+        turned = [batch.flip(axes) if axes else batch for axes in group]
         with device.autocast():
-            logits = network(batch.flip(axes) if axes else batch)
-        logits = (logits.flip(axes) if axes else logits).float()
-        total = logits if total is None else total + logits
+            found = network(torch.cat(turned) if len(turned) > 1 else turned[0])
+        for axes, logits in zip(group, found.split(len(batch)), strict=True):
+            back = (logits.flip(axes) if axes else logits).float()
+            total = back if total is None else total + back
     if total is None:
         raise ValueError("there is always the unmirrored pass")
     return total / len(flips)
@@ -119,15 +306,12 @@ def _padded(image_CZYX: Tensor, patch_voxels: Sequence[int]) -> tuple[Tensor, tu
     return (nn.functional.pad(image_CZYX, pads) if any(missing) else image_CZYX), before
 
 
-def _tiles(
-    shape_zyx: Sequence[int], size: Sequence[int], patch: Sequence[int], overlap: float
-) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Every tile as (slices of the first axis, corner); volumes have no slices to choose."""
-    corners = list(itertools.product(*(tile_starts(s, p, overlap) for s, p in zip(size, patch, strict=True))))
-    if len(patch) == 3:
-        for corner in corners:
-            yield slice(None), corner
-        return
-    for first in range(0, shape_zyx[0], SLICES_PER_PASS):
-        for corner in corners:
-            yield slice(first, min(first + SLICES_PER_PASS, shape_zyx[0])), corner
+def _window(corner: Sequence[int], patch: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + edge) for start, edge in zip(corner, patch, strict=True))
+
+
+def _share_of(progress: Progress | None, number: int, of: int) -> Progress | None:
+    """Progress of one of several equal parts as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda done, tiles: progress(number * tiles + done, of * tiles)

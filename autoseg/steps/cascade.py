@@ -13,7 +13,9 @@ from autoseg.image.formats import read_labels
 from autoseg.image.resample import resample_labels
 from autoseg.layout import Layout, ModelLayout, prediction_file
 from autoseg.records import Case, Configuration, Plan, Run
-from autoseg.steps.predict import Predictor, segment_cases, trained_models
+from autoseg.steps.models import trained_models
+from autoseg.steps.predict import segment_cases
+from autoseg.steps.predictor import Predictor
 from autoseg.store import load, remove_unfinished
 
 

@@ -20,7 +20,7 @@ from autoseg.image.formats import ending_of, read_geometry, read_labels, write_l
 from autoseg.image.labels import grid_difference, label_maps
 from autoseg.image.probabilities import ProbabilityHeader, read_classes, read_header, write_probabilities
 from autoseg.image.volume import Geometry
-from autoseg.layout import prediction_file, probabilities_file
+from autoseg.layout import PROBABILITIES, prediction_file, probabilities_file
 from autoseg.scoring import overlap
 
 SUM_TOLERANCE = 0.02
@@ -103,6 +103,11 @@ def mean_of_probabilities(
         raise UserError(
             f"{paths[0]}: it does not say which values its classes have in label maps.", fix="Predict it again."
         )
+    if partial := [path for path in paths if not read_header(path).complete]:
+        raise UserError(
+            f"{partial[0]}: it holds only some of the classes, which cannot be averaged.",
+            fix="Predict with --save-probabilities alone, without --classes.",
+        )
     size = header.geometry.size_voxels
     best_ZYX, labels_ZYX = np.full(size, -np.inf, np.float32), np.zeros(size, np.int32)
     values = header.values
@@ -144,7 +149,9 @@ def mean_classes(paths: Sequence[Path], shares: Sequence[float]) -> Iterator[np.
         yield mean_ZYX
     for reader in readers:
         next(reader, None)  # the end of the file, where its checksum is
-    if not _is_one(sum_ZYX, SUM_TOLERANCE * min(share for share in shares if share > 0)):
+    tolerance = SUM_TOLERANCE * min(share for share in shares if share > 0)
+    rounding = max(read_header(path).rounding for path in paths) * len(header.names)
+    if not _is_one(sum_ZYX, tolerance + rounding):
         raise _not_one(paths)
 
 
@@ -156,7 +163,8 @@ def _not_one(paths: Sequence[Path]) -> UserError:
     """The error that names the file whose probabilities do not sum to one."""
     for path in paths:
         sum_ZYX = sum(read_classes(path))
-        if not _is_one(np.asarray(sum_ZYX), SUM_TOLERANCE):
+        header = read_header(path)
+        if not _is_one(np.asarray(sum_ZYX), SUM_TOLERANCE + header.rounding * len(header.names)):
             low, high = float(np.min(sum_ZYX)), float(np.max(sum_ZYX))
             return UserError(
                 f"{path}: the probabilities of a voxel sum to {low:.3g} to {high:.3g}, not to 1.",
@@ -213,9 +221,12 @@ def staple(
 def _member(folder: Path) -> Member:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.")
-    ending = probabilities_file(folder, "").name
-    found = [path for path in sorted(folder.glob(f"*{ending}")) if store.TEMPORARY not in path.name]
-    probabilities = {path.name[: -len(ending)]: path for path in found}
+    probabilities = {
+        path.name[: -len(ending)]: path
+        for ending in reversed(PROBABILITIES)  # the present format wins where a case has both
+        for path in sorted(folder.glob(f"*{ending}"))
+        if store.TEMPORARY not in path.name
+    }
     try:
         maps = label_maps(folder)
     except UserError:

@@ -1,31 +1,68 @@
 """`autoseg predict`: label maps for images, on the grid of their files."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import csv
+import io
+import statistics
+import threading
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from autoseg.cases.discover import discover_images
-from autoseg.cases.prepare import Prepared, prepare, restore, restore_probabilities, to_indices
+from autoseg.cases.exchange import Ending, Found, Ready, is_unchanged, read_case, write_case
+from autoseg.cases.predicted import Predicted
+from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
-from autoseg.events import Advanced, Finished, Report, Said, Started, silent
-from autoseg.image.crop import crop
-from autoseg.image.formats import read_image, write_labels, write_probabilities
-from autoseg.image.resample import operators, resample_labels
-from autoseg.image.rules import apply_rules
-from autoseg.image.volume import Volume, plain_geometry
-from autoseg.layout import Layout, ModelLayout, prediction_file, probabilities_file
-from autoseg.network import checkpoint, unet
-from autoseg.network.device import Device, channels_last, pick, set_up
-from autoseg.network.export import Matrices, labels_of, probabilities_of
-from autoseg.network.sliding import predict_logits
-from autoseg.records import Case, Configuration, Plan, Postprocessing, Run
-from autoseg.steps.plan import checked
-from autoseg.store import load, remove_unfinished
+from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
+from autoseg.image.formats import read_geometry
+from autoseg.image.probabilities import KINDS, Put, writing_probabilities
+from autoseg.lanes import Failure, Stage, side_by_side
+from autoseg.layout import flagged_file, prediction_file, prediction_record, probabilities_file
+from autoseg.network.device import set_up
+from autoseg.network.export import Slab
+from autoseg.parallel import allowed_cores
+from autoseg.records import Case, Plan
+from autoseg.steps.models import configuration_named as configuration_named
+from autoseg.steps.models import default_configuration as default_configuration
+from autoseg.steps.models import trained_models as trained_models
+from autoseg.steps.predictor import Predictor as Predictor
+from autoseg.steps.predictor import on_grid as on_grid
+from autoseg.steps.slides import segment_slide
+from autoseg.store import load, remove_unfinished, write_text
+
+WHAT = "predict"
+MOST_READERS = 4
+CORES_PER_READER = 4
+FEWEST_FOR_PROCESSES = 3
+FEW_CASES = 5
+"""With fewer cases nothing is flagged: there is no telling what is usual."""
+FLAGGED_DEVIATIONS = 3.0
+PRELOAD = ("autoseg.cases.exchange",)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is written beside label maps, and what becomes of cases that fail.
+
+    Args:
+        probabilities: "float16", "uint8" or "" for none.
+        classes: names of the classes whose probabilities are saved; empty for all.
+        uncertainty: images of entropy and mutual information, and flagged.csv.
+        skip_failed: go on with the other cases.
+        workers: processes for reading and writing; 0 for threads of this process, None chooses.
+        records: write the records that `--resume` needs.
+    """
+
+    probabilities: str = ""
+    classes: tuple[str, ...] = ()
+    uncertainty: bool = False
+    skip_failed: bool = False
+    workers: int | None = None
+    records: bool = True
 
 
 def predict(
@@ -37,12 +74,22 @@ def predict(
     folds: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     save_probabilities: bool = False,
+    probability_kind: str = "float16",
+    classes: Sequence[str] | None = None,
+    save_uncertainty: bool = False,
     postprocess: bool = True,
     mirroring: bool = True,
+    speed: str = "accurate",
+    resume: bool = False,
+    part: str | None = None,
+    on_error: str = "stop",
     device: str | None = None,
+    workers: int | None = None,
     report: Report = silent,
 ) -> tuple[Path, ...]:
-    """Segment every image of a folder with the mean of the trained networks; returns the label maps written.
+    """Segment every image of a folder with the mean of the trained networks; returns the label maps, in order of cases.
+
+    Reading the next case, the network, and writing the last one go on side by side.
 
     Args:
         run: run folder with at least one trained network.
@@ -51,283 +98,264 @@ def predict(
         configuration: None takes "3d_cascade" or "3d" or "2d", the first that is trained.
         folds, seeds: networks to average; None takes all that are trained. A cascade's first stage takes the same folds
             and all of their seeds.
-        save_probabilities: also write float16 probabilities, for `ensemble`.
+        save_probabilities: also write probabilities, for `ensemble`: of all classes, or of those in `classes`;
+            `probability_kind` is "float16" or "uint8".
+        save_uncertainty: also write images of entropy (and with several networks of mutual information), in thousandths
+            of the largest possible entropy, and flagged.csv with one number per case.
         postprocess: apply the learned rules, if there are any.
         mirroring: average over the mirrorings that training used.
+        speed: a key of `predictor.SPEEDS`.
+        resume: leave out cases whose files and networks are those of the prediction that is there.
+        part: "3/10" takes the third of ten parts of the cases.
+        on_error: "stop" at the first case that fails, or "skip" it and fail at the end.
+        device: "cuda:0,cuda:1" shares the cases between several.
+        workers: processes for reading and writing; 0 for none, None chooses.
 
     Raises:
-        UserError: no images, no trained network, or a file that cannot be read; files written before stay.
+        UserError: no images, no trained network, a file that cannot be read, or a worker that was killed; files written
+            before stay.
     """
-    predictor = Predictor(
-        run, configuration=configuration, folds=folds, seeds=seeds, device=device, mirroring=mirroring,
-        postprocess=postprocess,
-    )  # fmt: skip
-    cases = discover_images(images, len(predictor.plan.channels))
-    report(Said(f"{predictor.configuration.name}: mean of {', '.join(predictor.members)}."))
+    kind = probability_kind if save_probabilities else ""
+    wishes = Wishes(kind, tuple(classes or ()), save_uncertainty, _is_skip(on_error), workers)
+    predictors = [
+        Predictor(
+            run, configuration=configuration, folds=folds, seeds=seeds, device=each, mirroring=mirroring,
+            postprocess=postprocess, speed=speed, report=report,
+        )
+        for each in (device.split(",") if device else [None])
+    ]  # fmt: skip
+    plan = predictors[0].plan
+    _check_classes(wishes, plan)
+    cases = _part_of(discover_images(images, len(plan.channels)), part)
+    report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     output.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
-    return segment_cases(predictor, cases, output, save_probabilities, report)
+    done = [case for case in cases if resume and _is_done(case, output, predictors[0], wishes)]
+    if done:
+        report(Said(f"{len(done)} of {len(cases)} cases are done already."))
+    todo = [case for case in cases if case not in done]
+    written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
+    paths = {case.id: prediction_file(output, case.id, plan.file_ending) for case in done}
+    paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
+    if save_uncertainty:
+        _flag(output, report)
+    return tuple(paths[case.id] for case in cases)
 
 
 def segment_cases(
-    predictor: "Predictor", cases: Sequence[Case], output: Path, save_probabilities: bool, report: Report
+    predictors: Predictor | Sequence[Predictor],
+    cases: Sequence[Case],
+    output: Path,
+    save_probabilities: bool = False,
+    report: Report = silent,
+    wishes: Wishes | None = None,
 ) -> tuple[Path, ...]:
-    """Predict and write cases one after the other, reading the next one meanwhile."""
-    written = []
-    what = "predict"
-    report(Started(what, of=len(cases)))
-    with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read_image, [Path(p) for p in cases[0].images])] if cases else []
-        for number, case in enumerate(cases):
-            volume = coming.pop().result()
-            if number + 1 < len(cases):
-                coming.append(reader.submit(read_image, [Path(p) for p in cases[number + 1].images]))
-            result = predictor.segment(volume, save_probabilities, case.id)
-            path = prediction_file(output, case.id, predictor.plan.file_ending)
-            if result.probabilities_KZYX is not None:
-                labels = predictor.plan.labels
-                write_probabilities(
-                    probabilities_file(output, case.id), result.probabilities_KZYX, volume.geometry,
-                    [label.name for label in labels], [label.value for label in labels],
-                )  # fmt: skip
-            write_labels(path, result.labels_ZYX, volume.geometry)
-            written.append(path)
-            report(Advanced(what, number + 1, len(cases), case.id))
-    report(Finished(what))
-    return tuple(written)
+    """Predict and write cases, reading, computing and writing side by side; returns the label maps in order of `cases`.
 
-
-@dataclass(frozen=True)
-class Segmentation:
-    """Label map with the values of the user's files, and class probabilities (K, Z, Y, X) float16 if asked for."""
-
-    labels_ZYX: np.ndarray
-    probabilities_KZYX: np.ndarray | None
-
-
-class Predictor:
-    """The trained networks of a run, loaded once.
-
-    Args:
-        run: run folder.
-        configuration, folds, seeds, device, mirroring, postprocess: as for `predict`.
-
-    Raises:
-        UserError: nothing is trained, or a fold or seed is not.
+    Raises the first failure, or with `wishes.skip_failed` one UserError at the end that lists them all.
     """
-
-    def __init__(
-        self,
-        run: Path | str,
-        *,
-        configuration: str | None = None,
-        folds: Sequence[str] | None = None,
-        seeds: Sequence[int] | None = None,
-        device: str | None = None,
-        mirroring: bool = True,
-        postprocess: bool = True,
-    ) -> None:
-        layout = Layout(Path(run))
-        self.plan = checked(Path(run))
-        self.device = pick(device)
-        set_up(self.device)
-        name = configuration or _trained_configuration(layout, self.plan)
-        self.configuration = configuration_named(self.plan, name)
-        models = trained_models(layout, name, folds, seeds)
-        self.members = tuple(model.root.name for model in models)
-        self._networks = [load_network(model, self.device) for model in models]
-        self._mirror_axes = self.configuration.train.augment.mirror_axes if mirroring else ()
-        has_rules = postprocess and layout.postprocessing.is_file()
-        self._rules = load(layout.postprocessing, Postprocessing).rules if has_rules else ()
-        self._previous: Predictor | None = None
-        if self.configuration.previous is not None:
-            self._previous = Predictor(
-                run, configuration=self.configuration.previous, folds=folds, device=device, mirroring=mirroring,
-                postprocess=False,
-            )  # fmt: skip
-
-    @classmethod
-    def of_network(
-        cls, run: Path, configuration: Configuration, network: nn.Module, name: str, device: Device
-    ) -> "Predictor":
-        """A predictor around a network in memory, as validation needs it; no post-processing."""
-        predictor = cls.__new__(cls)
-        predictor.plan, predictor.device, predictor.configuration = checked(run), device, configuration
-        predictor.members, predictor._networks = (name,), [network.eval()]
-        predictor._mirror_axes, predictor._rules = configuration.train.augment.mirror_axes, ()
-        fold, _ = _fold_and_seed(name)
-        predictor._previous = None
-        if configuration.previous is not None:
-            predictor._previous = cls(
-                run, configuration=configuration.previous, folds=[fold], device=device.name, postprocess=False
-            )
-        return predictor
-
-    def __call__(self, image: np.ndarray, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
-        """Segment an array: (C, Z, Y, X), or (Z, Y, X) with one channel, with its voxel size in mm.
-
-        Returns the label map (Z, Y, X) with the values of the training files.
-        """
-        array_CZYX = np.asarray(image, np.float32)
-        array_CZYX = array_CZYX[None] if array_CZYX.ndim == 3 else array_CZYX
-        if array_CZYX.ndim != 4:
-            raise UserError(f"An image needs axes (C, Z, Y, X) or (Z, Y, X), this has shape {array_CZYX.shape}.")
-        z, y, x = (float(each) for each in spacing_mm)
-        size = (array_CZYX.shape[1], array_CZYX.shape[2], array_CZYX.shape[3])
-        return self.segment(Volume(array_CZYX, plain_geometry(size, (z, y, x)))).labels_ZYX
-
-    def predict(self, paths: Sequence[Path | str]) -> np.ndarray:
-        """Segment the image in `paths` (one file per channel); returns its label map (Z, Y, X)."""
-        return self.segment(read_image([Path(path) for path in paths])).labels_ZYX
-
-    def segment(self, volume: Volume, with_probabilities: bool = False, case: str = "the image") -> Segmentation:
-        """Segment one image that has been read; see `Segmentation`."""
-        prepared = prepare(volume, None, self.plan, self.configuration, case)
-        image_CZYX = prepared.image_CZYX
-        if self._previous is not None:
-            values_ZYX = self._previous.segment(volume, case=case).labels_ZYX
-            previous_ZYX = on_grid(values_ZYX, prepared, self.plan, self.configuration)
-            image_CZYX = np.concatenate((image_CZYX, one_hot(previous_ZYX, self.plan.classes)))
-        scores, are_logits = self._scores(torch.from_numpy(image_CZYX))
-        return self._finish(scores, are_logits, prepared, with_probabilities)
-
-    def _scores(self, image_CZYX: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Logits of the only network, or the mean probabilities of several; (K, Z, Y, X) on the network's grid."""
-        classes, axes = self.plan.classes, self._mirror_axes
-        return mean_scores(self._networks, image_CZYX, self.configuration, classes, self.device, axes)
-
-    def _finish(
-        self, scores: torch.Tensor, are_logits: bool, prepared: Prepared, with_probabilities: bool
-    ) -> Segmentation:
-        matrices = to_cropped_grid(prepared, self.configuration)
-        axes, plan = self.configuration.axes, self.plan
-        probabilities = None
-        if with_probabilities:
-            probabilities = restore_probabilities(
-                probabilities_of(scores, matrices, are_logits).numpy(), prepared, axes
-            )
-        indices_ZYX = labels_of(scores, matrices).numpy()
-        if self._rules:
-            spacing = prepared.spacing_mm
-            indices_ZYX = apply_rules(indices_ZYX, self._rules, plan.labels, spacing)
-        return Segmentation(restore(indices_ZYX, prepared, plan.labels, plan.ignore_value, axes), probabilities)
+    predictors = [predictors] if isinstance(predictors, Predictor) else list(predictors)
+    wishes = wishes or Wishes(probabilities="float16" if save_probabilities else "", workers=0, records=False)
+    abandoned = threading.Event()
+    written: dict[str, Path] = {}
+    failures: list[Failure[Case]] = []
+    report(Started(WHAT, of=len(cases)))
+    flow = side_by_side(
+        largest_first(cases, predictors[0]), _stages(predictors, output, wishes, len(cases), abandoned),
+        lambda case: case.id, not wishes.skip_failed, PRELOAD,
+    )  # fmt: skip
+    try:
+        for outcome in flow:
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                report(Warned(_told(outcome)))
+            else:
+                written[outcome[0].id] = outcome[1]
+                report(Advanced(WHAT, len(written), len(cases), outcome[0].id))
+    finally:
+        abandoned.set()
+    report(Finished(WHAT))
+    if failures:
+        listed = "; ".join(f"{each.item.id} ({each.error})" for each in failures)
+        raise UserError(f"{len(failures)} of {len(cases)} cases failed: {listed}", fix="The others are done.")
+    return tuple(written[case.id] for case in cases)
 
 
-def mean_scores(
-    networks: Sequence[nn.Module],
-    image_CZYX: torch.Tensor,
-    configuration: Configuration,
-    classes: int,
-    device: Device,
-    mirror_axes: Sequence[int],
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[torch.Tensor, bool]:
-    """Logits of the only network, or the unweighted mean of the probabilities of several, on the network's grid.
+def largest_first(cases: Sequence[Case], predictor: Predictor) -> list[Case]:
+    """Cases by voxels on the network's grid, so that memory peaks early; what cannot be read comes first of all."""
 
-    Returns (K, Z, Y, X) float32 on the host, and whether these are logits.
-    """
-    total: torch.Tensor | None = None
-    for network in networks:
-        logits = predict_logits(
-            network, image_CZYX, configuration.patch_voxels, classes, device, mirror_axes, progress
-        )
-        if len(networks) == 1:
-            return logits, True
-        probabilities = torch.softmax(logits, 0)
-        total = probabilities if total is None else total.add_(probabilities)
-    if total is None:
-        raise ValueError("at least one network is needed")
-    return total.div_(len(networks)), False
+    def voxels(case: Case) -> float:
+        try:
+            geometry = read_geometry(case.images[0])
+        except UserError:
+            return float("inf")
+        axes = predictor.configuration.axes
+        spacing = [geometry.spacing_mm[axis] for axis in axes]
+        targets = zip(spacing, predictor.configuration.spacing_mm, strict=True)
+        scale = [1.0 if target is None else own / target for own, target in targets]
+        return float(np.prod(geometry.size_voxels) * np.prod(scale))
+
+    return sorted(cases, key=voxels, reverse=True) if len(cases) > 1 else list(cases)
 
 
-def to_cropped_grid(prepared: Prepared, configuration: Configuration) -> Matrices:
-    """The operators from the network's grid to the cropped region of the file, None per axis where sizes agree."""
-    old = prepared.image_CZYX.shape[1:]
-    spacing = [
-        own if target is None else target
-        for own, target in zip(prepared.spacing_mm, configuration.spacing_mm, strict=True)
-    ]
-    found = operators(old, prepared.cropped_shape, spacing, 1, configuration.resampling.anisotropy)
-    # cached matrices are read-only, which torch warns of; they are small
-    z, y, x = (None if matrix is None else torch.from_numpy(matrix.copy()) for matrix in found)
-    return z, y, x
+# ------------------------------------------------------------------------------------------------ stages
 
 
-def on_grid(values_ZYX: np.ndarray, prepared: Prepared, plan: Plan, configuration: Configuration) -> np.ndarray:
-    """Label indices (int16) of a label map of the file, on the grid of a prepared image."""
-    cropped = crop(values_ZYX.transpose(configuration.axes), prepared.box)
-    indices_ZYX = to_indices(cropped, plan.labels, plan.ignore_value, "the previous stage")
-    new_shape = prepared.image_CZYX.shape[1:]
-    return resample_labels(indices_ZYX, prepared.spacing_mm, new_shape, 1, configuration.resampling.anisotropy)
+def _stages(
+    predictors: Sequence[Predictor], output: Path, wishes: Wishes, cases: int, abandoned: threading.Event
+) -> tuple[Stage, ...]:
+    """Reading, computing and writing. Few cases are not worth processes, which take a second to start."""
+    first = predictors[0]
+    readers = max(1, min(MOST_READERS, allowed_cores() // CORES_PER_READER, cases))
+    if wishes.workers is not None:
+        readers = max(1, wishes.workers - 1)
+    in_process = cases > FEWEST_FOR_PROCESSES and wishes.workers != 0
+    ending = Ending(
+        first.plan, first.configuration, first.rules, output, _content(first, wishes) if wishes.records else ""
+    )
+    read = partial(read_case, first.plan, first.stages)
+    return (
+        Stage("reading", (read,) * readers, in_process),
+        Stage("predicting", tuple(partial(_compute, each, output, wishes, abandoned) for each in predictors)),
+        Stage("writing", (partial(write_case, ending),), in_process),
+    )
 
 
-def one_hot(indices_ZYX: np.ndarray, classes: int) -> np.ndarray:
-    """One float32 channel per foreground class: (K - 1, Z, Y, X)."""
-    return np.stack([indices_ZYX == k for k in range(1, classes)]).astype(np.float32)
+def _compute(
+    predictor: Predictor, output: Path, wishes: Wishes, abandoned: threading.Event, case: Case, ready: Ready
+) -> Found:
+    """The network's part, in a thread of this process; it ends at the next tile once the run is given up."""
+
+    def progress(done: int, of: int) -> None:
+        if abandoned.is_set():
+            raise InterruptedError("the run was given up")
+
+    set_up(predictor.device)  # some of it belongs to the thread
+    if not ready.stages:
+        target = prediction_file(output, case.id, predictor.plan.file_ending)
+        segment_slide(predictor, Path(case.images[0]), target, progress)
+        return Found(np.zeros((0, 0, 0), np.int16), None, ready.inputs)
+    if not wishes.probabilities:
+        return predictor.compute(ready, None, wishes.uncertainty, progress)
+    prepared, labels = ready.stages[-1], predictor.plan.labels
+    chosen = [k for k, label in enumerate(labels) if not wishes.classes or label.name in wishes.classes]
+    height, axes = predictor.slab_height(prepared), predictor.configuration.axes
+    before = prepared.box[0][0]
+    with writing_probabilities(
+        probabilities_file(output, case.id), prepared.geometry, [labels[k].name for k in chosen],
+        [labels[k].value for k in chosen], kind=wishes.probabilities, complete=len(chosen) == len(labels),
+        slab=(axes[0], height),
+    ) as put:  # fmt: skip
+        def put_slab(slab: Slab) -> None:
+            start, stop = before + slab.window.start, before + slab.window.stop
+            shares = slab.probabilities_KZYX
+            _put_slices(put, prepared, axes, chosen, (start, stop), None if shares is None else shares.numpy()[chosen])
+
+        found = predictor.compute(ready, put_slab, wishes.uncertainty, progress, height - before % height)
+        whole = prepared.geometry.size_voxels[axes[0]]
+        for start, stop in ((0, before), (prepared.box[0][1], whole)):
+            for each in range(start, stop, height):
+                _put_slices(put, prepared, axes, chosen, (each, min(each + height, stop)), None)
+    return found
 
 
-def load_network(model: ModelLayout, device: Device) -> nn.Module:
-    """The trained network of a model folder, ready to predict on `device`."""
-    network = unet.build(load(model.run, Run).configuration.network)
-    checkpoint.load_weights(model.weights, network)
-    network = network.to(device.torch_device).eval()
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    return channels_last(network, network.spec.dimension)
+def _put_slices(
+    put: Put, prepared: Prepared, axes: tuple[int, int, int], chosen: Sequence[int], at: tuple[int, int],
+    shares_KZYX: np.ndarray | None,
+) -> None:  # fmt: skip
+    """Write slices of the transposed file; outside the crop, and everywhere for None, the background is certain."""
+    size = [prepared.geometry.size_voxels[axis] for axis in axes]
+    block = np.zeros((len(chosen), at[1] - at[0], *size[1:]), np.float16)
+    if 0 in chosen:
+        block[chosen.index(0)] = 1
+    if shares_KZYX is not None:
+        (y0, y1), (x0, x1) = prepared.box[1:]
+        block[:, :, y0:y1, x0:x1] = shares_KZYX
+    window = [slice(None)] * 3
+    window[axes[0]] = slice(*at)
+    put((slice(None), *window), block.transpose(0, *(1 + axis for axis in np.argsort(axes))))
 
 
-def trained_models(
-    layout: Layout, configuration: str, folds: Sequence[str] | None = None, seeds: Sequence[int] | None = None
-) -> tuple[ModelLayout, ...]:
-    """The finished networks of a configuration, by fold and seed.
+# ------------------------------------------------------------------------------------------------ which cases
 
-    Raises UserError that lists what is trained, when nothing fits or a named fold or seed is missing.
-    """
-    found = sorted(path.parent for path in layout.configuration(configuration).glob("fold_*/weights.safetensors"))
-    names = {folder.name: _fold_and_seed(folder.name) for folder in found}
-    chosen = [
-        folder
-        for folder in found
-        if (folds is None or names[folder.name][0] in folds) and (seeds is None or names[folder.name][1] in seeds)
-    ]
-    missing = [fold for fold in folds or () if fold not in {names[folder.name][0] for folder in chosen}]
-    missing_seeds = [seed for seed in seeds or () if seed not in {names[folder.name][1] for folder in chosen}]
-    if missing or missing_seeds or not chosen:
-        what = ", ".join([*missing, *(f"seed {seed}" for seed in missing_seeds)]) or "any fold"
-        seed = f" --seed {missing_seeds[0]}" if missing_seeds else ""
+
+def _is_skip(on_error: str) -> bool:
+    if on_error not in ("stop", "skip"):
+        raise UserError(f"--on-error {on_error} is not known.", fix="Use stop or skip.")
+    return on_error == "skip"
+
+
+def _check_classes(wishes: Wishes, plan: Plan) -> None:
+    names = [label.name for label in plan.labels]
+    if wishes.probabilities and wishes.probabilities not in KINDS:
         raise UserError(
-            f"{layout.root}: {configuration} is not trained for {what} "
-            f"(trained: {', '.join(names) or 'nothing yet'}).",
-            fix=f"Run: autoseg train {layout.root} -c {configuration} -f {[*missing, *(folds or ()), '0'][0]}{seed}",
+            f"Probabilities cannot be saved as {wishes.probabilities!r}.", fix=f"Choose one of: {', '.join(KINDS)}."
         )
-    return tuple(ModelLayout(folder) for folder in chosen)
+    if unknown := [name for name in wishes.classes if name not in names]:
+        raise UserError(f"There is no class {', '.join(unknown)}.", fix=f"Choose among: {', '.join(names)}.")
 
 
-def configuration_named(plan: Plan, name: str) -> Configuration:
-    """The configuration of that name. Raises UserError that lists the valid names."""
-    for configuration in plan.configurations:
-        if configuration.name == name:
-            return configuration
-    names = ", ".join(each.name for each in plan.configurations)
-    raise UserError(f"The plan has no configuration {name!r}.", fix=f"Choose one of: {names}.")
+def _part_of(cases: Sequence[Case], part: str | None) -> list[Case]:
+    """Every n-th case, so that parts of a sorted folder are alike."""
+    if part is None:
+        return list(cases)
+    number, _, of = part.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise UserError(f"--part {part} is no part.", fix="Write 3/10 for the third of ten.")
+    return list(cases)[int(number) - 1 :: int(of)]
 
 
-def default_configuration(plan: Plan) -> str:
-    """What is trained when nothing is named: "3d" where the plan has it, else "2d"."""
-    names = [each.name for each in plan.configurations]
-    return "3d" if "3d" in names else names[0]
+def _content(predictor: Predictor, wishes: Wishes) -> str:
+    """What results depend on beside the image, as one word."""
+    more = [wishes.probabilities, *wishes.classes, "uncertainty" if wishes.uncertainty else ""]
+    return ",".join([predictor.content, *(each for each in more if each)])
 
 
-def _trained_configuration(layout: Layout, plan: Plan) -> str:
-    names = [each.name for each in plan.configurations]
-    preferred = ("3d_cascade", "3d", "3d_lowres", "2d")
-    wanted = [name for name in preferred if name in names] + [name for name in names if name not in preferred]
-    for name in wanted:
-        if any(layout.configuration(name).glob("fold_*/weights.safetensors")):
-            return name
-    return wanted[0]
+def _is_done(case: Case, output: Path, predictor: Predictor, wishes: Wishes) -> bool:
+    path = prediction_record(output, case.id)
+    if not path.is_file():
+        return False
+    try:
+        record = load(path, Predicted)
+    except UserError:
+        return False
+    return (
+        record.model == _content(predictor, wishes)
+        and (output / record.written).is_file()
+        and (not wishes.probabilities or probabilities_file(output, case.id).is_file())
+        and len(record.inputs) == len(case.images)
+        and all(is_unchanged(Path(name), known) for name, known in zip(case.images, record.inputs, strict=True))
+    )
 
 
-def _fold_and_seed(folder: str) -> tuple[str, int]:
-    fold, _, seed = folder.removeprefix("fold_").partition(".seed_")
-    return fold, int(seed or 0)
+# ------------------------------------------------------------------------------------------------ what is told
+
+
+def _told(failure: Failure[Case]) -> str:
+    """A failure that the run goes on after: a sentence for what a user can mend, else the traceback."""
+    if isinstance(failure.error, UserError):
+        return str(failure.error)
+    return "".join(traceback.format_exception(failure.error)).strip()
+
+
+def _flag(output: Path, report: Report) -> None:
+    """Write flagged.csv: every case with a record, the most uncertain first."""
+    records = [load(path, Predicted) for path in sorted(prediction_record(output, "*").parent.glob("*.json"))]
+    numbers = sorted(((r.uncertainty, r.case) for r in records if r.uncertainty is not None), reverse=True)
+    limit = flag_limit([number for number, _ in numbers])
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("case", "uncertainty", "flagged"))
+    writer.writerows((case, f"{number:.4f}", "yes" if number > limit else "no") for number, case in numbers)
+    write_text(flagged_file(output), table.getvalue())
+    if unusual := [case for number, case in numbers if number > limit]:
+        report(Warned(f"Look at {', '.join(unusual)}: the networks are unusually unsure there."))
+
+
+def flag_limit(numbers: Sequence[float]) -> float:
+    """What lies above is unusual: the median and three (scaled) median deviations; nothing in few cases."""
+    if len(numbers) < FEW_CASES:
+        return float("inf")
+    middle = statistics.median(numbers)
+    spread = 1.4826 * statistics.median(abs(number - middle) for number in numbers)
+    return middle + FLAGGED_DEVIATIONS * spread

@@ -12,7 +12,7 @@ from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE, Team, share, wait_for_all
 from autoseg.records import Configuration, Dataset, Fold, Plan, Scores
 from autoseg.steps.evaluate import Pair, Scoring, as_csv, score_pairs, summary
-from autoseg.steps.predict import Predictor
+from autoseg.steps.predictor import Predictor
 
 
 def validate_fold(

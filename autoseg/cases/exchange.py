@@ -1,0 +1,138 @@
+"""What goes into the network and what comes out of it for one case: the parts that need no network.
+
+Worker processes do both while the network computes another case: files are read and prepared, label maps finished and
+written. Nothing here imports torch. Axes: K class, Z Y X voxels.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from autoseg.cases.predicted import InputFile, Predicted
+from autoseg.cases.prepare import Prepared, prepare, restore
+from autoseg.errors import UserError
+from autoseg.image.crop import insert
+from autoseg.image.formats import read_image, write_labels
+from autoseg.image.rules import apply_rules
+from autoseg.image.slides import is_slide
+from autoseg.layout import entropy_file, mutual_file, prediction_file, prediction_record
+from autoseg.records import Case, Configuration, Plan, Rule
+from autoseg.store import save
+
+PERMILLE = 1000
+"""Uncertainty images hold whole numbers, 1000 for the largest possible entropy."""
+HASHED_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A case prepared for every stage of a cascade, the last one is the one asked for; and what its files are.
+
+    A 2D image too large for memory has no stages: it is read while it is computed.
+    """
+
+    stages: tuple[Prepared, ...]
+    inputs: tuple[InputFile, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the network says of a case, on its cropped grid.
+
+    Args:
+        indices_ZYX: int16 label indices.
+        prepared: the case without its image; None for a slide, whose label map is written already.
+        inputs: its files.
+        entropy_ZYX, mutual_ZYX: uint16 in `PERMILLE`, or None.
+        uncertainty: one number for the case, or None.
+    """
+
+    indices_ZYX: np.ndarray
+    prepared: Prepared | None
+    inputs: tuple[InputFile, ...]
+    entropy_ZYX: np.ndarray | None = None
+    mutual_ZYX: np.ndarray | None = None
+    uncertainty: float | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How results are finished and where they go; `model` is the hash kept in the records, "" for no records."""
+
+    plan: Plan
+    configuration: Configuration
+    rules: tuple[Rule, ...]
+    output: Path
+    model: str = ""
+
+
+def read_case(plan: Plan, configurations: Sequence[Configuration], case: Case, _: object = None) -> Ready:
+    """Read a case and prepare it for each configuration. Raises UserError that names the case or its file."""
+    inputs = tuple(input_file(Path(path)) for path in case.images)
+    if is_slide(case.images):
+        return Ready((), inputs)
+    volume = read_image([Path(path) for path in case.images])
+    return Ready(tuple(prepare(volume, None, plan, each, case.id) for each in configurations), inputs)
+
+
+def write_case(ending: Ending, case: Case, found: Found) -> Path:
+    """Finish the labels of a case and write them, on the grid of its file; the record comes last."""
+    prepared, axes = found.prepared, ending.configuration.axes
+    written = prediction_file(ending.output, case.id, ending.plan.file_ending)
+    if prepared is not None:
+        write_labels(written, finished(found.indices_ZYX, prepared, ending), prepared.geometry)
+    for values_ZYX, name in ((found.entropy_ZYX, entropy_file), (found.mutual_ZYX, mutual_file)):
+        if values_ZYX is not None and prepared is not None:
+            path = name(ending.output, case.id, ending.plan.file_ending)
+            write_labels(path, on_file_grid(values_ZYX, prepared, axes), prepared.geometry)
+    if ending.model:
+        record = Predicted(
+            case=case.id, inputs=found.inputs, model=ending.model, written=written.name, uncertainty=found.uncertainty
+        )
+        save(prediction_record(ending.output, case.id), record, durable=False)
+    return written
+
+
+def finished(indices_ZYX: np.ndarray, prepared: Prepared, ending: Ending) -> np.ndarray:
+    """Rules applied, brought back to the file: (Z, Y, X) with the values of the user's files."""
+    plan = ending.plan
+    if ending.rules:
+        indices_ZYX = apply_rules(indices_ZYX, ending.rules, plan.labels, prepared.spacing_mm)
+    return restore(indices_ZYX, prepared, plan.labels, plan.ignore_value, ending.configuration.axes)
+
+
+def on_file_grid(values_ZYX: np.ndarray, prepared: Prepared, axes: tuple[int, int, int]) -> np.ndarray:
+    """Numbers on the cropped grid as numbers on the file's, 0 around them."""
+    size = prepared.geometry.size_voxels
+    whole_ZYX = insert(values_ZYX, prepared.box, tuple(size[axis] for axis in axes), 0)
+    return np.ascontiguousarray(whole_ZYX.transpose(np.argsort(axes)))
+
+
+def without_image(prepared: Prepared) -> Prepared:
+    """The same without voxels: what bringing results back to the file needs."""
+    empty = np.zeros((len(prepared.image_CZYX), 0, 0, 0), np.float32)
+    return Prepared(empty, None, prepared.box, prepared.cropped_shape, prepared.spacing_mm, prepared.geometry)
+
+
+def input_file(path: Path) -> InputFile:
+    """Size, time and content of a file. Raises UserError when it cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(HASHED_AT_ONCE):
+                digest.update(block)
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: this file cannot be read ({error.strerror}).", fix="Is the disk there?") from error
+    return InputFile(name=path.name, size_bytes=status.st_size, time_ns=status.st_mtime_ns, content=digest.hexdigest())
+
+
+def is_unchanged(path: Path, known: InputFile) -> bool:
+    """Whether a file is what it was: by size and time, and where only the time differs by its content."""
+    if not path.is_file() or path.name != known.name or path.stat().st_size != known.size_bytes:
+        return False
+    return path.stat().st_mtime_ns == known.time_ns or input_file(path).content == known.content
+

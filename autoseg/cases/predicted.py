@@ -1,0 +1,22 @@
+"""The record of a prediction: what it was made from, so that `--resume` knows what is done."""
+
+from autoseg.records import Record, Saved
+
+
+class InputFile(Record):
+    """A file that a prediction was made from; `content` is a hash of its bytes."""
+
+    name: str
+    size_bytes: int
+    time_ns: int
+    content: str
+
+
+class Predicted(Saved):
+    """What the prediction of one case was made from: its files, and a hash of networks, plan and options."""
+
+    case: str
+    inputs: tuple[InputFile, ...]
+    model: str
+    written: str
+    uncertainty: float | None = None

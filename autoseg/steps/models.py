@@ -1,0 +1,96 @@
+"""The trained networks of a run: which there are, and one of them ready to predict."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from torch import nn
+
+from autoseg.errors import UserError
+from autoseg.layout import Layout, ModelLayout
+from autoseg.network import checkpoint, unet
+from autoseg.network.device import Device, channels_last
+from autoseg.records import Configuration, Plan, Run
+from autoseg.store import load
+
+HASHED_AT_ONCE = 2**24
+
+
+def load_network(model: ModelLayout, device: Device) -> nn.Module:
+    """The trained network of a model folder, ready to predict on `device`."""
+    network = unet.build(load(model.run, Run).configuration.network)
+    checkpoint.load_weights(model.weights, network)
+    network = network.to(device.torch_device).eval()
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return channels_last(network, network.spec.dimension)
+
+
+def trained_models(
+    layout: Layout, configuration: str, folds: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+) -> tuple[ModelLayout, ...]:
+    """The finished networks of a configuration, by fold and seed.
+
+    Raises UserError that lists what is trained, when nothing fits or a named fold or seed is missing.
+    """
+    found = sorted(path.parent for path in layout.configuration(configuration).glob("fold_*/weights.safetensors"))
+    names = {folder.name: fold_and_seed(folder.name) for folder in found}
+    chosen = [
+        folder
+        for folder in found
+        if (folds is None or names[folder.name][0] in folds) and (seeds is None or names[folder.name][1] in seeds)
+    ]
+    missing = [fold for fold in folds or () if fold not in {names[folder.name][0] for folder in chosen}]
+    missing_seeds = [seed for seed in seeds or () if seed not in {names[folder.name][1] for folder in chosen}]
+    if missing or missing_seeds or not chosen:
+        what = ", ".join([*missing, *(f"seed {seed}" for seed in missing_seeds)]) or "any fold"
+        seed = f" --seed {missing_seeds[0]}" if missing_seeds else ""
+        raise UserError(
+            f"{layout.root}: {configuration} is not trained for {what} "
+            f"(trained: {', '.join(names) or 'nothing yet'}).",
+            fix=f"Run: autoseg train {layout.root} -c {configuration} -f {[*missing, *(folds or ()), '0'][0]}{seed}",
+        )
+    return tuple(ModelLayout(folder) for folder in chosen)
+
+
+def configuration_named(plan: Plan, name: str) -> Configuration:
+    """The configuration of that name. Raises UserError that lists the valid names."""
+    for configuration in plan.configurations:
+        if configuration.name == name:
+            return configuration
+    names = ", ".join(each.name for each in plan.configurations)
+    raise UserError(f"The plan has no configuration {name!r}.", fix=f"Choose one of: {names}.")
+
+
+def default_configuration(plan: Plan) -> str:
+    """What is trained when nothing is named: "3d" where the plan has it, else "2d"."""
+    names = [each.name for each in plan.configurations]
+    return "3d" if "3d" in names else names[0]
+
+
+def trained_configuration(layout: Layout, plan: Plan) -> str:
+    """What is predicted with when nothing is named: the first that is trained of cascade, 3d, low resolution and 2d."""
+    names = [each.name for each in plan.configurations]
+    preferred = ("3d_cascade", "3d", "3d_lowres", "2d")
+    wanted = [name for name in preferred if name in names] + [name for name in names if name not in preferred]
+    for name in wanted:
+        if any(layout.configuration(name).glob("fold_*/weights.safetensors")):
+            return name
+    return wanted[0]
+
+
+def fold_and_seed(folder: str) -> tuple[str, int]:
+    """Fold and seed of a model folder's name."""
+    fold, _, seed = folder.removeprefix("fold_").partition(".seed_")
+    return fold, int(seed or 0)
+
+
+def hash_of(models: Sequence[ModelLayout], plan: Plan, options: dict[str, object]) -> str:
+    """A hash of everything a prediction depends on beside the image: weights, plan and options."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([plan.model_dump(mode="json"), options], sort_keys=True).encode())
+    for model in models:
+        with open(model.weights, "rb") as file:
+            while block := file.read(HASHED_AT_ONCE):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,349 @@
+"""The trained networks of a run, loaded once, for any number of images: files, SimpleITK images or arrays.
+
+Axes: C channel, K class, Z Y X voxels.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import nn
+
+from autoseg.cases.exchange import PERMILLE, Ending, Found, Ready, finished, on_file_grid, without_image
+from autoseg.cases.prepare import Prepared, prepare, restore, restore_probabilities, to_indices
+from autoseg.errors import UserError
+from autoseg.events import Report, Said, silent
+from autoseg.image.crop import crop
+from autoseg.image.formats import read_image, volume_of
+from autoseg.image.resample import operators, resample_labels
+from autoseg.image.volume import Volume, plain_geometry
+from autoseg.layout import Layout
+from autoseg.network import accumulators
+from autoseg.network.device import Device, pick, set_up
+from autoseg.network.export import Matrices, Slab, Wanted, new_shape, slab_height, slabs
+from autoseg.network.sliding import OVERLAP, SLICES_PER_PASS, Progress, Scorer, Tiling, score_blocks
+from autoseg.records import Configuration, Plan, Postprocessing, Rule
+from autoseg.steps.models import (
+    configuration_named,
+    fold_and_seed,
+    hash_of,
+    load_network,
+    trained_configuration,
+    trained_models,
+)
+from autoseg.steps.plan import checked
+from autoseg.store import load
+
+WORTH_A_LINE = 2**28
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is given up for time; measured by bench/speed.py."""
+
+    mirroring: bool
+    overlap: float
+
+
+SPEEDS = {
+    "accurate": Speed(mirroring=True, overlap=OVERLAP),
+    "balanced": Speed(mirroring=False, overlap=OVERLAP),
+    "fast": Speed(mirroring=False, overlap=0.25),
+}
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What is known of one image, on the grid of its file.
+
+    Args:
+        labels_ZYX: int32, the values of the user's files.
+        probabilities_KZYX: float16, or None where not asked for.
+        entropy_ZYX: how undecided the networks are, as a share of the largest possible entropy (0..1), or None.
+        mutual_ZYX: how far the members of an ensemble differ, on the same scale; None for one network.
+        uncertainty: one number for quality control, see `uncertainty_of`; or None.
+    """
+
+    labels_ZYX: np.ndarray
+    probabilities_KZYX: np.ndarray | None = None
+    entropy_ZYX: np.ndarray | None = None
+    mutual_ZYX: np.ndarray | None = None
+    uncertainty: float | None = None
+
+
+Image = np.ndarray | Volume | str | Path | Sequence[str | Path] | Any
+"""An array, a `Volume`, a SimpleITK image, a file, or one file per channel."""
+
+
+class Predictor:
+    """The trained networks of a run, loaded once. Threads may share one: images are computed one after the other.
+
+    Args:
+        run: run folder.
+        configuration, folds, seeds, device, mirroring, postprocess, speed: as for `predict`.
+        report: told where the sums of the sliding window live.
+
+    Raises:
+        UserError: nothing is trained, or a fold or seed is not, or there is no such speed.
+    """
+
+    _mirror_axes: tuple[int, ...]
+    _speed: Speed
+    _report: Report
+
+    def __init__(
+        self,
+        run: Path | str,
+        *,
+        configuration: str | None = None,
+        folds: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        device: str | None = None,
+        mirroring: bool = True,
+        postprocess: bool = True,
+        speed: str = "accurate",
+        report: Report = silent,
+    ) -> None:
+        if speed not in SPEEDS:
+            raise UserError(f"There is no speed {speed!r}.", fix=f"Choose one of: {', '.join(SPEEDS)}.")
+        layout, plan = Layout(Path(run)), checked(Path(run))
+        name = configuration or trained_configuration(layout, plan)
+        chosen = configuration_named(plan, name)
+        models = trained_models(layout, name, folds, seeds)
+        target = pick(device)
+        set_up(target)
+        networks = [load_network(model, target) for model in models]
+        has_rules = postprocess and layout.postprocessing.is_file()
+        rules: tuple[Rule, ...] = load(layout.postprocessing, Postprocessing).rules if has_rules else ()
+        previous = None
+        if chosen.previous is not None:
+            previous = Predictor(
+                run, configuration=chosen.previous, folds=folds, device=device, mirroring=mirroring,
+                postprocess=False, speed=speed, report=report,
+            )  # fmt: skip
+        mirror_axes = chosen.train.augment.mirror_axes if mirroring and SPEEDS[speed].mirroring else ()
+        options: dict[str, object] = {
+            "speed": speed, "mirror_axes": mirror_axes, "rules": [rule.model_dump(mode="json") for rule in rules],
+            "previous": previous.content if previous else "", "configuration": name,
+        }  # fmt: skip
+        members = tuple(model.root.name for model in models)
+        self._set(plan, chosen, target, networks, members, previous, rules, hash_of(models, plan, options))
+        self._mirror_axes, self._speed, self._report = mirror_axes, SPEEDS[speed], report
+
+    @classmethod
+    def of_network(
+        cls, run: Path, configuration: Configuration, network: nn.Module, name: str, device: Device
+    ) -> "Predictor":
+        """A predictor around a network in memory, as validation needs it; no post-processing."""
+        previous = None
+        if configuration.previous is not None:
+            fold, _ = fold_and_seed(name)
+            previous = cls(
+                run, configuration=configuration.previous, folds=[fold], device=device.name, postprocess=False
+            )
+        predictor = cls.__new__(cls)
+        predictor._set(checked(run), configuration, device, [network.eval()], (name,), previous)
+        return predictor
+
+    def _set(
+        self, plan: Plan, configuration: Configuration, device: Device, networks: Sequence[nn.Module],
+        members: tuple[str, ...], previous: "Predictor | None", rules: tuple[Rule, ...] = (), content: str = "",
+    ) -> None:  # fmt: skip
+        self.plan, self.configuration, self.device = plan, configuration, device
+        self.members, self.previous = members, previous
+        self.rules, self.content = rules, content
+        self._networks = networks
+        self._mirror_axes = configuration.train.augment.mirror_axes
+        self._speed, self._report = SPEEDS["accurate"], silent
+        self._said = ""
+        self._one_at_a_time = threading.Lock()
+
+    @property
+    def stages(self) -> tuple[Configuration, ...]:
+        """Configurations that an image is prepared for, first stage first."""
+        return (*(self.previous.stages if self.previous else ()), self.configuration)
+
+    def __call__(
+        self,
+        image: Image,
+        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+        *,
+        probabilities: bool = False,
+        uncertainty: bool = False,
+    ) -> Any:
+        """Segment one image: an array (C, Z, Y, X) or (Z, Y, X), a SimpleITK image, a file, or one file per channel.
+
+        Args:
+            spacing_mm: voxel size Z Y X of an array; other images know theirs.
+
+        Returns the label map (Z, Y, X) with the values of the training files; with `probabilities` or `uncertainty` a
+        `Segmentation` that holds it.
+        """
+        found = self.segment(as_volume(image, spacing_mm), probabilities, uncertainty=uncertainty)
+        return found if probabilities or uncertainty else found.labels_ZYX
+
+    def predict(self, paths: Sequence[Path | str]) -> np.ndarray:
+        """Segment the image in `paths` (one file per channel); returns its label map (Z, Y, X)."""
+        return self.segment(read_image([Path(path) for path in paths])).labels_ZYX
+
+    def segment(
+        self, volume: Volume, with_probabilities: bool = False, case: str = "the image", uncertainty: bool = False
+    ) -> Segmentation:
+        """Segment one image that has been read; see `Segmentation`."""
+        ready = Ready(tuple(prepare(volume, None, self.plan, each, case) for each in self.stages), ())
+        collected: list[np.ndarray] = []
+
+        def keep(slab: Slab) -> None:
+            if slab.probabilities_KZYX is not None:
+                collected.append(slab.probabilities_KZYX.numpy().astype(np.float16))
+
+        found = self.compute(ready, keep if with_probabilities else None, uncertainty)
+        prepared, axes = ready.stages[-1], self.configuration.axes
+        ending = Ending(self.plan, self.configuration, self.rules, Path())
+        shares = None
+        if with_probabilities:
+            shares = restore_probabilities(np.concatenate(collected, 1), prepared, axes)
+        images = [
+            None if each is None else on_file_grid(each, prepared, axes).astype(np.float32) / PERMILLE
+            for each in (found.entropy_ZYX, found.mutual_ZYX)
+        ]
+        return Segmentation(
+            finished(found.indices_ZYX, prepared, ending), shares, images[0], images[1], found.uncertainty
+        )
+
+    def compute(
+        self, ready: Ready, put: Callable[[Slab], None] | None = None, uncertainty: bool = False,
+        progress: Progress | None = None, first_height: int = 0,
+    ) -> Found:  # fmt: skip
+        """What the networks say of a prepared case; `put` gets every slab of probabilities on the cropped grid."""
+        prepared = ready.stages[-1]
+        image_CZYX = prepared.image_CZYX
+        if self.previous is not None:
+            earlier = self.previous.compute(replace(ready, stages=ready.stages[:-1]), progress=progress)
+            plan, stage = self.plan, self.previous.configuration
+            before = without_image(ready.stages[-2])
+            values_ZYX = restore(earlier.indices_ZYX, before, plan.labels, plan.ignore_value, stage.axes)
+            previous_ZYX = on_grid(values_ZYX, prepared, plan, self.configuration)
+            image_CZYX = np.concatenate((image_CZYX, one_hot(previous_ZYX, plan.classes)))
+        wanted = self.wanted(put is not None, uncertainty)
+        matrices = to_cropped_grid(prepared, self.configuration)
+        with self._one_at_a_time:
+            blocks = self._blocks(torch.from_numpy(image_CZYX), wanted, progress)
+            made = slabs(blocks, prepared.image_CZYX.shape[1:], matrices, wanted, first_height)
+            return _gathered(made, prepared, ready, put)
+
+    def slab_height(self, prepared: Prepared) -> int:
+        """Slices of the cropped grid that `compute` passes to `put` at a time."""
+        matrices = to_cropped_grid(prepared, self.configuration)
+        shape = new_shape(prepared.image_CZYX.shape[1:], matrices)
+        return slab_height(shape, self.scorer(self.wanted(True, True)).channels, self.wanted(True, True))
+
+    def wanted(self, probabilities: bool, uncertainty: bool) -> Wanted:
+        """What is to be made of the scores of these networks."""
+        several = len(self._networks) > 1
+        return Wanted(not several, probabilities, uncertainty, uncertainty and several)
+
+    def scorer(self, wanted: Wanted) -> Scorer:
+        """What the sliding window sums up."""
+        return Scorer(self._networks, self.plan.classes, self.device, mutual=wanted.mutual)
+
+    def _blocks(self, image_CZYX: torch.Tensor, wanted: Wanted, progress: Progress | None) -> Iterator[torch.Tensor]:
+        scorer, axes = self.scorer(wanted), len(self.configuration.patch_voxels)
+        slices = 1 if axes == 3 else min(SLICES_PER_PASS, image_CZYX.shape[1])
+        tiling = self.tiling(image_CZYX.shape[-axes:], scorer.channels, slices)
+        return score_blocks(scorer, image_CZYX, tiling, progress)
+
+    def tiling(self, size: Sequence[int], channels: int, slices: int) -> Tiling:
+        """How an image of this size (patch axes) is computed; where its sums live is said in one line."""
+        patch, room = self.configuration.patch_voxels, accumulators.room_of(self.device)
+        needed = accumulators.accumulator_bytes(channels, size, patch, slices)
+        place = accumulators.choose_place(needed, room)
+        if needed >= WORTH_A_LINE and place != self._said:
+            self._report(Said(accumulators.described(place, needed, self.device)))
+            self._said = place
+        features = self.configuration.network.features[0]
+        samples = accumulators.samples_that_fit(
+            patch, features, channels, self.device, room, needed if place == "device" else 0
+        )
+        return Tiling(patch, self._mirror_axes, self._speed.overlap, samples, place)
+
+    def alone(self) -> threading.Lock:
+        """To be held while the networks compute: images of several threads take turns, so that memory is bounded."""
+        return self._one_at_a_time
+
+
+def as_volume(image: Image, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> Volume:
+    """Any image that a `Predictor` takes. Raises UserError for an array with other axes, or a file that is none."""
+    if isinstance(image, Volume):
+        return image
+    if isinstance(image, (str, Path)):
+        return read_image([Path(image)])
+    if isinstance(image, sitk.Image):
+        return volume_of(image)
+    if isinstance(image, Sequence) and image and all(isinstance(each, (str, Path)) for each in image):
+        return read_image([Path(each) for each in image])
+    array_CZYX = np.asarray(image, np.float32)
+    array_CZYX = array_CZYX[None] if array_CZYX.ndim == 3 else array_CZYX
+    if array_CZYX.ndim != 4:
+        raise UserError(f"An image needs axes (C, Z, Y, X) or (Z, Y, X), this has shape {array_CZYX.shape}.")
+    z, y, x = (float(each) for each in spacing_mm)
+    size = (array_CZYX.shape[1], array_CZYX.shape[2], array_CZYX.shape[3])
+    return Volume(array_CZYX, plain_geometry(size, (z, y, x)))
+
+
+def _gathered(
+    made: Iterator[Slab], prepared: Prepared, ready: Ready, put: Callable[[Slab], None] | None
+) -> Found:
+    """The slabs of a case as whole arrays; probabilities only pass through."""
+    labels: list[np.ndarray] = []
+    entropy: list[np.ndarray] = []
+    mutual: list[np.ndarray] = []
+    for slab in made:
+        if put is not None:
+            put(slab)
+        labels.append(slab.labels_ZYX.numpy())
+        for values, images in ((slab.entropy_ZYX, entropy), (slab.mutual_ZYX, mutual)):
+            if values is not None:
+                images.append(np.rint(values.numpy() * PERMILLE).astype(np.uint16))
+    indices_ZYX = labels[0] if len(labels) == 1 else np.concatenate(labels)
+    entropy_ZYX, mutual_ZYX = (np.concatenate(each) if each else None for each in (entropy, mutual))
+    doubt_ZYX = mutual_ZYX if mutual_ZYX is not None else entropy_ZYX
+    number = None if doubt_ZYX is None else uncertainty_of(doubt_ZYX, indices_ZYX)
+    return Found(indices_ZYX, without_image(prepared), ready.inputs, entropy_ZYX, mutual_ZYX, number)
+
+
+def uncertainty_of(doubt_ZYX: np.ndarray, indices_ZYX: np.ndarray) -> float:
+    """One number for a case: mean doubt (0..1) where something was found, or anywhere if nothing was."""
+    found_ZYX = indices_ZYX > 0
+    return float((doubt_ZYX[found_ZYX] if found_ZYX.any() else doubt_ZYX).mean()) / PERMILLE
+
+
+def to_cropped_grid(prepared: Prepared, configuration: Configuration) -> Matrices:
+    """The operators from the network's grid to the cropped region of the file, None per axis where sizes agree."""
+    old = prepared.image_CZYX.shape[1:]
+    spacing = [
+        own if target is None else target
+        for own, target in zip(prepared.spacing_mm, configuration.spacing_mm, strict=True)
+    ]
+    found = operators(old, prepared.cropped_shape, spacing, 1, configuration.resampling.anisotropy)
+    # cached matrices are read-only, which torch warns of; they are small
+    z, y, x = (None if matrix is None else torch.from_numpy(matrix.copy()) for matrix in found)
+    return z, y, x
+
+
+def on_grid(values_ZYX: np.ndarray, prepared: Prepared, plan: Plan, configuration: Configuration) -> np.ndarray:
+    """Label indices (int16) of a label map of the file, on the grid of a prepared image."""
+    cropped = crop(values_ZYX.transpose(configuration.axes), prepared.box)
+    indices_ZYX = to_indices(cropped, plan.labels, plan.ignore_value, "the previous stage")
+    new_shape = prepared.image_CZYX.shape[1:]
+    return resample_labels(indices_ZYX, prepared.spacing_mm, new_shape, 1, configuration.resampling.anisotropy)
+
+
+def one_hot(indices_ZYX: np.ndarray, classes: int) -> np.ndarray:
+    """One float32 channel per foreground class: (K - 1, Z, Y, X)."""
+    return np.stack([indices_ZYX == k for k in range(1, classes)]).astype(np.float32)

@@ -1,0 +1,168 @@
+"""`autoseg predict` when things go wrong: it ends soon, says which case, and what is finished stays."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk
+from planned import a_configuration, a_network, a_planned_run
+from synthetic import write_dataset
+from test_predict import write_network
+
+from autoseg.errors import UserError
+from autoseg.events import Event, Said, Warned
+from autoseg.records import AugmentSpec, TrainSpec
+from autoseg.steps import predict as step
+from autoseg.steps.predict import flag_limit, predict
+
+CASES = 10
+CUT = "case_04"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of random weights, and ten images of which one is cut off in the middle."""
+    place = tmp_path_factory.mktemp("faults")
+    data = write_dataset(place / "data", cases=2, shape=(8, 8, 8), label_values=(1, 2), held_out=CASES)
+    images = sorted((data / "imagesTs").iterdir())
+    for number, path in enumerate(images):
+        path.rename(path.with_name(f"case_{number:02}.nii.gz"))
+    shutil.copytree(data / "imagesTs", place / "whole")
+    cut = data / "imagesTs" / f"{CUT}.nii.gz"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    configuration = a_configuration(
+        network=a_network(), train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=()))
+    )
+    write_network(a_planned_run(place / "run", data, configuration), configuration, "0")
+    return place
+
+
+def maps(folder: Path) -> set[str]:
+    """The label maps in a folder, all of which must open."""
+    found = {path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz")}
+    for name in found:
+        sitk.ReadImage(str(folder / f"{name}.nii.gz"))
+    return found
+
+
+ALL = {f"case_{number:02}" for number in range(CASES)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_image_among_ten_is_named_and_the_others_are_done_with_skip(
+    place: Path, tmp_path: Path, workers: int
+) -> None:
+    said: list[Event] = []
+    options = {"device": "cpu", "workers": workers}
+    with pytest.raises(UserError, match=rf"1 of 10 cases failed: {CUT}.*The others are done"):
+        predict(
+            place / "run", place / "data" / "imagesTs", tmp_path, on_error="skip", report=said.append, **options
+        )
+    assert maps(tmp_path) == ALL - {CUT}
+    assert any(isinstance(each, Warned) and CUT in each.text for each in said)
+    with pytest.raises(UserError, match=CUT):
+        predict(place / "run", place / "data" / "imagesTs", tmp_path / "stopped", **options)
+    assert CUT not in maps(tmp_path / "stopped")
+    assert not list(tmp_path.rglob("*unfinished*"))
+
+
+@pytest.mark.parametrize("stage", ["read_case", "_compute", "write_case"])
+def test_an_exception_in_any_stage_ends_the_run_with_the_case_and_what_is_finished_stays(
+    place: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(step, stage)
+
+    def broken(*arguments: object) -> object:
+        if any(getattr(each, "id", "") == "case_05" for each in arguments):
+            raise ZeroDivisionError("injected")
+        return whole(*arguments)
+
+    monkeypatch.setattr(step, stage, broken)
+    with pytest.raises(ZeroDivisionError, match="injected") as caught:
+        predict(place / "run", place / "whole", tmp_path, device="cpu", workers=0)
+    assert "case_05" in "".join(caught.value.__notes__)
+    assert {"case_00", "case_01"} <= maps(tmp_path)
+    with pytest.raises(UserError, match=r"1 of 10 cases failed: case_05 \(injected\)"):
+        predict(place / "run", place / "whole", tmp_path, device="cpu", workers=0, on_error="skip")
+    assert maps(tmp_path) == ALL - {"case_05"}
+
+
+def test_a_worker_that_is_killed_from_outside_ends_the_command_soon(place: Path, tmp_path: Path) -> None:
+    """The first worker process that appears is stopped, so that it has a case, and then killed."""
+    command = [sys.executable, "-m", "autoseg", "predict", str(place / "run"), "-i", str(place / "whole")]
+    process = subprocess.Popen([*command, "-o", str(tmp_path), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+    victim = None
+    while victim is None and process.poll() is None:
+        victim = next((pid for pid in _descendants(process.pid) if "forkserver" in _command_of(pid)), None)
+        victim = victim and next(iter(_descendants(victim)), None)
+        time.sleep(0.01)
+    assert victim is not None
+    os.kill(victim, signal.SIGSTOP)
+    time.sleep(0.5)
+    os.kill(victim, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    # killed before it had a case, it is replaced
+    assert process.returncode == 0 or (process.returncode == 2 and "SIGKILL" in said and "case_" in said)
+
+
+def _descendants(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(each) for each in text.split()]
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def test_resume_leaves_out_what_is_done_and_unchanged(place: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(place / "whole", images)
+    predict(place / "run", images, out, device="cpu", part="1/2")
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    assert set(before) == {f"case_{number:02}.nii.gz" for number in range(0, CASES, 2)}
+    os.utime(images / "case_00.nii.gz")  # another time, the same content
+    shutil.copy(images / "case_01.nii.gz", images / "case_02.nii.gz")
+    (out / "case_04.nii.gz").unlink()
+    said: list[Event] = []
+    written = predict(place / "run", images, out, device="cpu", resume=True, report=said.append)
+    assert [path.name for path in written] == sorted(f"{each}.nii.gz" for each in ALL)
+    assert any(isinstance(each, Said) and each.text == "3 of 10 cases are done already." for each in said)
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    kept = {name for name, when in before.items() if after[name] == when}
+    assert kept == {"case_00.nii.gz", "case_06.nii.gz", "case_08.nii.gz"}
+    said.clear()
+    predict(place / "run", images, out, device="cpu", resume=True, speed="fast", part="1/5", report=said.append)
+    assert not any(isinstance(each, Said) and "done already" in each.text for each in said)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "2", "a/b", "1/0"])
+def test_a_part_that_is_none_is_refused(place: Path, tmp_path: Path, part: str) -> None:
+    with pytest.raises(UserError, match=rf"--part {part} is no part"):
+        predict(place / "run", place / "whole", tmp_path, device="cpu", part=part)
+
+
+def test_unknown_choices_are_named(place: Path, tmp_path: Path) -> None:
+    for wrong, said in (
+        ({"speed": "warp"}, r"no speed 'warp'.*accurate, balanced, fast"),
+        ({"on_error": "hope"}, "--on-error hope"),
+        ({"save_probabilities": True, "classes": ["liver"]}, r"no class liver.*background"),
+        ({"save_probabilities": True, "probability_kind": "int4"}, r"'int4'.*uint8"),
+    ):
+        with pytest.raises(UserError, match=said):
+            predict(place / "run", place / "whole", tmp_path, device="cpu", **wrong)
+
+
+def test_cases_are_flagged_where_networks_are_unusually_unsure() -> None:
+    assert flag_limit([0.1, 0.1, 0.9]) == float("inf")
+    assert 0.15 < flag_limit([0.10, 0.11, 0.12, 0.13, 0.9]) < 0.9

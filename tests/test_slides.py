@@ -1,0 +1,114 @@
+"""Slides: read and written in bands, segmented as in memory."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from planned import a_configuration, a_network, a_planned_run
+from synthetic import write_dataset
+from test_predict import write_network
+
+from autoseg.errors import UserError
+from autoseg.image import slides
+from autoseg.image.formats import read_image, read_labels
+from autoseg.image.slides import channels_of, is_slide, nonzero_box, open_slide, write_slide
+from autoseg.records import AugmentSpec, TrainSpec
+from autoseg.steps.predict import predict
+
+
+def picture(height: int, width: int, channels: int = 1) -> np.ndarray:
+    """Noise (Y, X, C) with a border of zeros on three sides."""
+    found = np.random.default_rng(0).integers(1, 255, (height, width, channels), np.uint8)
+    found[:9], found[:, :5], found[:, -3:] = 0, 0, 0
+    return found
+
+
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [{"tile": (32, 48)}, {"rowsperstrip": 7}, {"tile": (16, 16), "compression": "zlib"}, {}], ids=str
+)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bands_of_any_layout_are_what_is_in_the_file(tmp_path: Path, layout: dict, channels: int) -> None:
+    whole = picture(100, 83, channels)
+    tifffile.imwrite(tmp_path / "a.tif", whole.squeeze(), photometric="rgb" if channels == 3 else None, **layout)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.shape == (channels, 100, 83)
+        for start, stop in ((0, 100), (3, 4), (31, 33), (90, 100)):
+            np.testing.assert_array_equal(slide.rows(start, stop), np.moveaxis(whole[start:stop], -1, 0))
+        assert nonzero_box(slide, channels) == ((9, 100), (5, 80))
+
+
+def test_a_constant_alpha_channel_does_not_count(tmp_path: Path) -> None:
+    for alpha, channels in ((255, 3), (None, 4)):
+        whole = picture(40, 40, 4)
+        if alpha is not None:
+            whole[..., 3] = alpha
+        tifffile.imwrite(tmp_path / "a.tif", whole, photometric="rgb", tile=(16, 16), extrasamples=["unassalpha"])
+        with open_slide(tmp_path / "a.tif") as slide:
+            assert channels_of(slide) == channels
+
+
+def test_bands_of_labels_become_one_file_with_the_resolution_of_the_image(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", picture(700, 300).squeeze(), resolution=(40000.0, 30000.0), resolutionunit=3)
+    labels = np.random.default_rng(1).integers(0, 3, (700, 300), np.uint8)
+    cuts = [0, 1, 130, 131, 600, 700]
+    with open_slide(tmp_path / "a.tif") as slide:
+        rows = (labels[a:b] for a, b in itertools.pairwise(cuts))
+        write_slide(tmp_path / "out.tif", slide, rows, np.dtype(np.uint8))
+    np.testing.assert_array_equal(read_labels(tmp_path / "out.tif")[0][0], labels)
+    with tifffile.TiffFile(tmp_path / "a.tif") as before, tifffile.TiffFile(tmp_path / "out.tif") as after:
+        for tag in ("XResolution", "YResolution", "ResolutionUnit"):
+            assert after.pages[0].tags[tag].value == before.pages[0].tags[tag].value
+
+
+@pytest.mark.parametrize(
+    ("normalization", "shape"),
+    [("zscore", (50, 33)), ("rescale_0_1", (30, 24)), ("none", (30, 24)), ("zscore", (20, 14))],
+)
+def test_a_slide_is_segmented_as_in_memory(
+    tmp_path: Path, normalization: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(
+        tmp_path / "data", cases=2, shape=(20, 24), dimension=2, layout="plain", label_values=(100, 255), held_out=1
+    )
+    configuration = a_configuration(
+        name="2d", dimension=2, spacing_mm=(None, 1.0, 1.0), median_shape_voxels=(1, 20, 24), patch_voxels=(16, 16),
+        normalization=(normalization,), network=a_network(dimension=2),
+        train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,), mirror_axes=(1,))),
+    )  # fmt: skip
+    run = a_planned_run(tmp_path / "run", data, configuration)
+    write_network(run, configuration, "0")
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", picture(*shape).squeeze())
+    [in_memory] = predict(run, tmp_path / "in", tmp_path / "memory", device="cpu")
+    tifffile.imwrite(tmp_path / "in" / "a.tif", picture(*shape).squeeze(), tile=(32, 32))
+    monkeypatch.setattr(slides, "SLIDE_PIXELS", 10)
+    monkeypatch.setattr(slides, "BAND_ROWS", 32)
+    monkeypatch.setattr(slides.scales, "ROW_VOXELS", 100)
+    [in_bands] = predict(run, tmp_path / "in", tmp_path / "bands", device="cpu")
+    expected = read_labels(in_memory)[0]
+    assert len(np.unique(expected)) > 1
+    found = tifffile.imread(tmp_path / "bands" / in_bands.name)
+    np.testing.assert_array_equal(found, expected[0])
+
+
+def test_small_and_other_images_are_no_slides(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", picture(30, 30).squeeze())
+    assert not is_slide([str(tmp_path / "a.tif")])
+    assert not is_slide(["a.nii.gz"])
+    assert read_image([tmp_path / "a.tif"]).array_CZYX.shape == (1, 1, 30, 30)
+
+
+def test_a_damaged_slide_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(200, 200).squeeze(), tile=(32, 32))
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(UserError, match=r"a\.tif: this slide cannot be read"), open_slide(path) as slide:
+        slide.rows(0, 200)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"a\.tif: this slide cannot be read"), open_slide(path):
+        pass
