@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from autoseg import cli_scores
 from autoseg.arguments import (
     AsJson,
     ConfigurationName,
@@ -20,7 +21,6 @@ from autoseg.arguments import (
     parse_duration,
     parse_length,
 )
-from autoseg.arguments import decimals as _decimals
 from autoseg.arguments import names as _names
 from autoseg.arguments import numbers as _numbers
 from autoseg.arguments import seconds as _seconds
@@ -205,90 +205,8 @@ def predict(
         )  # fmt: skip
 
 
-@app.command()
-def ensemble(
-    predictions: Annotated[list[Path], typer.Argument(help="Folders written by predict --save-probabilities.")],
-    output: Output,
-    weights: Annotated[str | None, typer.Option(help="One weight per folder, such as 2,1. [default: equal]")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="mean, vote or staple. [default: mean where all have probabilities, else vote]")
-    ] = None,
-    save_probabilities: Annotated[
-        bool, typer.Option("--save-probabilities", help="Also write the averaged probabilities.")
-    ] = False,
-) -> None:
-    """Average the probabilities of several prediction folders."""
-    with _watched() as report:
-        from autoseg.steps.ensemble import ensemble as step
-
-        step(
-            predictions, output, weights=_decimals(weights, "--weights"), method=method,
-            save_probabilities=save_probabilities, report=report,
-        )  # fmt: skip
-
-
-@app.command()
-def postprocess(
-    run: RunFolder,
-    predictions: Annotated[
-        Path | None, typer.Option("--input", "-i", help="Apply the learned rules to this folder.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the results go (with -i).", show_default=False)
-    ] = None,
-    configuration: ConfigurationName = None,
-    workers: Workers = None,
-    as_json: AsJson = False,
-) -> None:
-    """Learn on the cross-validation which small components to remove; with -i and -o, apply what was learned."""
-    if (predictions is None) != (output is None):
-        raise typer.BadParameter("-i and -o go together; leave both out to learn the rules")
-    with _watched() as report:
-        from autoseg.steps.postprocess import postprocess_apply, postprocess_learn
-
-        if predictions is not None and output is not None:
-            postprocess_apply(run, predictions, output, workers=workers, report=report)
-            return
-        learned = postprocess_learn(run, configuration, workers=workers, report=report)
-    _show(learned, as_json)
-
-
-@app.command()
-def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder of predicted label maps.", show_default=False)],
-    references: Annotated[Path, typer.Argument(help="Folder of reference label maps, or a run folder.")],
-    no_surface: Annotated[bool, typer.Option("--no-surface", help="Skip the surface distances: faster.")] = False,
-    tolerance_mm: Annotated[float, typer.Option("--tolerance", min=0, help="Of the surface Dice, in mm.")] = 1.0,
-    workers: Workers = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score label maps against references; writes scores.json into the folder of predictions."""
-    with _watched() as report:
-        from autoseg.steps.evaluate import evaluate as step
-
-        scores = step(
-            predictions, references, surface=not no_surface, tolerance_mm=tolerance_mm, workers=workers, report=report
-        )
-    _show(scores, as_json)
-
-
-@app.command()
-def compare(
-    scores: Annotated[list[Path], typer.Argument(help="Two or more scored folders, or their scores.json.")],
-    metrics: Annotated[
-        str | None, typer.Option(help="Such as dice,hd95_mm. [default: Dice, surface Dice, HD95]")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the comparison and its picture.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare methods scored on the same cases: differences, their intervals, and which are more than chance."""
-    with _watched() as report:
-        from autoseg.steps.compare import compare as step
-
-        found = step(*scores, metrics=_names(metrics), output=output, report=report)
-    _show(found, as_json)
+for each in cli_scores.COMMANDS:
+    app.command()(each)
 
 
 @app.command()

@@ -31,6 +31,11 @@ class Layout:
         return self.root / "postprocess.json"
 
     @property
+    def selection(self) -> Path:
+        """What `predict` uses where no configuration is named."""
+        return self.root / "selection.json"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -50,6 +55,15 @@ class Layout:
 
     def configuration(self, configuration: str) -> Path:
         return self.root / "models" / configuration
+
+    @property
+    def ensembles(self) -> Path:
+        """Folder with one folder per pair of configurations that was tried together on the validation cases."""
+        return self.root / "ensembles"
+
+    def cross_validation(self, name: str) -> Path:
+        """Folder with the folds of a configuration, or of a pair such as "2d+3d"."""
+        return self.ensembles / name if "+" in name else self.configuration(name)
 
     def model(self, configuration: str, fold: str, seed: int = 0) -> "ModelLayout":
         """Folder of one trained network; `fold` is "0".."4" or "all", `seed` 0 is the unnamed default."""
@@ -190,3 +204,8 @@ def comparison_file(folder: Path) -> Path:
 def comparison_picture(folder: Path) -> Path:
     """Its differences with their intervals as a picture."""
     return folder / "comparison.png"
+
+
+def agreement_file(folder: Path) -> Path:
+    """How well the members of an ensemble agree with each other and with it."""
+    return folder / "agreement.json"

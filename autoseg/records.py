@@ -296,13 +296,11 @@ class Run(Saved):
 
 
 class CaseScore(Record):
-    """Scores of one case, per foreground class in the order of the labels; None where a score is not defined.
-
-    `values[metric][k - 1]` belongs to label index k.
-    """
+    """Scores of one case: `values[metric][k - 1]` of label index k (None: not defined); `content` hashes its files."""
 
     id: str
     values: dict[str, tuple[float | None, ...]]
+    content: str = ""
 
 
 class Scores(Saved):
@@ -315,6 +313,7 @@ class Scores(Saved):
     cases: tuple[CaseScore, ...]
     mean: dict[str, tuple[float | None, ...]]
     foreground_mean: dict[str, float | None]
+    tolerances_mm: tuple[float, ...] = ()
 
 
 class Rule(Record):

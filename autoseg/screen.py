@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from autoseg.records import Plan, Postprocessing, Run, Scores
     from autoseg.scoring.comparison import Comparison
+    from autoseg.scoring.selection import Selection
 
 PLAIN_WIDTH = 120
 PLAIN_SECONDS = 5.0
@@ -233,8 +234,27 @@ def show_rules(learned: "Postprocessing") -> None:
     if not learned.rules:
         say(f"No rule raised the mean Dice of the {learned.cases} cases; predictions stay as they are.")
         return
-    rows = [(r.label or "foreground", r.action, f"{r.dice_before:.4f} -> {r.dice_after:.4f}") for r in learned.rules]
-    _table(_filled(f"Learned on {learned.cases} cases", ("class", "rule", "mean Dice"), rows))
+    rows = [
+        (
+            r.label or "foreground", r.action, f"{r.dice_before:.4f} -> {r.dice_after:.4f}",
+            f"{r.false_positive_mm3_before:.0f} -> {r.false_positive_mm3_after:.0f}",
+            "-" if r.p_value is None else f"{r.p_value:.2g}",
+        )
+        for r in learned.rules
+    ]  # fmt: skip
+    headings = ("class", "rule", "mean Dice", "false positives, mm3 per case", "p")
+    _table(_filled(f"Learned on {learned.cases} cases", headings, rows))
+
+
+def show_selection(chosen: "Selection") -> None:
+    """What was tried, best first, and what `predict` will use."""
+    rows = [
+        (each.name, *("-" if v is None else f"{v:.{n}g}" for v, n in ((each.dice, 4), (each.p_value, 2))))
+        for each in chosen.candidates
+    ]
+    title = f"{chosen.cases} validation cases of folds {', '.join(chosen.folds)}"
+    _table(_filled(title, ("candidate", "mean Dice", "p against the best"), rows))
+    say(f"predict uses {'+'.join(chosen.members)}.")
 
 
 def show_comparison(found: "Comparison") -> None:
@@ -248,6 +268,10 @@ def show_comparison(found: "Comparison") -> None:
         rows.append((each.metric, each.label, pair, difference, interval, chance, each.better or "-"))
     headings = ("metric", "class", "pair", "difference", f"{100 * found.level:.3g} % interval", "p", "better")
     _table(_filled(f"Comparison on {found.cases} cases", headings, rows))
+    if found.rank_shares:
+        places = sorted(zip(found.methods, found.rank_shares, strict=True), key=lambda m: found.ranking.index(m[0]))
+        said = ", ".join(f"{name} (first in {100 * shares[0]:.0f} %)" for name, shares in places)
+        say(f"Ranking by {found.metrics[0]} when cases are drawn anew: {said}.")
     say(found.conclusion)
 
 
@@ -307,5 +331,6 @@ SHOWN: dict[str, Callable[..., None]] = {
     "Scores": show_scores,
     "Postprocessing": show_rules,
     "Comparison": show_comparison,
+    "Selection": show_selection,
 }
 """Record name -> its table."""

@@ -3,12 +3,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from autoseg import store
 from autoseg.errors import UserError
 from autoseg.image.formats import read_labels, write_labels
 from autoseg.image.probabilities import read_classes, read_header, read_probabilities, write_probabilities
 from autoseg.image.volume import Geometry, plain_geometry
-from autoseg.layout import prediction_file, probabilities_file
-from autoseg.steps.ensemble import ensemble, majority
+from autoseg.layout import agreement_file, prediction_file, probabilities_file
+from autoseg.scoring.comparison import Agreement
+from autoseg.steps import combine
+from autoseg.steps.combine import majority, overlaps_of_maps
+from autoseg.steps.ensemble import ensemble
 
 NAMES, VALUES = ("background", "organ", "lesion"), (0, 100, 255)
 GEOMETRY = plain_geometry((4, 6, 5), (2.5, 0.7, 0.7))
@@ -62,6 +66,58 @@ def test_weights_move_the_mean(folders, tmp_path):
     for wrong in ((1, 2), (1, -1, 1), (0, 0, 0), (1, float("nan"), 1)):
         with pytest.raises(UserError, match="weights"):
             ensemble(folders, tmp_path / "other", weights=wrong)
+
+
+def test_the_result_does_not_depend_on_the_slabs(folders, tmp_path, monkeypatch):
+    ensemble(folders, tmp_path / "whole", save_probabilities=True)
+    monkeypatch.setattr(combine, "SLAB_VALUES", 1)
+    assert combine.slab_depth((3, 4, 6, 5)) == 1
+    ensemble(folders, tmp_path / "slices", save_probabilities=True)
+    for case in ("a", "b"):
+        whole, slices = (read_labels(tmp_path / name / f"{case}.nii.gz")[0] for name in ("whole", "slices"))
+        assert np.array_equal(whole, slices)
+        whole, slices = (read_probabilities(probabilities_file(tmp_path / n, case))[0] for n in ("whole", "slices"))
+        assert np.array_equal(whole, slices)
+    both = [store.load(agreement_file(tmp_path / name), Agreement) for name in ("whole", "slices")]
+    assert both[0] == both[1]
+
+
+def test_slabs_are_as_thick_as_memory_allows_and_whole_blocks_on_disk():
+    assert combine.slab_depth((62, 300, 512, 512)) == 8
+    assert combine.slab_depth((3, 40, 64, 64)) == 40
+    assert combine.slab_depth((500, 40, 512, 512)) == 1
+
+
+def test_how_well_members_agree_is_said_per_pair_and_class_and_saved(folders, tmp_path):
+    heard: list = []
+    ensemble(folders, tmp_path / "out", report=heard.append)
+    agreement = store.load(agreement_file(tmp_path / "out"), Agreement)
+    assert agreement.labels == ("organ", "lesion")
+    assert agreement.cases == 2
+    assert [pair.first[-3:] for pair in agreement.pairs if pair.second == "ensemble"] == ["one", "two", "ree"]
+    assert len(agreement.pairs) == 6
+    one_two = agreement.pairs[0]
+    expected = []
+    for k in (1, 2):
+        dice = []
+        for number in (0, 1):
+            one, two = half(number).argmax(0) == k, half(10 + number).argmax(0) == k
+            dice.append(2 * (one & two).sum() / (one.sum() + two.sum()))
+        expected.append(np.mean(dice))
+    assert one_two.per_label == pytest.approx(expected)
+    assert one_two.dice == pytest.approx(np.mean(expected))
+    said = [event.text for event in heard if "agree" in getattr(event, "text", "")]
+    assert len(said) == 6
+    assert "(organ 0." in said[0]
+
+
+def test_agreement_knows_negative_and_huge_values():
+    one = np.array([[[0, -5, 1_000_000, 1_000_000]]])
+    other = np.array([[[0, -5, -5, 1_000_000]]])
+    found = overlaps_of_maps([one, other])
+    assert found.names == ("-5", "1000000")
+    assert found.voxels_MMK[0, 1].tolist() == [1, 1]
+    assert combine.dice_of(found)[0, 1] == pytest.approx([2 / 3, 2 / 3])
 
 
 def test_label_maps_vote_and_ties_go_to_the_first_folder(tmp_path):
@@ -168,5 +224,5 @@ def test_files_already_in_the_output_stay_and_what_a_killed_run_left_goes(folder
     (tmp_path / "out" / "notes.txt").write_text("mine")
     ensemble(folders, tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["a.nii.gz", "b.nii.gz", "notes.txt"]
+    assert names == ["a.nii.gz", "agreement.json", "b.nii.gz", "notes.txt"]
     assert not list(tmp_path.glob("*unfinished*"))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from scipy import ndimage
 
 from autoseg import store
 from autoseg.errors import UserError
@@ -11,8 +13,9 @@ from autoseg.image.formats import write_labels
 from autoseg.image.labels import label_maps, labels_found, to_indices
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import Layout, scores_csv, scores_file
-from autoseg.records import Case, Dataset, Label, Scores
-from autoseg.steps.evaluate import evaluate, evaluate_run, score_case
+from autoseg.records import Case, Dataset, Fold, Label, Scores, Splits
+from autoseg.steps import evaluate as step
+from autoseg.steps.evaluate import evaluate, evaluate_all, evaluate_run, score_case
 
 SPACING_MM = (3.0, 1.0, 0.5)
 LABELS = (Label(name="background", value=0), Label(name="liver", value=10), Label(name="tumour", value=20))
@@ -189,3 +192,138 @@ def test_a_run_is_scored_on_the_validation_cases_of_all_folds(folders, tmp_path)
     assert [case.id for case in scores.cases] == ["a", "b", "c"]
     assert scores.mean["dice"][0] == 0.75
     assert store.load(scores_file(layout.configuration("3d")), Scores) == scores
+
+
+def test_all_configurations_of_a_run_are_scored_and_missing_folds_are_said(folders, tmp_path):
+    predictions, references = folders
+    layout = Layout(tmp_path / "run")
+    cases = tuple(Case(id=c, images=("x",), label=str(references / f"{c}.nii.gz")) for c in "abcd")
+    store.save(layout.dataset, Dataset(name="x", dimension=3, channels=("t1",), labels=LABELS, cases=cases))
+    fold = Fold(train=("a",), validation=("b",))
+    store.save(layout.splits, Splits(seed=0, grouped=False, folds=(fold, fold)))
+    with pytest.raises(UserError, match="no validation predictions"):
+        evaluate_all(layout.root, workers=1)
+    for name, shown in (("2d", "ab"), ("3d", "abc")):
+        for case in shown:
+            target = layout.model(name, "0").validation / f"{case}.nii.gz"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((predictions / f"{case}.nii.gz").read_bytes())
+    heard: list = []
+    scores = evaluate_all(layout.root, workers=1, report=heard.append)
+    assert {name: len(each.cases) for name, each in scores.items()} == {"2d": 2, "3d": 3}
+    assert scores_csv(layout.configuration("2d")).is_file()
+    assert any("3d: 1 of 2 folds are trained" in getattr(event, "text", "") for event in heard)
+    with pytest.raises(UserError, match="several configurations"):
+        evaluate_run(layout.root, workers=1)
+
+
+def test_what_has_not_changed_is_not_scored_again(folders, monkeypatch):
+    first = evaluate(*folders, labels=LABELS, workers=1)
+    scored = []
+    real = step.score_case
+    monkeypatch.setattr(step, "score_case", lambda case, *rest: scored.append(case) or real(case, *rest))
+    assert evaluate(*folders, labels=LABELS, workers=1) == first
+    assert scored == []
+    save(folders[0], "b", cube(3))
+    save(folders[1], "c", cube(2))
+    changed = evaluate(*folders, labels=LABELS, workers=1)
+    assert scored == ["b", "c"]
+    assert changed.cases[1].values["dice"] == (0.75, None)
+    assert changed.cases[0] == first.cases[0]
+    evaluate(*folders, labels=LABELS, workers=1, tolerance_mm=3.0)
+    assert len(scored) == 6
+
+
+def test_a_file_of_scores_that_cannot_be_read_is_made_anew(folders):
+    first = evaluate(*folders, labels=LABELS, workers=1)
+    scores_file(folders[0]).write_text("{")
+    assert evaluate(*folders, labels=LABELS, workers=1) == first
+    content = json.loads(scores_file(folders[0]).read_text())
+    del content["tolerances_mm"]
+    for case in content["cases"]:
+        del case["content"]
+    scores_file(folders[0]).write_text(json.dumps(content))
+    assert store.load(scores_file(folders[0]), Scores).cases[0].content == ""
+    assert evaluate(*folders, labels=LABELS, workers=1) == first
+
+
+def test_every_class_may_have_its_own_tolerance(folders):
+    predictions, references = folders
+    save(predictions, "b", cube(4, 20) + cube(8))
+    save(references, "b", cube(2, 20) + cube(8))
+    near = evaluate(*folders, labels=LABELS, workers=1, tolerance_mm={"tumour": 0.4})
+    assert near.tolerances_mm == (2.0, 0.4)
+    assert near.cases[1].values["surface_dice"][1] == 1.0
+    within = near.cases[1].values["surface_dice_at_tolerance"]
+    assert within[0] == 1.0
+    assert 0 < within[1] < 1
+    with pytest.raises(UserError, match="A tolerance for spleen, which is no label"):
+        evaluate(*folders, labels=LABELS, workers=1, tolerance_mm={"spleen": 1.0})
+    with pytest.raises(UserError, match="no distances"):
+        evaluate(*folders, labels=LABELS, workers=1, tolerance_mm=-1.0)
+
+
+def test_classes_that_nobody_drew_in_a_case_have_no_score_there():
+    reference, prediction = cube(2, 1), cube(2, 1)
+    prediction[2:6, 8:10] = 2
+    full = score_case("x", prediction, reference, SPACING_MM, 3)
+    assert full.values["dice"] == (1.0, 0.0)
+    partly = score_case("x", prediction, reference, SPACING_MM, 3, annotated=(0, 1))
+    assert partly.values["dice"] == (1.0, None)
+    assert partly.values["prediction_mm3"][1] is None
+    assert step.summary((full, partly), LABELS, "", "").mean["dice"] == (1.0, 0.0)
+
+
+def random_case(seed: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
+    """Two related maps of two classes and an anisotropic spacing; some are empty, some hold a single voxel."""
+    chance = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in chance.integers(4, 16, 3))
+    spacing_mm = tuple(float(s) for s in chance.uniform(0.5, 4.0, 3))
+    maps = np.zeros((2, *shape), np.int16)
+    for k in (1, 2):
+        field = ndimage.gaussian_filter(chance.normal(size=shape), 1.0)
+        other = field + 0.5 * ndimage.gaussian_filter(chance.normal(size=shape), 1.0)
+        for one, values in zip(maps, (field, other), strict=True):
+            one[values > np.quantile(values, 0.8)] = k
+    if seed % 5 == 0:
+        maps[seed // 5 % 2] = 0
+    if seed % 10 in (0, 3):
+        maps[0, 1, 2, 3] = 1
+        maps[0][maps[0] == 2] = 0
+    return maps[0], maps[1], spacing_mm
+
+
+def test_scores_by_overlap_equal_simpleitk_on_200_random_cases():
+    for seed in range(200):
+        prediction, reference, spacing_mm = random_case(seed)
+        scored = score_case("x", prediction, reference, spacing_mm, 3, with_surface=False).values
+        images = [sitk.GetImageFromArray(each.astype(np.uint8)) for each in (reference, prediction)]
+        for image in images:
+            image.SetSpacing(spacing_mm[::-1])
+        measure, sizes = sitk.LabelOverlapMeasuresImageFilter(), []
+        for image in images:
+            shapes = sitk.LabelShapeStatisticsImageFilter()
+            shapes.Execute(image)
+            sizes.append({k: shapes.GetPhysicalSize(k) if k in shapes.GetLabels() else 0.0 for k in (1, 2)})
+        measure.Execute(images[1], images[0])
+        for k in (1, 2):
+            ours = {name: values[k - 1] for name, values in scored.items()}
+            assert ours["reference_mm3"] == pytest.approx(sizes[0][k], rel=1e-6)
+            assert ours["prediction_mm3"] == pytest.approx(sizes[1][k], rel=1e-6)
+            if not (reference == k).any() or not (prediction == k).any():
+                assert not ours["dice"]
+                continue
+            assert ours["dice"] == pytest.approx(measure.GetDiceCoefficient(k), abs=1e-6)
+            assert ours["iou"] == pytest.approx(measure.GetJaccardCoefficient(k), abs=1e-6)
+            assert ours["recall"] == pytest.approx(1 - measure.GetFalseNegativeError(k), abs=1e-6)
+            assert ours["precision"] == pytest.approx(1 - measure.GetFalseDiscoveryRate(k), abs=1e-6)
+            assert ours["volume_error"] == pytest.approx(sizes[1][k] / sizes[0][k] - 1, abs=1e-6)
+            assert ours["lesion_f1"] == pytest.approx(lesion_f1_by_simpleitk(images, k), abs=1e-6)
+
+
+def lesion_f1_by_simpleitk(images: list[sitk.Image], k: int) -> float:
+    """From its connected components (26 neighbours), counted one by one."""
+    real, found = (sitk.GetArrayFromImage(sitk.ConnectedComponent(image == k, True)) for image in images)
+    hit = sum(bool((found[real == n] > 0).any()) for n in range(1, real.max() + 1)) / real.max()
+    true = sum(bool((real[found == n] > 0).any()) for n in range(1, found.max() + 1)) / found.max()
+    return 2 * hit * true / (hit + true) if hit + true else 0.0

@@ -12,6 +12,7 @@ from autoseg.scoring.surface import (
 )
 
 SPACING_MM = (3.0, 1.2, 0.7)
+MISSED = {"hd95_mm": None, "asd_mm": None, "surface_dice": 0.0, "surface_dice_at_tolerance": 0.0}
 
 
 def ball(shape=(40, 60, 70), centre_mm=(57.0, 36.0, 24.0), radius_mm=18.0, spacing_mm=SPACING_MM) -> np.ndarray:
@@ -24,7 +25,7 @@ def blobs(seed: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]
     """Two related random masks with an anisotropic spacing; some are empty, some have a single voxel."""
     chance = np.random.default_rng(seed)
     shape = tuple(int(n) for n in chance.integers(6, 24, 3))
-    spacing_mm = tuple(float(s) for s in chance.uniform(0.5, 4.0, 3))
+    spacing_mm = tuple(float(s) for s in np.random.default_rng(seed % 20).uniform(0.5, 4.0, 3))
     field = ndimage.gaussian_filter(chance.normal(size=shape), 1.5)
     other = field + 0.5 * ndimage.gaussian_filter(chance.normal(size=shape), 1.5)
     reference, prediction = field > np.quantile(field, 0.8), other > np.quantile(other, 0.8)
@@ -56,22 +57,60 @@ def test_distances_equal_an_exact_distance_map_of_the_volume():
 
 
 def test_scores_equal_the_published_implementation():
-    """Skipped where the package `surface-distance` is not installed; 200 random cases."""
+    """On 200 random cases, by the package `surface-distance` of the extra `dev`; skipped where that is missing."""
     published = pytest.importorskip("surface_distance", reason="the package surface-distance is not installed")
     for seed in range(200):
         prediction, reference, spacing_mm = blobs(seed)
         ours = surface_scores(prediction, reference, spacing_mm)
         if not prediction.any():
-            assert ours == {"hd95_mm": None, "asd_mm": None, "surface_dice": 0.0}
+            assert ours == MISSED
             continue
         theirs = published.compute_surface_distances(reference, prediction, spacing_mm)
         assert ours["hd95_mm"] == pytest.approx(published.compute_robust_hausdorff(theirs, 95), abs=1e-6)
         expected = published.compute_surface_dice_at_tolerance(theirs, 1.0)
         assert ours["surface_dice"] == pytest.approx(expected, abs=1e-6)
+        expected = published.compute_surface_dice_at_tolerance(theirs, 2.0)
+        assert ours["surface_dice_at_tolerance"] == pytest.approx(expected, abs=1e-6)
         total = sum(theirs[f"surfel_areas_{side}"].sum() for side in ("gt", "pred"))
         summed = (theirs["distances_gt_to_pred"] * theirs["surfel_areas_gt"]).sum()
         summed += (theirs["distances_pred_to_gt"] * theirs["surfel_areas_pred"]).sum()
         assert ours["asd_mm"] == pytest.approx(summed / total, abs=1e-6)
+
+
+def test_scores_equal_those_from_distance_maps_of_simpleitk():
+    """200 random cases: its exact map (Maurer 2003) of the surface elements, read at the other surface."""
+    import SimpleITK as sitk
+
+    for seed in range(200):
+        prediction, reference, spacing_mm = blobs(seed)
+        ours = surface_scores(prediction, reference, spacing_mm)
+        if not prediction.any():
+            assert ours == MISSED
+            continue
+        found = []
+        for mask, other in ((prediction, reference), (reference, prediction)):
+            places_mm, areas = surface_elements(mask, spacing_mm)
+            elements = np.zeros(tuple(n + 1 for n in mask.shape), np.uint8)
+            elements[index_of(surface_elements(other, spacing_mm)[0], spacing_mm)] = 1
+            image = sitk.GetImageFromArray(elements)
+            image.SetSpacing(spacing_mm[::-1])
+            far = sitk.SignedMaurerDistanceMap(image, squaredDistance=False, useImageSpacing=True)
+            found.append((np.maximum(sitk.GetArrayFromImage(far), 0)[index_of(places_mm, spacing_mm)], areas))
+        (there, one), (back, other) = found
+        total = one.sum() + other.sum()
+        assert ours["asd_mm"] == pytest.approx(((there * one).sum() + (back * other).sum()) / total, rel=1e-5, abs=1e-5)
+        near = one[there <= 2.0].sum() + other[back <= 2.0].sum()
+        assert ours["surface_dice_at_tolerance"] == pytest.approx(near / total, abs=1e-6)
+        reached = []
+        for far, areas in found:
+            order = np.argsort(far)
+            reached.append(far[order][np.searchsorted(np.cumsum(areas[order]) / areas.sum(), 0.95)])
+        assert ours["hd95_mm"] == pytest.approx(max(reached), rel=1e-5, abs=1e-5)
+
+
+def index_of(places_mm: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, ...]:
+    """Indices of surface elements in the grid of cubes, which starts half a voxel before the mask."""
+    return tuple(np.rint(places_mm / np.array(spacing_mm) + 0.5).astype(int).T)
 
 
 def test_the_area_of_a_ball_is_that_of_a_sphere():
@@ -124,14 +163,15 @@ def test_equal_masks_are_perfect_and_one_voxel_is_enough():
     one = np.zeros((3, 3, 3), bool)
     one[1, 1, 1] = True
     for mask in (one, np.ones((2, 3, 4), bool), ball()):
-        assert surface_scores(mask, mask, SPACING_MM) == {"hd95_mm": 0.0, "asd_mm": 0.0, "surface_dice": 1.0}
+        perfect = {"hd95_mm": 0.0, "asd_mm": 0.0, "surface_dice": 1.0, "surface_dice_at_tolerance": 1.0}
+        assert surface_scores(mask, mask, SPACING_MM) == perfect
 
 
 def test_empty_masks_follow_the_policy():
     empty, full = np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool)
     assert surface_scores(empty, empty, SPACING_MM)["surface_dice"] is None
     for one, other in ((empty, full), (full, empty)):
-        assert surface_scores(one, other, SPACING_MM) == {"hd95_mm": None, "asd_mm": None, "surface_dice": 0.0}
+        assert surface_scores(one, other, SPACING_MM) == MISSED
 
 
 def test_a_2d_outline_is_measured_in_its_plane():

@@ -44,3 +44,21 @@ class Comparison(Saved):
     ranking: tuple[str, ...]
     rank_shares: tuple[tuple[float, ...], ...]
     differences: tuple[Difference, ...]
+
+
+class Agreeing(Record):
+    """Mean Dice over the cases between two members of an ensemble, or a member and the "ensemble"."""
+
+    first: str
+    second: str
+    dice: float | None
+    per_label: tuple[float | None, ...]
+
+
+class Agreement(Saved):
+    """How well the members of an ensemble agree, per foreground label; None where neither of two has the label."""
+
+    members: tuple[str, ...]
+    labels: tuple[str, ...]
+    cases: int
+    pairs: tuple[Agreeing, ...]

@@ -96,14 +96,14 @@ def surface_scores(
     prediction_ZYX: np.ndarray,
     reference_ZYX: np.ndarray,
     spacing_mm: tuple[float, float, float],
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float = 2.0,
     flat: bool = False,
 ) -> dict[str, float | None]:
-    """HD95, average surface distance and surface Dice of one class.
+    """HD95, average surface distance and surface Dice (at 1 mm and at a tolerance) of one class.
 
     Args:
         prediction_ZYX, reference_ZYX: bool, equal shape, cropped to what holds both (empty masks are fine).
-        tolerance_mm: distance within which a surface counts as right, for `surface_dice`.
+        tolerance_mm: distance within which a surface counts as right, for `surface_dice_at_tolerance`.
         flat: the image is 2D (one slice).
 
     Returns:
@@ -113,11 +113,12 @@ def surface_scores(
     between = distances(prediction_ZYX, reference_ZYX, spacing_mm, flat)
     if between is None:
         missed = 0.0 if prediction_ZYX.any() or reference_ZYX.any() else None
-        return {"hd95_mm": None, "asd_mm": None, "surface_dice": missed}
+        return dict.fromkeys(("hd95_mm", "asd_mm")) | dict.fromkeys(SURFACE_METRICS[2:], missed)
     return {
         "hd95_mm": hausdorff_mm(between),
         "asd_mm": average_mm(between),
-        "surface_dice": surface_dice(between, tolerance_mm),
+        "surface_dice": surface_dice(between, 1.0),
+        "surface_dice_at_tolerance": surface_dice(between, tolerance_mm),
     }
 
 
@@ -201,5 +202,5 @@ def _line_lengths(spacing_mm: tuple[float, float]) -> np.ndarray:
     return lengths
 
 
-SURFACE_METRICS = ("hd95_mm", "asd_mm", "surface_dice")
+SURFACE_METRICS = ("hd95_mm", "asd_mm", "surface_dice", "surface_dice_at_tolerance")
 """What `surface_scores` returns."""

@@ -20,7 +20,7 @@ from autoseg.layout import comparison_file, comparison_picture, scores_file
 from autoseg.records import CaseScore, Scores
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.comparison import Comparison, Difference
-from autoseg.steps.evaluate import dataset_near
+from autoseg.steps.pairs import dataset_near
 
 FOREGROUND, VOLUME = "foreground", "reference_mm3"
 DEFAULT_METRICS = ("dice", "surface_dice", "hd95_mm")
@@ -52,8 +52,7 @@ def compare(
         raise UserError("A comparison needs at least two sets of scores.")
     read = [_read(path) for path in scores]
     called = _names(scores, names)
-    _check_paired(read, scores)
-    statistics.enough(len(read[0].cases))
+    read = _paired(read, scores, report)
     chosen = _metrics(read, metrics)
     _warn_of_groups(read[0], groups, report)
     rows = [
@@ -233,10 +232,13 @@ def _names(scores: Sequence[Path], names: Sequence[str] | None) -> tuple[str, ..
     return tuple(str(folder) for folder in folders)
 
 
-def _check_paired(read: Sequence[Scores], paths: Sequence[Path]) -> None:
-    """Raise UserError unless all sets score the same cases and labels against the same references."""
+def _paired(read: Sequence[Scores], paths: Sequence[Path], report: Report) -> list[Scores]:
+    """All sets with the cases that every one of them has, with a warning where some had more.
+
+    Raises UserError unless all score the same labels against the same references, in at least six common cases.
+    """
     first = read[0]
-    volumes = _volumes(first)
+    common = set.intersection(*({case.id for case in scores.cases} for scores in read))
     for scores, path in zip(read[1:], paths[1:], strict=True):
         both = f"{paths[0]} and {path}"
         if scores.labels != first.labels:
@@ -245,18 +247,27 @@ def _check_paired(read: Sequence[Scores], paths: Sequence[Path]) -> None:
                 fix="Compare scores of one data set.",
             )
         apart = sorted({case.id for case in first.cases} ^ {case.id for case in scores.cases})
+        if apart and not common:
+            raise UserError(f"{both} have no case in common: only one of them has {some(apart)}.",
+                            fix="Compare scores of one data set.")  # fmt: skip
         if apart:
-            raise UserError(
-                f"{both} are not paired: only one of them has {some(apart)}.",
-                fix="Score the same cases with all methods.",
-            )
-        others = volumes | _volumes(scores)
-        moved = [case for case in sorted(volumes) if not np.allclose(volumes[case], others[case], rtol=1e-4)]
+            report(Warned(f"{both} are not paired: only one of them has {some(apart)}, which therefore do not count."))
+        volumes, others = _volumes(first), _volumes(scores)
+        moved = [
+            case
+            for case in sorted(common & set(volumes) & set(others))
+            if not np.allclose(volumes[case], others[case], rtol=1e-4, equal_nan=True)
+        ]
         if moved:
             raise UserError(
                 f"{both} were scored against different references: their volumes differ in {some(moved)}.",
                 fix="Score all methods against the same references.",
             )
+    statistics.enough(len(common))
+    return [
+        scores.model_copy(update={"cases": tuple(case for case in scores.cases if case.id in common)})
+        for scores in read
+    ]
 
 
 def _volumes(scores: Scores) -> dict[str, np.ndarray]:
@@ -295,6 +306,7 @@ def _ordered(scores: Scores) -> list[CaseScore]:
 BETTER: dict[str, int] = {
     "dice": 1,
     "surface_dice": 1,
+    "surface_dice_at_tolerance": 1,
     "hd95_mm": -1,
     "asd_mm": -1,
     "iou": 1,

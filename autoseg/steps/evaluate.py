@@ -1,12 +1,13 @@
-"""`autoseg evaluate`: scores of a folder of predicted label maps against the references.
+"""`autoseg evaluate`: scores of predicted label maps against the references, of a folder or a whole cross-validation.
 
-Axes: Z Y X voxels. The policy for empty cases is `scoring.overlap.POLICY`; it is saved with the scores.
+Axes: Z Y X voxels. The policy for empty cases is `scoring.overlap.POLICY`; it is saved with the scores. A case whose
+files and settings are those of the last time keeps its scores: they are found by a hash in `scores.json`.
 """
 
 import csv
+import hashlib
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,35 +16,45 @@ from scipy import ndimage
 
 from autoseg import store
 from autoseg.errors import UserError
-from autoseg.events import Advanced, Finished, Report, Started, silent
+from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.components import bounding_box, components
-from autoseg.image.formats import read_geometry, read_labels
-from autoseg.image.labels import grid_difference, label_maps, labels_found, some, to_indices
-from autoseg.layout import Layout, ModelLayout, scores_csv, scores_file
+from autoseg.image.formats import read_labels
+from autoseg.image.labels import labels_found, some, to_indices
+from autoseg.layout import Layout, scores_csv, scores_file
 from autoseg.parallel import allowed_cores, over_cases
-from autoseg.records import CaseScore, Dataset, Label, Scores
+from autoseg.records import CaseScore, Dataset, Label, Scores, Splits
 from autoseg.scoring import overlap, surface
+from autoseg.steps.pairs import (
+    Pair,
+    check_grids,
+    dataset_near,
+    pair_up,
+    predicted_names,
+    validated_folds,
+    validation_pairs,
+)
 
 LESION_CONNECTIVITY = 3
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One case to be scored: the predicted label map and its reference."""
-
-    id: str
-    prediction: Path
-    reference: Path
+TOLERANCE_MM = 2.0
+"""Of `surface_dice_at_tolerance` where none is asked for; `surface_dice` is always at 1 mm."""
+METHOD = "2"
+"""Changes when a score is computed in another way, so that older ones are not taken for current."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What one worker needs to know besides the pair."""
+    """How pairs are scored; `tolerance_mm` is one for all foreground labels, or one for each in their order."""
 
     labels: tuple[Label, ...]
     ignore_value: int | None
     surface: bool
-    tolerance_mm: float
+    tolerance_mm: float | tuple[float, ...] = TOLERANCE_MM
+
+    @property
+    def tolerances_mm(self) -> tuple[float, ...]:
+        """One tolerance per foreground label."""
+        one = self.tolerance_mm
+        return one if isinstance(one, tuple) else (float(one),) * (len(self.labels) - 1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def evaluate(
     cases: Sequence[str] | None = None,
     output: Path | None = None,
     surface: bool = True,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | Mapping[str, float] = TOLERANCE_MM,
     workers: int | None = None,
     report: Report = silent,
 ) -> Scores:
@@ -75,7 +86,8 @@ def evaluate(
         ignore_value: value in the references that nobody annotated; None takes it from the same place as the labels.
         cases: ids to score; None scores all, and then both sides must hold the same cases.
         output: folder for `scores.json` and `scores.csv`; None takes `predictions`.
-        surface: also compute HD95, average surface distance (mm) and surface Dice at `tolerance_mm`.
+        surface: also compute HD95, average surface distance (mm) and surface Dice at 1 mm and at a tolerance.
+        tolerance_mm: of the latter, for all labels, or by label name (others: `TOLERANCE_MM`).
         workers: processes; None uses all allowed cores.
 
     Raises:
@@ -88,8 +100,10 @@ def evaluate(
         labels = known.labels if known else labels_found([pair.reference for pair in pairs], ignore_value)
     if ignore_value is None and known is not None:
         ignore_value = known.ignore_value
-    scored = score_pairs(pairs, Scoring(labels, ignore_value, surface, tolerance_mm), workers, report)
-    return save_scores(scored, labels, predictions, references, predictions if output is None else output)
+    scoring = Scoring(labels, ignore_value, surface, tolerances(tolerance_mm, labels))
+    folder = predictions if output is None else output
+    scored = score_pairs(pairs, scoring, workers, report, scored_before(folder))
+    return save_scores(scored, scoring, predictions, references, folder)
 
 
 def evaluate_run(
@@ -97,13 +111,14 @@ def evaluate_run(
     configuration: str | None = None,
     *,
     surface: bool = True,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | Mapping[str, float] = TOLERANCE_MM,
     workers: int | None = None,
     report: Report = silent,
 ) -> Scores:
-    """Score the cross-validation of a run: the validation predictions of all its folds together.
+    """Score the cross-validation of one configuration of a run: the validation predictions of all its folds together.
 
-    `scores.json` and `scores.csv` go into the configuration's folder. `configuration` None takes the only one trained.
+    `scores.json` and `scores.csv` go into the configuration's folder. `configuration` None takes the only one trained,
+    else the selected one; a pair such as "2d+3d" that `select` has combined is one, too.
 
     Raises:
         UserError: as `evaluate`; or nothing is trained yet.
@@ -111,29 +126,59 @@ def evaluate_run(
     dataset = store.load(Layout(run).dataset, Dataset)
     name, pairs = validation_pairs(run, dataset, configuration)
     check_grids(pairs)
-    scoring = Scoring(dataset.labels, dataset.ignore_value, surface, tolerance_mm)
-    folder = Layout(run).configuration(name)
-    return save_scores(score_pairs(pairs, scoring, workers, report), dataset.labels, folder, run, folder)
+    scoring = Scoring(dataset.labels, dataset.ignore_value, surface, tolerances(tolerance_mm, dataset.labels))
+    folder = Layout(run).cross_validation(name)
+    _say_folds(run, name, report)
+    scored = score_pairs(pairs, scoring, workers, report, scored_before(folder))
+    return save_scores(scored, scoring, folder, run, folder)
+
+
+def evaluate_all(
+    run: Path,
+    *,
+    surface: bool = True,
+    tolerance_mm: float | Mapping[str, float] = TOLERANCE_MM,
+    workers: int | None = None,
+    report: Report = silent,
+) -> dict[str, Scores]:
+    """`evaluate_run` for every configuration and pair of a run that has validation predictions."""
+    names = predicted_names(run)
+    if not names:
+        raise UserError(f"{run}: no validation predictions.", fix="Train at least one fold first: autoseg train.")
+    return {
+        name: evaluate_run(
+            run, name, surface=surface, tolerance_mm=tolerance_mm, workers=workers, report=report
+        )
+        for name in names
+    }
 
 
 def save_scores(
-    scored: tuple[CaseScore, ...], labels: tuple[Label, ...], predictions: Path, references: Path, folder: Path
+    scored: tuple[CaseScore, ...], scoring: Scoring, predictions: Path, references: Path, folder: Path
 ) -> Scores:
     """Put case scores together and write `scores.csv` and `scores.json` into `folder`."""
-    scores = summary(scored, labels, str(predictions), str(references))
+    scores = summary(scored, scoring.labels, str(predictions), str(references))
+    if scoring.surface:
+        scores = scores.model_copy(update={"tolerances_mm": scoring.tolerances_mm})
     store.write_text(scores_csv(folder), as_csv(scores))
     store.save(scores_file(folder), scores)
     return scores
 
 
 def score_pairs(
-    pairs: Sequence[Pair], scoring: Scoring, workers: int | None = None, report: Report = silent
+    pairs: Sequence[Pair],
+    scoring: Scoring,
+    workers: int | None = None,
+    report: Report = silent,
+    known: Mapping[str, CaseScore] | None = None,
 ) -> tuple[CaseScore, ...]:
-    """Score pairs in parallel; the result is in the order of the pairs."""
-    what = "Scoring"
+    """Score pairs in parallel, in their order; `known` are scores by case id, kept where nothing has changed."""
+    what, known = "Scoring", known or {}
     report(Started(what, len(pairs)))
-    jobs = [_Job(pair, scoring) for pair in pairs]
-    done = {}
+    done = {pair.id: known[pair.id] for pair in pairs if pair.id in known and _unchanged(pair, scoring, known[pair.id])}
+    if done:
+        report(Said(f"{len(done)} of {len(pairs)} cases have not changed since they were scored."))
+    jobs = [_Job(pair, scoring) for pair in pairs if pair.id not in done]
     for job, score in over_cases(_score_file, jobs, workers or allowed_cores(), lambda job: job.pair.id):
         done[job.pair.id] = score
         report(Advanced(what, len(done), len(pairs), job.pair.id))
@@ -148,19 +193,27 @@ def score_case(
     spacing_mm: tuple[float, float, float],
     classes: int,
     with_surface: bool = True,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | Sequence[float] = TOLERANCE_MM,
+    annotated: Sequence[int] | None = None,
 ) -> CaseScore:
-    """Score one case from two maps of label indices (negative in the reference: not annotated)."""
+    """Score one case from two maps of label indices (negative in the reference: not annotated).
+
+    Args:
+        tolerance_mm: of `surface_dice_at_tolerance`, one for all foreground classes or one for each.
+        annotated: label indices that somebody drew in this reference; the others have no scores. None is all.
+    """
     voxel_mm3 = float(np.prod(spacing_mm))
-    flat, rows = prediction_ZYX.shape[0] == 1, []
-    for predicted_ZYX, referred_ZYX in class_masks(prediction_ZYX, reference_ZYX, classes):
+    flat, rows = prediction_ZYX.shape[0] == 1, list[dict[str, float | None]]()
+    for k, (predicted_ZYX, referred_ZYX) in enumerate(class_masks(prediction_ZYX, reference_ZYX, classes), 1):
         masks = (predicted_ZYX & referred_ZYX, predicted_ZYX, referred_ZYX)
         counts = overlap.Counts(*(int(np.count_nonzero(mask)) for mask in masks))
         row = {name: score(counts, voxel_mm3) for name, score in overlap.METRICS.items()}
         row["lesion_f1"] = _lesion_f1(predicted_ZYX, referred_ZYX)
         if with_surface:
-            row |= surface.surface_scores(predicted_ZYX, referred_ZYX, spacing_mm, tolerance_mm, flat)
-        rows.append(row)
+            own_mm = tolerance_mm if isinstance(tolerance_mm, (int, float)) else tolerance_mm[k - 1]
+            row |= surface.surface_scores(predicted_ZYX, referred_ZYX, spacing_mm, own_mm, flat)
+        unknown = annotated is not None and k not in annotated
+        rows.append(dict.fromkeys(row) if unknown else row)
     return CaseScore(id=case, values={name: tuple(row[name] for row in rows) for name in rows[0]})
 
 
@@ -213,95 +266,40 @@ def as_csv(scores: Scores) -> str:
     return text.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------ folders and labels
+def tolerances(asked_mm: float | Mapping[str, float], labels: tuple[Label, ...]) -> tuple[float, ...]:
+    """One tolerance in mm per foreground label. Raises UserError for a name that no label has, and below 0."""
+    foreground = [label.name for label in labels[1:]]
+    by_name = asked_mm if isinstance(asked_mm, Mapping) else dict.fromkeys(foreground, float(asked_mm))
+    if unknown := sorted(set(by_name) - set(foreground)):
+        raise UserError(f"A tolerance for {some(unknown)}, which is no label.", fix=f"Labels: {some(foreground)}.")
+    if not all(0 <= value < float("inf") for value in by_name.values()):
+        raise UserError(f"The tolerances {dict(by_name)} are no distances.", fix="Give millimetres, 0 or more.")
+    return tuple(float(by_name.get(name, TOLERANCE_MM)) for name in foreground)
 
 
-def pair_up(
-    predictions: Path, references: Path, known: Dataset | None = None, cases: Sequence[str] | None = None
-) -> tuple[Pair, ...]:
-    """Pair the label maps of two places by case id; `known` names the references when they are a run's data set.
-
-    Raises:
-        UserError: a case is on one side only (with `cases`: a named case is missing).
-    """
-    predicted = label_maps(predictions)
-    if known is not None and (references.is_file() or Layout(references).dataset.is_file()) and known.cases:
-        referred = {case.id: Path(case.label) for case in known.cases if case.label is not None}
-    else:
-        referred = label_maps(references)
-    wanted = set(predicted) | set(referred) if cases is None else set(cases)
-    for here, there, place in ((predicted, references, predictions), (referred, predictions, references)):
-        missing = sorted(wanted - set(here))
-        if missing:
-            raise UserError(
-                f"{place} has no label map for {len(missing)} of {len(wanted)} cases that "
-                f"{'are asked for' if cases is not None else f'{there} has'}: {some(missing)}.",
-                fix="Compare folders with the same cases, or name the cases to score.",
-            )
-    return tuple(Pair(case, predicted[case], referred[case]) for case in sorted(wanted))
+# ------------------------------------------------------------------------------------------------ scored before
 
 
-def validation_pairs(
-    run: Path, dataset: Dataset, configuration: str | None = None
-) -> tuple[str, tuple[Pair, ...]]:
-    """The configuration and its validation predictions of all folds (unnamed seed), paired with the references."""
-    names = [configuration] if configuration else sorted(each.name for each in Layout(run).models.glob("*"))
-    found: dict[str, dict[str, Path]] = {}
-    for name in names:
-        for folder in sorted(Layout(run).configuration(name).glob("fold_*")):
-            validation = ModelLayout(folder).validation
-            if ".seed_" not in folder.name and folder.name != "fold_all" and validation.is_dir():
-                found.setdefault(name, {}).update(label_maps(validation))
-    if not found:
-        raise UserError(
-            f"{run}: no validation predictions{f' of {configuration}' if configuration else ''} to learn from.",
-            fix="Train at least one fold first: autoseg train.",
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"{run}: several configurations have validation predictions: {', '.join(found)}.",
-            fix="Name one with --configuration.",
-        )
-    (name, predictions), references = *found.items(), {case.id: case.label for case in dataset.cases}
-    missing = [case for case in predictions if references.get(case) is None]
-    if missing:
-        raise UserError(f"{run}: predicted cases without a reference in dataset.json: {', '.join(missing[:5])}.")
-    return name, tuple(Pair(case, path, Path(str(references[case]))) for case, path in sorted(predictions.items()))
+def scored_before(folder: Path) -> dict[str, CaseScore]:
+    """The scores by case id of a folder that was scored before; empty where there are none that can be read."""
+    try:
+        return {case.id: case for case in store.load(scores_file(folder), Scores).cases if case.content}
+    except UserError:
+        return {}
 
 
-def check_grids(pairs: Sequence[Pair]) -> None:
-    """Raise UserError naming every pair whose two files do not lie on the same grid; reads only headers."""
-    wrong = []
-    for pair in pairs:
-        difference = grid_difference(read_geometry(pair.prediction), read_geometry(pair.reference))
-        if difference:
-            wrong.append(f"{pair.id} ({difference})")
-    if wrong:
-        raise UserError(
-            f"{len(wrong)} of {len(pairs)} predictions do not lie on their reference's grid: {some(wrong)}.",
-            fix="Predict from the images that belong to these references.",
-        )
+def content_of(pair: Pair, scoring: Scoring) -> str:
+    """Hash of the bytes of both files of a pair and of how it is scored."""
+    hashed = hashlib.blake2b(digest_size=16)
+    hashed.update(repr((METHOD, scoring, pair.annotated)).encode())
+    for path in (pair.prediction, pair.reference):
+        with open(path, "rb") as file:
+            hashed.update(hashlib.file_digest(file, "blake2b").digest())
+    return hashed.hexdigest()
 
 
-def dataset_near(references: Path) -> Dataset | None:
-    """The labels of a data set: of a run, or of a `dataset.json` in or beside the folder of references.
-
-    Reads autoseg's own file and those of the Decathlon and of nnU-Net (of which only labels are taken). None when there
-    is no such file, or it names regions (lists of values) instead of labels.
-    """
-    places = [references] if references.is_file() else [Layout(references).dataset, Layout(references.parent).dataset]
-    for path in places:
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}).", fix="Mend or remove the file.") from error
-        if isinstance(content, dict) and "autoseg" in content:
-            return store.parse(content, Dataset, str(path))
-        if isinstance(content, dict) and isinstance(content.get("labels"), dict):
-            return _foreign(content["labels"], path)
-    return None
+def _unchanged(pair: Pair, scoring: Scoring, known: CaseScore) -> bool:
+    return bool(known.content) and known.content == content_of(pair, scoring)
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -309,17 +307,29 @@ def dataset_near(references: Path) -> Dataset | None:
 
 def _score_file(job: _Job) -> CaseScore:
     pair, scoring = job.pair, job.scoring
+    content = content_of(pair, scoring)
     predicted_ZYX, _ = read_labels(pair.prediction)
     referred_ZYX, geometry = read_labels(pair.reference)
-    return score_case(
+    drawn = None if pair.annotated is None else set(pair.annotated)
+    scored = score_case(
         pair.id,
         to_indices(predicted_ZYX, scoring.labels, None, str(pair.prediction)),
         to_indices(referred_ZYX, scoring.labels, scoring.ignore_value, str(pair.reference)),
         geometry.spacing_mm,
         len(scoring.labels),
         scoring.surface,
-        scoring.tolerance_mm,
+        scoring.tolerances_mm,
+        None if drawn is None else [k for k, label in enumerate(scoring.labels) if label.name in drawn],
     )
+    return scored.model_copy(update={"content": content})
+
+
+def _say_folds(run: Path, name: str, report: Report) -> None:
+    """Say so where only some folds of the cross-validation are there."""
+    if Layout(run).splits.is_file():
+        all_of, there = len(store.load(Layout(run).splits, Splits).folds), len(validated_folds(run, name))
+        if there < all_of:
+            report(Warned(f"{name}: {there} of {all_of} folds are trained, so only their validation cases are scored."))
 
 
 def _lesion_f1(predicted_ZYX: np.ndarray, referred_ZYX: np.ndarray) -> float | None:
@@ -333,17 +343,3 @@ def _around(one: tuple[slice, ...] | None, other: tuple[slice, ...] | None) -> t
     if one is None or other is None:
         return one or other or (slice(0, 0),) * 3
     return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
-
-
-def _foreign(named: dict, path: Path) -> Dataset | None:
-    """Labels of a Decathlon ({"1": "liver"}) or nnU-Net ({"liver": 1}) file as a data set without cases."""
-    try:
-        pairs = [(str(b), int(a)) if str(a).lstrip("-").isdigit() else (str(a), int(b)) for a, b in named.items()]
-    except (TypeError, ValueError):
-        return None
-    ignore = next((value for name, value in pairs if name == "ignore"), None)
-    kept = sorted(((value, name) for name, value in pairs if name != "ignore"))
-    if len(kept) < 2 or kept[0][0] != 0:
-        raise UserError(f"{path}: its labels need a background with value 0 and at least one more.")
-    labels = tuple(Label(name=name, value=value) for value, name in kept)
-    return Dataset(name=path.parent.name, dimension=3, channels=("",), labels=labels, ignore_value=ignore)

@@ -11,6 +11,7 @@ from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, unet
 from autoseg.network.device import Device, channels_last
 from autoseg.records import Configuration, Plan, Run
+from autoseg.scoring.selection import selected
 from autoseg.store import load
 
 HASHED_AT_ONCE = 2**24
@@ -73,6 +74,8 @@ def trained_configuration(layout: Layout, plan: Plan) -> str:
     names = [each.name for each in plan.configurations]
     preferred = ("3d_cascade", "3d", "3d_lowres", "2d")
     wanted = [name for name in preferred if name in names] + [name for name in names if name not in preferred]
+    if chosen := selected(layout.root):
+        wanted.insert(0, chosen.single)
     for name in wanted:
         if any(layout.configuration(name).glob("fold_*/weights.safetensors")):
             return name

@@ -7,8 +7,8 @@ In learning, a class absent from reference and prediction counts as Dice 1 (not 
 rule that removes the last false voxel of a healthy case must gain something, and all candidates need the same cases.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,7 @@ import numpy as np
 
 from autoseg import store
 from autoseg.errors import UserError
-from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
+from autoseg.events import Advanced, Finished, Report, Said, Started, silent
 from autoseg.image.components import fill_holes
 from autoseg.image.formats import read_labels, write_labels
 from autoseg.image.labels import label_maps, to_indices
@@ -26,23 +26,29 @@ from autoseg.layout import Layout
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Dataset, Label, Postprocessing, Rule
 from autoseg.scoring import statistics
-from autoseg.steps.evaluate import Pair, check_grids, validation_pairs
+from autoseg.steps.pairs import Pair, check_grids, validation_pairs
 
 Result = TypeVar("Result")
 
 ACTIONS = ("drop_small", "keep_largest")
+"""Tried for the joined foreground, too."""
 ALL_ACTIONS = (*ACTIONS, "drop_volume", "fill_holes")
 VOLUMES_MM3 = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 """Candidates of `drop_volume`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judged:
-    """A set of rules with what it achieves: Dice and false-positive mm3, (cases, foreground classes)."""
+    """A set of rules with what it achieves: Dice and false-positive mm3, (cases, foreground classes).
+
+    `harms`: its last rule removes, in some case, a true component that is larger than the rule's fraction of the
+    largest one of its label.
+    """
 
     rules: tuple[Rule, ...]
     dice_NK: np.ndarray
     false_mm3_NK: np.ndarray
+    harms: bool = False
 
 
 # ------------------------------------------------------------------------------------------------ learning
@@ -52,10 +58,10 @@ def postprocess_learn(
     run: Path,
     configuration: str | None = None,
     *,
-    actions: Sequence[str] = ACTIONS,
+    actions: Sequence[str] = ALL_ACTIONS,
     fraction: float = 1.0 / 3.0,
     connectivity: int = 1,
-    significance: float | None = None,
+    significance: float | None = 0.05,
     output: Path | None = None,
     workers: int | None = None,
     report: Report = silent,
@@ -63,38 +69,40 @@ def postprocess_learn(
     """Learn from the predictions of all validation folds which rules raise the mean Dice, and save them.
 
     For the joined foreground first (kept only if the mean over classes rises and no class falls), then for each class
-    on what is left, the candidate with the highest mean Dice is kept if that is strictly above doing nothing.
+    on what is left, the candidate with the highest mean Dice is kept if that is above doing nothing by more than
+    chance. A candidate that removes, in any case, a true component larger than `fraction` of the largest is out.
 
     Args:
         run: run folder; `models/<configuration>/fold_*/validation/` must hold label maps.
-        configuration: None takes the only one that has validation predictions.
+        configuration: None takes the only one that has validation predictions, or the selected one.
         actions: which of `ALL_ACTIONS` to try.
         fraction: for `drop_small`, of the largest component.
         connectivity: 1 faces, 2 edges, 3 corners.
-        significance: keep a rule only if a one-sided Wilcoxon test over cases, corrected for the number of candidates
-            tried, says that it helps at this level; None asks only for a higher mean.
+        significance: keep a rule only if a paired sign-flip test over cases, for the best of the candidates tried and
+            corrected over classes by Holm, says that it helps at this level; None asks only for a higher mean.
         output: where to save; None is `postprocess.json` of the run.
 
     Raises:
         UserError: no predictions, a prediction without a reference, or differing grids; nothing is written then.
     """
+    candidates = _candidates(actions, fraction, connectivity)
     dataset = store.load(Layout(run).dataset, Dataset)
     name, pairs = validation_pairs(run, dataset, configuration)
     check_grids(pairs)
-    read = partial(_read_parts, labels=dataset.labels, ignore_value=dataset.ignore_value, connectivity=connectivity)
-    parts = _over(pairs, read, "Components", workers, report)
-    if significance is not None and len(parts) < statistics.FEWEST:
-        report(Warned(f"{len(parts)} cases are too few to tell a gain from chance: no post-processing is learned."))
-        judged = judge(parts, dataset.labels, ())
+    if significance is not None and len(pairs) < statistics.FEWEST:
+        report(Said(f"{len(pairs)} cases are too few to tell a gain from chance: no post-processing is learned."))
+        judged = Judged((), np.zeros((0, 0)), np.zeros((0, 0)))
     else:
-        judged = search(parts, dataset.labels, _candidates(actions, fraction, connectivity), significance)
+        read = partial(_read_parts, labels=dataset.labels, ignore_value=dataset.ignore_value, connectivity=connectivity)
+        parts = _over(pairs, read, "Components", workers, report)
+        judged = search(parts, dataset.labels, candidates, significance)
         if "fill_holes" in actions:
             count = partial(_count_filled, dataset=dataset, rules=judged.rules)
             judged = _with_holes(judged, _over(pairs, count, "Holes", workers, report), dataset.labels, significance)
+        if not judged.rules:
+            report(Said(f"Post-processing: nothing helps on {len(pairs)} validation cases, so nothing is applied."))
     for rule in judged.rules:
         report(Said(describe(rule)))
-    if not judged.rules:
-        report(Said(f"Post-processing: nothing helps on {len(pairs)} validation cases, so nothing is applied."))
     learned = Postprocessing(learned_on=name, cases=len(pairs), rules=judged.rules)
     store.save(Layout(run).postprocessing if output is None else output, learned)
     return learned
@@ -108,57 +116,74 @@ def search(
 ) -> Judged:
     """Choose among size rules (with `label` None): for the joined foreground, then for each class on what is left."""
     current = judge(parts, labels, ())
-    joint = [rule for rule in candidates if rule.action in ACTIONS]
-    current = _best(current, parts, labels, joint, None, significance)
+    joint = [judge(parts, labels, (rule,)) for rule in candidates if rule.action in ACTIONS]
+    current = keep(current, {None: joint}, significance)
+    own: dict[int | None, list[Judged]] = {}
     for k in range(1, len(labels)):
-        own = [rule.model_copy(update={"label": labels[k].name}) for rule in candidates]
-        current = _best(current, parts, labels, own, k, significance)
-    return current
+        rules = [rule.model_copy(update={"label": labels[k].name}) for rule in candidates]
+        own[k] = [judge(parts, labels, (*current.rules, rule)) for rule in rules]
+    return keep(current, own, significance)
 
 
 def judge(parts: Sequence[CaseParts], labels: tuple[Label, ...], rules: tuple[Rule, ...]) -> Judged:
     """Dice and false positives of every case and class once `rules` (about sizes only) are applied."""
-    counts_N3K = np.stack([_counts(part, labels, rules) for part in parts])
+    kept = [_kept(part, labels, rules) for part in parts]
+    counts_N3K = np.stack([_counts(part, len(labels), own) for part, own in zip(parts, kept, strict=True)])
+    harms = bool(rules) and any(_harms(part, own, rules[-1]) for part, own in zip(parts, kept, strict=True))
     voxel_mm3 = np.array([[part.voxel_mm3] for part in parts])
-    return Judged(rules, *_figures(counts_N3K, voxel_mm3))
+    return Judged(rules, *_figures(counts_N3K, voxel_mm3), harms)
 
 
-def _best(
-    current: Judged,
-    parts: Sequence[CaseParts],
-    labels: tuple[Label, ...],
-    candidates: Sequence[Rule],
-    k: int | None,
-    significance: float | None,
-) -> Judged:
-    """`current` with the best of the candidates added, or `current` if none is good enough; `k` None is all classes."""
-    best, best_dice = current, float(_target(current.dice_NK, k).mean())
-    for rule in candidates:
-        tried = judge(parts, labels, (*current.rules, rule))
+def keep(current: Judged, tried: Mapping[int | None, Sequence[Judged]], significance: float | None) -> Judged:
+    """Add to `current`, for each class (None: all joined), its best candidate if the gain is more than chance.
+
+    Args:
+        tried: candidates by class index; each is `current` with one more rule, about that class alone.
+        significance: level of the test, which knows how many candidates there were; Holm's correction is over the
+            classes where any of them changes anything.
+    """
+    safe = {k: [each for each in judged if not each.harms] for k, judged in tried.items()}
+    best = {k: _best(current, judged, k) for k, judged in safe.items()}
+    p_values: dict[int | None, float] = {}
+    if significance is not None:
+        gains = {k: [_target(each.dice_NK - current.dice_NK, k) for each in safe[k]] for k in tried}
+        changing = [k for k, gain_CN in gains.items() if np.any(gain_CN)]
+        found = [
+            1.0 if each is None else statistics.best_of_many(np.array(gains[k]), safe[k].index(each))
+            for k, each in best.items()
+            if k in changing
+        ]
+        p_values = dict(zip(changing, statistics.holm(np.array(found)).tolist(), strict=True))
+    for k, chosen in best.items():
+        if chosen is not None and p_values.get(k, 0.0) <= (1.0 if significance is None else significance):
+            current = _with(current, chosen, k, p_values.get(k))
+    return current
+
+
+def _best(current: Judged, candidates: Sequence[Judged], k: int | None) -> Judged | None:
+    """The candidate with the highest mean Dice if that rises and does not fall in any class; else None."""
+    best, best_dice = None, float(_target(current.dice_NK, k).mean()) + 1e-9
+    for tried in candidates:
         dice = float(_target(tried.dice_NK, k).mean())
         falls = (tried.dice_NK.mean(axis=0) < current.dice_NK.mean(axis=0) - 1e-12).any()
-        if dice > best_dice + 1e-9 and not falls:
+        if dice > best_dice and not falls:
             best, best_dice = tried, dice
-    return current if best is current else accept(current, best, k, significance, len(candidates))
+    return best
 
 
-def accept(current: Judged, best: Judged, k: int | None, significance: float | None, tried: int) -> Judged:
-    """`best` with its last rule's gain written down, or `current` if the gain may be chance (see `learn`)."""
-    before, after = _target(current.dice_NK, k), _target(best.dice_NK, k)
-    p_value = None
-    if significance is not None:
-        p_value = min(1.0, tried * statistics.wilcoxon(after - before, "greater"))
-        if p_value > significance:
-            return current
-    classes = slice(None) if k is None else slice(k - 1, k)
+def _with(current: Judged, best: Judged, k: int | None, p_value: float | None) -> Judged:
+    """`current` with the last rule of `best`, which concerns class k alone, its gain written down."""
+    columns = slice(None) if k is None else slice(k - 1, k)
+    dice_NK, false_mm3_NK = current.dice_NK.copy(), current.false_mm3_NK.copy()
+    dice_NK[:, columns], false_mm3_NK[:, columns] = best.dice_NK[:, columns], best.false_mm3_NK[:, columns]
     gain = {
-        "dice_before": float(before.mean()),
-        "dice_after": float(after.mean()),
-        "false_positive_mm3_before": float(current.false_mm3_NK[:, classes].sum(axis=1).mean()),
-        "false_positive_mm3_after": float(best.false_mm3_NK[:, classes].sum(axis=1).mean()),
+        "dice_before": float(_target(current.dice_NK, k).mean()),
+        "dice_after": float(_target(dice_NK, k).mean()),
+        "false_positive_mm3_before": float(current.false_mm3_NK[:, columns].sum(axis=1).mean()),
+        "false_positive_mm3_after": float(false_mm3_NK[:, columns].sum(axis=1).mean()),
         "p_value": p_value,
     }
-    return replace(best, rules=(*best.rules[:-1], best.rules[-1].model_copy(update=gain)))
+    return Judged((*current.rules, best.rules[-1].model_copy(update=gain)), dice_NK, false_mm3_NK)
 
 
 def _with_holes(
@@ -167,13 +192,13 @@ def _with_holes(
     """Add `fill_holes` for the classes where it helps; `counts` per case: voxel counts after it, (4, classes)."""
     counts_N4K = np.stack(counts)
     filled = Judged((), *_figures(counts_N4K[:, :3], counts_N4K[:, 3, :1]))
+    tried: dict[int | None, list[Judged]] = {}
     for k in range(1, len(labels)):
         rule = Rule(label=labels[k].name, action="fill_holes", dice_before=0.0, dice_after=0.0)
         dice_NK, false_mm3_NK = judged.dice_NK.copy(), judged.false_mm3_NK.copy()
         dice_NK[:, k - 1], false_mm3_NK[:, k - 1] = filled.dice_NK[:, k - 1], filled.false_mm3_NK[:, k - 1]
-        if dice_NK.mean() > judged.dice_NK.mean() + 1e-9:
-            judged = accept(judged, Judged((*judged.rules, rule), dice_NK, false_mm3_NK), k, significance, 1)
-    return judged
+        tried[k] = [Judged((*judged.rules, rule), dice_NK, false_mm3_NK)]
+    return keep(judged, tried, significance)
 
 
 def _candidates(actions: Sequence[str], fraction: float, connectivity: int) -> tuple[Rule, ...]:
@@ -203,8 +228,8 @@ def _figures(counts_N3K: np.ndarray, voxel_mm3_N1: np.ndarray) -> tuple[np.ndarr
     return dice_NK, (predicted - both) * voxel_mm3_N1
 
 
-def _counts(part: CaseParts, labels: tuple[Label, ...], rules: tuple[Rule, ...]) -> np.ndarray:
-    """Voxels (both, prediction, reference) per foreground class of one case after size rules, (3, classes)."""
+def _kept(part: CaseParts, labels: tuple[Label, ...], rules: tuple[Rule, ...]) -> np.ndarray:
+    """Which components of a case size rules leave, bool per component."""
     kept = np.ones(part.sizes.size, bool)
     for rule in rules:
         if rule.label is None:
@@ -215,10 +240,22 @@ def _counts(part: CaseParts, labels: tuple[Label, ...], rules: tuple[Rule, ...])
         else:
             own = kept & (part.label_of == index_of(rule.label, labels))
             kept[own] = survives(part.sizes[own], rule, part.voxel_mm3)
-    k = len(labels)
-    both = np.bincount(part.label_of[kept], part.true[kept], minlength=k)[1:]
-    predicted = np.bincount(part.label_of[kept], part.counted[kept], minlength=k)[1:]
+    return kept
+
+
+def _counts(part: CaseParts, classes: int, kept: np.ndarray) -> np.ndarray:
+    """Voxels (both, prediction, reference) per foreground class of one case with these components, (3, classes)."""
+    both = np.bincount(part.label_of[kept], part.true[kept], minlength=classes)[1:]
+    predicted = np.bincount(part.label_of[kept], part.counted[kept], minlength=classes)[1:]
     return np.stack([both, predicted, part.reference])
+
+
+def _harms(part: CaseParts, kept: np.ndarray, rule: Rule) -> bool:
+    """Whether a component is gone that is mostly true and larger than the rule's fraction of its label's largest."""
+    largest = np.zeros(int(part.label_of.max(initial=0)) + 1)
+    np.maximum.at(largest, part.label_of, part.sizes)
+    large = part.sizes > rule.fraction * largest[part.label_of]
+    return bool((~kept & large & (2 * part.true > part.counted)).any())
 
 
 # ------------------------------------------------------------------------------------------------ applying
@@ -253,7 +290,7 @@ def postprocess_apply(
             index_of(rule.label, labels)
     paths = label_maps(predictions)
     pairs = tuple(Pair(case, path, output / path.name) for case, path in paths.items())
-    _over(pairs, partial(_apply_file, rules=rules.rules, labels=labels), "Post-processing", workers, report)
+    _over(pairs, partial(apply_to_file, rules=rules.rules, labels=labels), "Post-processing", workers, report)
     return tuple(pair.reference for pair in pairs)
 
 
@@ -325,7 +362,8 @@ def _read_pair(
     )
 
 
-def _apply_file(pair: Pair, rules: tuple[Rule, ...], labels: tuple[Label, ...]) -> None:
+def apply_to_file(pair: Pair, rules: tuple[Rule, ...], labels: tuple[Label, ...]) -> None:
+    """Read `pair.prediction`, apply the rules, and write `pair.reference`, which may be the same file."""
     values_ZYX, geometry = read_labels(pair.prediction)
     indices_ZYX = to_indices(values_ZYX, labels, None, str(pair.prediction))
     values = np.array([label.value for label in labels])

@@ -26,6 +26,7 @@ from autoseg.network.device import set_up
 from autoseg.network.export import Slab
 from autoseg.parallel import allowed_cores
 from autoseg.records import Case, Plan
+from autoseg.scoring.selection import selected
 from autoseg.steps.models import configuration_named as configuration_named
 from autoseg.steps.models import default_configuration as default_configuration
 from autoseg.steps.models import trained_models as trained_models
@@ -95,7 +96,8 @@ def predict(
         run: run folder with at least one trained network.
         images: folder whose files are named as the training images were.
         output: folder of the label maps; made if absent.
-        configuration: None takes "3d_cascade" or "3d" or "2d", the first that is trained.
+        configuration: None takes what `select` chose (one, or two that are averaged), else "3d_cascade" or "3d" or
+            "2d", the first that is trained.
         folds, seeds: networks to average; None takes all that are trained. A cascade's first stage takes the same folds
             and all of their seeds.
         save_probabilities: also write probabilities, for `ensemble`: of all classes, or of those in `classes`;
@@ -115,6 +117,16 @@ def predict(
         UserError: no images, no trained network, a file that cannot be read, or a worker that was killed; files written
             before stay.
     """
+    chosen = selected(run) if configuration is None else None
+    if chosen is not None and len(chosen.members) > 1:
+        if not (classes or save_uncertainty or resume or part or speed != "accurate" or on_error != "stop"):
+            from autoseg.steps.select import predict_pair
+
+            return predict_pair(
+                run, images, output, folds=folds, seeds=seeds, save_probabilities=save_probabilities,
+                postprocess=postprocess, mirroring=mirroring, device=device, report=report,
+            )  # fmt: skip
+        report(Warned(f"A pair cannot do all that is asked for, so {chosen.single} alone is used."))
     kind = probability_kind if save_probabilities else ""
     wishes = Wishes(kind, tuple(classes or ()), save_uncertainty, _is_skip(on_error), workers)
     predictors = [

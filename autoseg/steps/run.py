@@ -6,11 +6,11 @@ from pathlib import Path
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
-from autoseg.layout import Layout, scores_file
+from autoseg.layout import Layout
 from autoseg.records import Dataset, Plan, Run, Scores
-from autoseg.steps.evaluate import Scoring, score_pairs, summary
+from autoseg.steps.evaluate import evaluate_run
 from autoseg.steps.plan import checked, plan
-from autoseg.steps.postprocess import postprocess_learn, validation_pairs
+from autoseg.steps.postprocess import postprocess_learn
 from autoseg.steps.predict import default_configuration
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.train import train
@@ -59,19 +59,7 @@ def run(
             report=report,
         )  # fmt: skip
     postprocess_learn(run, name, workers=workers, report=report)
-    return cross_validation(run, name, workers=workers, report=report)
-
-
-def cross_validation(run: Path, configuration: str, *, workers: int | None = None, report: Report = silent) -> Scores:
-    """Score the validation predictions of all trained folds together and save that beside the folds."""
-    layout = Layout(run)
-    dataset = store.load(layout.dataset, Dataset)
-    _, pairs = validation_pairs(run, dataset, configuration)
-    scoring = Scoring(dataset.labels, dataset.ignore_value, surface=True, tolerance_mm=1.0)
-    folder = layout.configuration(configuration)
-    scores = summary(score_pairs(pairs, scoring, workers, report), dataset.labels, str(folder), str(layout.dataset))
-    store.save(scores_file(folder), scores)
-    return scores
+    return evaluate_run(run, name, workers=workers, report=report)
 
 
 def _planned(

@@ -7,11 +7,12 @@ from torch import nn
 from autoseg import store
 from autoseg.events import Advanced, Finished, Report, Started
 from autoseg.image.formats import read_image, write_labels
-from autoseg.layout import ModelLayout, prediction_file, scores_csv
+from autoseg.layout import ModelLayout, prediction_file
 from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE, Team, share, wait_for_all
 from autoseg.records import Configuration, Dataset, Fold, Plan, Scores
-from autoseg.steps.evaluate import Pair, Scoring, as_csv, score_pairs, summary
+from autoseg.steps.evaluate import save_scores, score_pairs, scoring_of
+from autoseg.steps.pairs import pair_of
 from autoseg.steps.predictor import Predictor
 
 
@@ -39,10 +40,9 @@ def validate_fold(
     report(Finished("validate"))
     wait_for_all(team)
     if team.is_first:
-        pairs = [Pair(name, path, Path(str(by_id[name].label))) for name, path in paths.items()]
-        scoring = Scoring(dataset.labels, dataset.ignore_value, surface=True, tolerance_mm=1.0)
-        scores = summary(score_pairs(pairs, scoring, None, report), dataset.labels, str(model.validation), str(run))
-        store.save(model.scores, scores)
-        store.write_text(scores_csv(model.validation), as_csv(scores))
+        pairs = [pair_of(by_id[name], path) for name, path in paths.items()]
+        scoring = scoring_of(dataset)
+        scored = score_pairs(pairs, scoring, None, report)
+        scores = save_scores(scored, scoring, model.validation, run, model.validation)
     wait_for_all(team)
     return scores if team.is_first else store.load(model.scores, Scores)

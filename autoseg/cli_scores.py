@@ -1,0 +1,177 @@
+"""The commands that come after prediction: combining, choosing, cleaning, scoring and comparing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoseg.arguments import (
+    AsJson,
+    ConfigurationName,
+    Device,
+    Output,
+    RunFolder,
+    Workers,
+    decimals,
+    names,
+    show,
+    show_all,
+    tolerances,
+    watched,
+)
+
+
+def ensemble(
+    predictions: Annotated[
+        list[Path], typer.Argument(help="Prediction folders, or run folders with --runs.", show_default=False)
+    ],
+    output: Output,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="The folders are runs, whose networks segment the images of -i.")
+    ] = False,
+    images: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Folder of images (with --runs).", show_default=False)
+    ] = None,
+    configuration: Annotated[
+        str | None,
+        typer.Option("--configuration", "-c", help="With --runs: such as 2d,3d. [default: what predict would take]"),
+    ] = None,
+    folds: Annotated[str | None, typer.Option(help="With --runs: such as 0,1,2. [default: all trained]")] = None,
+    weights: Annotated[str | None, typer.Option(help="One weight per member, such as 2,1. [default: equal]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="mean, vote or staple. [default: mean where all have probabilities, else vote]")
+    ] = None,
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="Also write the averaged probabilities.")
+    ] = False,
+    no_mirror: Annotated[bool, typer.Option("--no-mirror", help="With --runs: no mirroring.")] = False,
+    device: Device = None,
+) -> None:
+    """Combine several prediction folders, or the networks of several runs or configurations."""
+    if runs != (images is not None):
+        raise typer.BadParameter("--runs and -i go together; leave both out to combine prediction folders")
+    with watched() as report:
+        from autoseg.steps import ensemble as step
+
+        shares = decimals(weights, "--weights")
+        if images is not None:
+            step.ensemble_runs(
+                predictions, images, output, configurations=names(configuration), folds=names(folds), weights=shares,
+                method=method or "mean", save_probabilities=save_probabilities, mirroring=not no_mirror, device=device,
+                report=report,
+            )  # fmt: skip
+            return
+        step.ensemble(
+            predictions, output, weights=shares, method=method, save_probabilities=save_probabilities, report=report
+        )
+
+
+def select(
+    run: RunFolder,
+    configuration: Annotated[
+        str | None, typer.Option("--configuration", "-c", help="Such as 2d,3d. [default: all that are validated]")
+    ] = None,
+    no_pairs: Annotated[bool, typer.Option("--no-pairs", help="Only single configurations: no segmenting.")] = False,
+    device: Device = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the configuration or pair that is best on the validation cases; `predict` then uses it."""
+    with watched() as report:
+        from autoseg.steps.select import select as step
+
+        chosen = step(
+            run, configurations=names(configuration), pairs=not no_pairs, device=device, workers=workers, report=report
+        )
+    show(chosen, as_json)
+
+
+def postprocess(
+    run: RunFolder,
+    predictions: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Apply the learned rules to this folder.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the results go (with -i).", show_default=False)
+    ] = None,
+    configuration: ConfigurationName = None,
+    fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Components below this share of the largest may go.")
+    ] = 1 / 3,
+    connectivity: Annotated[int, typer.Option(min=1, max=3, help="Neighbours: 1 faces, 2 edges, 3 corners.")] = 1,
+    no_test: Annotated[
+        bool, typer.Option("--no-test", help="Keep what raises the mean Dice, even if it may be chance.")
+    ] = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn on the cross-validation which small components to remove; with -i and -o, apply what was learned."""
+    if (predictions is None) != (output is None):
+        raise typer.BadParameter("-i and -o go together; leave both out to learn the rules")
+    with watched() as report:
+        from autoseg.steps.postprocess import postprocess_apply, postprocess_learn
+
+        if predictions is not None and output is not None:
+            postprocess_apply(run, predictions, output, workers=workers, report=report)
+            return
+        learned = postprocess_learn(
+            run, configuration, fraction=fraction, connectivity=connectivity, significance=None if no_test else 0.05,
+            workers=workers, report=report,
+        )  # fmt: skip
+    show(learned, as_json)
+
+
+def evaluate(
+    predictions: Annotated[
+        Path, typer.Argument(help="Folder of predicted label maps, or alone: a run folder.", show_default=False)
+    ],
+    references: Annotated[
+        Path | None, typer.Argument(help="Folder of reference label maps, or a run folder.", show_default=False)
+    ] = None,
+    configuration: Annotated[
+        str | None, typer.Option("--configuration", "-c", help="Of a run: this one. [default: all that are trained]")
+    ] = None,
+    no_surface: Annotated[bool, typer.Option("--no-surface", help="Skip the surface distances: faster.")] = False,
+    tolerance: Annotated[
+        str | None, typer.Option(help="Of the second surface Dice in mm, such as 3 or liver=3,tumour=1. [default: 2]")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score label maps against references, or the cross-validation of a run; writes scores.json and scores.csv."""
+    with watched() as report:
+        from autoseg.steps import evaluate as step
+
+        rest = {
+            "surface": not no_surface, "tolerance_mm": tolerances(tolerance, step.TOLERANCE_MM), "workers": workers,
+            "report": report,
+        }  # fmt: skip
+        if references is not None:
+            scores = {"": step.evaluate(predictions, references, **rest)}
+        elif configuration is not None:
+            scores = {configuration: step.evaluate_run(predictions, configuration, **rest)}
+        else:
+            scores = step.evaluate_all(predictions, **rest)
+    show_all(scores, as_json)
+
+
+def compare(
+    scores: Annotated[list[Path], typer.Argument(help="Two or more scored folders, or their scores.json.")],
+    metrics: Annotated[
+        str | None, typer.Option(help="Such as dice,hd95_mm. [default: Dice, surface Dice, HD95]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the comparison and its picture.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods scored on the same cases: differences, their intervals, and which are more than chance."""
+    with watched() as report:
+        from autoseg.steps.compare import compare as step
+
+        found = step(*scores, metrics=names(metrics), output=output, report=report)
+    show(found, as_json)
+
+
+COMMANDS = (ensemble, select, postprocess, evaluate, compare)
+"""In the order of `autoseg --help`."""
