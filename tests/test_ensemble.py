@@ -120,6 +120,22 @@ def test_agreement_knows_negative_and_huge_values():
     assert combine.dice_of(found)[0, 1] == pytest.approx([2 / 3, 2 / 3])
 
 
+def test_regions_are_painted_in_their_order_where_they_are_likelier_than_not(tmp_path):
+    """Two regions, the second inside the first; means 0.7 and 0.4, then 0.7 and 0.6, then 0.4 and 0.4."""
+    regions = {"label_names": ("whole", "core"), "label_values": (7, 9), "background": 3}
+    for name, add in (("one", 0.1), ("two", -0.1)):
+        probabilities = np.zeros((2, 4, 6, 5), np.float32)
+        probabilities[0], probabilities[1] = 0.7 + add, 0.4 - add
+        probabilities[1, 1], probabilities[0, 2] = 0.6 + add, 0.4 + add
+        save(tmp_path / name, "a", probabilities, **regions)
+    ensemble([tmp_path / "one", tmp_path / "two"], tmp_path / "out", save_probabilities=True)
+    labels = read_labels(tmp_path / "out" / "a.nii.gz")[0]
+    assert [set(np.unique(labels[z]).tolist()) for z in (0, 1, 2)] == [{7}, {9}, {3}]
+    assert read_header(probabilities_file(tmp_path / "out", "a")).background == 3
+    save(tmp_path / "two", "a", np.full((2, 4, 6, 5), 1.5, np.float32), **regions)
+    refused([tmp_path / "one", tmp_path / "two"], tmp_path / "other", "probabilities are 0 to 1.5, not 0 to 1")
+
+
 def test_label_maps_vote_and_ties_go_to_the_first_folder(tmp_path):
     maps = [np.full((4, 6, 5), value, np.int32) for value in (7, 8, 9)]
     maps[1][0], maps[2][0] = 9, 9

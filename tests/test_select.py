@@ -45,7 +45,7 @@ def a_run(root: Path, data: Path, seed: int = 0) -> Path:
     flat = a_configuration(
         name="2d", dimension=2, spacing_mm=(None, 1.0, 1.25), network=a_network(dimension=2), patch_voxels=(8, 8),
     )  # fmt: skip
-    deep = a_configuration(axes=(1, 0, 2), spacing_mm=(1.0, 1.5, 1.25), network=a_network())
+    deep = a_configuration(axes=(1, 0, 2), spacing_mm=(1.25, 1.5, 1.5), network=a_network())
     run = a_planned_run(root, data, flat, deep)
     cases = [case.id for case in store.load(Layout(run).dataset, Dataset).cases]
     for number, configuration in enumerate((flat, deep)):
@@ -66,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("select")
     data = write_dataset(
-        place / "data", cases=4, shape=(12, 14, 13), spacing_mm=(1.5, 1.0, 1.25), label_values=(100, 255), held_out=2
+        place / "data", cases=4, shape=(6, 8, 8), spacing_mm=(1.5, 1.0, 1.25), label_values=(100, 255), held_out=2
     )
     a_run(place / "a", data)
     a_run(place / "b", data, seed=1)
@@ -238,7 +238,8 @@ def test_of_equally_good_candidates_the_simplest_is_chosen_and_chance_is_stated(
     values = np.linspace(0.5, 0.9, 8)
     chosen = choose({("2d",): scored(*values), ("2d", "3d"): scored(*values)}, scoring, ("0",))
     assert chosen.members == ("2d",)
-    better = choose({("2d",): scored(*values), ("2d", "3d"): scored(*(values + 0.05))}, scoring, ("0",))
+    gains = np.linspace(0.04, 0.06, 8)
+    better = choose({("2d",): scored(*values), ("2d", "3d"): scored(*(values + gains))}, scoring, ("0",))
     assert better.members == ("2d", "3d")
     assert better.single == "2d"
     assert better.candidates[1].p_value == pytest.approx(2 / 2**8)

@@ -38,30 +38,34 @@ def mean_of_probabilities(
 ) -> Overlaps:
     """Average the probabilities of one case slab by slab and write the label map of the largest, in file values.
 
-    Equally likely classes: the first in the order of the labels.
+    Equally likely classes: the first in the order of the labels. Regions that may overlap are painted in their order
+    where they are likelier than not.
 
     Raises:
         UserError: the probabilities of a file do not sum to one in every voxel; the label map is not written then.
     """
     sources = [open_probabilities(path) for path in paths]
     header = sources[0].header
-    values = np.array(header.values, np.int32)
+    regions = header.background is not None
+    values = np.array([*([header.background] if regions else ()), *(header.values or ())], np.int32)
     labels_ZYX = np.zeros(header.geometry.size_voxels, np.int32)
     voxels_MMK = np.zeros((len(paths) + 1, len(paths) + 1, len(values)), np.int64)
     file = probabilities_file(target.parent, target.name[: -len(ending_of(target))])
     depth = slab_depth(sources[0].shape)
-    writing = writing_probabilities(file, header.geometry, header.names, header.values, slab=(0, depth))
+    writing = writing_probabilities(
+        file, header.geometry, header.names, header.values, slab=(0, depth), background=header.background
+    )
     with writing if save_probabilities else nullcontext() as put:
         for z0 in range(0, labels_ZYX.shape[0], depth):
             window = slice(z0, min(z0 + depth, labels_ZYX.shape[0]))
             mean_KZYX, best = _mean_slab(sources, shares, window)
-            best.append(_largest(mean_KZYX))
+            best.append(painted(mean_KZYX) if regions else largest(mean_KZYX))
             labels_ZYX[window] = values[best[-1]]
             voxels_MMK += overlaps(best, len(values))
             if put is not None:
                 put((slice(None), window), mean_KZYX)
     write_labels(target, labels_ZYX, header.geometry)
-    return Overlaps(header.names[1:], voxels_MMK[..., 1:])
+    return Overlaps(header.names if regions else header.names[1:], voxels_MMK[..., 1:])
 
 
 def slab_depth(shape_KZYX: tuple[int, int, int, int]) -> int:
@@ -78,8 +82,8 @@ def _mean_slab(
     mean_KZYX, best = None, []
     for source, share in zip(sources, shares, strict=True):
         slab_KZYX = source.slab(window.start, window.stop)
-        _check_sum(source, slab_KZYX)
-        best.append(_largest(slab_KZYX))
+        _check(source, slab_KZYX)
+        best.append(largest(slab_KZYX) if source.header.background is None else painted(slab_KZYX))
         slab_KZYX *= np.float32(share)
         if mean_KZYX is None:
             mean_KZYX = slab_KZYX
@@ -91,18 +95,30 @@ def _mean_slab(
     return mean_KZYX, best
 
 
-def _check_sum(source: Probabilities, slab_KZYX: np.ndarray) -> None:
-    sum_ZYX = slab_KZYX.sum(axis=0)
+def _check(source: Probabilities, slab_KZYX: np.ndarray) -> None:
+    """Raise UserError unless these are probabilities: of regions each from 0 to 1, of classes with the sum 1."""
     tolerance = SUM_TOLERANCE + source.header.rounding * len(slab_KZYX)
-    if not np.abs(sum_ZYX - 1).max(initial=0.0) < tolerance:  # so that NaN is refused, too
-        low, high = float(np.min(sum_ZYX)), float(np.max(sum_ZYX))
-        raise UserError(
-            f"{source.path}: the probabilities of a voxel sum to {low:.3g} to {high:.3g}, not to 1.",
-            fix="Give probabilities, not network outputs.",
-        )
+    if source.header.background is not None:
+        low, high = float(slab_KZYX.min(initial=0.0)), float(slab_KZYX.max(initial=0.0))
+        good, what = low >= -tolerance and high <= 1 + tolerance, f"are {low:.3g} to {high:.3g}, not 0 to 1"
+    else:
+        sum_ZYX = slab_KZYX.sum(axis=0)
+        low, high = float(sum_ZYX.min()), float(sum_ZYX.max())
+        good = abs(low - 1) < tolerance and abs(high - 1) < tolerance
+        what = f"of a voxel sum to {low:.3g} to {high:.3g}, not to 1"
+    if not good:  # NaN is not good
+        raise UserError(f"{source.path}: the probabilities {what}.", fix="Give probabilities, not network outputs.")
 
 
-def _largest(slab_KZYX: np.ndarray) -> np.ndarray:
+def painted(slab_KZYX: np.ndarray) -> np.ndarray:
+    """Index of the last region that is likelier than not, counted from 1; 0 where none is. int16."""
+    indices_ZYX = np.zeros(slab_KZYX.shape[1:], np.int16)
+    for k, region_ZYX in enumerate(slab_KZYX, 1):
+        indices_ZYX[region_ZYX > 0.5] = k
+    return indices_ZYX
+
+
+def largest(slab_KZYX: np.ndarray) -> np.ndarray:
     """Index of the largest along K, the first of equal ones, int16; without the copy that argmax makes."""
     best_ZYX, indices_ZYX = slab_KZYX[0].copy(), np.zeros(slab_KZYX.shape[1:], np.int16)
     for k in range(1, len(slab_KZYX)):

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,12 @@ class Scoring:
     def tolerances_mm(self) -> tuple[float, ...]:
         """One tolerance per foreground label."""
         one = self.tolerance_mm
-        return one if isinstance(one, tuple) else (float(one),) * (len(self.labels) - 1)
+        return one if isinstance(one, tuple) else (float(one),) * (len(self.classes) - 1)
+
+    @property
+    def classes(self) -> tuple[Label, ...]:
+        """What gets scores, background first."""
+        return self.labels
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def evaluate_run(
     dataset = store.load(Layout(run).dataset, Dataset)
     name, pairs = validation_pairs(run, dataset, configuration)
     check_grids(pairs)
-    scoring = Scoring(dataset.labels, dataset.ignore_value, surface, tolerances(tolerance_mm, dataset.labels))
+    scoring = scoring_of(dataset, surface, tolerance_mm)
     folder = Layout(run).cross_validation(name)
     _say_folds(run, name, report)
     scored = score_pairs(pairs, scoring, workers, report, scored_before(folder))
@@ -157,7 +162,7 @@ def save_scores(
     scored: tuple[CaseScore, ...], scoring: Scoring, predictions: Path, references: Path, folder: Path
 ) -> Scores:
     """Put case scores together and write `scores.csv` and `scores.json` into `folder`."""
-    scores = summary(scored, scoring.labels, str(predictions), str(references))
+    scores = summary(scored, scoring.classes, str(predictions), str(references))
     if scoring.surface:
         scores = scores.model_copy(update={"tolerances_mm": scoring.tolerances_mm})
     store.write_text(scores_csv(folder), as_csv(scores))
@@ -266,6 +271,14 @@ def as_csv(scores: Scores) -> str:
     return text.getvalue()
 
 
+def scoring_of(
+    dataset: Dataset, surface: bool = True, tolerance_mm: float | Mapping[str, float] = TOLERANCE_MM
+) -> Scoring:
+    """How the cases of a data set are scored."""
+    scoring = Scoring(dataset.labels, dataset.ignore_value, surface)
+    return replace(scoring, tolerance_mm=tolerances(tolerance_mm, scoring.classes))
+
+
 def tolerances(asked_mm: float | Mapping[str, float], labels: tuple[Label, ...]) -> tuple[float, ...]:
     """One tolerance in mm per foreground label. Raises UserError for a name that no label has, and below 0."""
     foreground = [label.name for label in labels[1:]]
@@ -319,7 +332,7 @@ def _score_file(job: _Job) -> CaseScore:
         len(scoring.labels),
         scoring.surface,
         scoring.tolerances_mm,
-        None if drawn is None else [k for k, label in enumerate(scoring.labels) if label.name in drawn],
+        None if drawn is None else [k for k, label in enumerate(scoring.classes) if label.name in drawn],
     )
     return scored.model_copy(update={"content": content})
 

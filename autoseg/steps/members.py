@@ -82,7 +82,7 @@ def check(
         for member, own in zip(members[1:], files[1:], strict=True):
             other = header_of(own[case])
             pair = f"{case}: {members[0].folder} and {member.folder}"
-            if (first.names, first.values) != (other.names, other.values):
+            if (first.names, first.values, first.background) != (other.names, other.values, other.background):
                 raise UserError(
                     f"{pair} have different classes: {_classes(first)} against {_classes(other)}.",
                     fix="Only predictions of the same labels can be combined.",
@@ -141,7 +141,7 @@ def same_plans(plans: Sequence[Plan], names: Sequence[str]) -> Plan:
     """The first of the plans. Raises UserError that names two with other channels or labels."""
     first = plans[0]
     for plan, name in zip(plans[1:], names[1:], strict=True):
-        if plan.labels != first.labels:
+        if (plan.labels, getattr(plan, "regions", ())) != (first.labels, getattr(first, "regions", ())):
             mine, other = (", ".join(f"{each.name} {each.value}" for each in p.labels) for p in (first, plan))
             raise UserError(
                 f"{names[0]} and {name} have different labels: {mine} against {other}.",

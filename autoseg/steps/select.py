@@ -22,7 +22,7 @@ from autoseg.scoring import overlap, statistics
 from autoseg.scoring.selection import Candidate, Selection
 from autoseg.steps.combine import mean_of_probabilities
 from autoseg.steps.ensemble import ensemble_runs, staged
-from autoseg.steps.evaluate import Scoring, score_pairs, summary
+from autoseg.steps.evaluate import Scoring, score_pairs, scoring_of, summary
 from autoseg.steps.members import trained_configurations
 from autoseg.steps.pairs import check_grids, pair_of, validated_folds
 
@@ -65,7 +65,7 @@ def select(
             held_out = {case: cases[case] for case in common if case in label_maps(_validation(layout, names[0], fold))}
             combine_fold(run, names, fold, held_out, device, report)
         maps |= {pair: _maps(layout, "+".join(pair), folds) for pair in combinations(names, 2)}
-    scoring = Scoring(dataset.labels, dataset.ignore_value, surface=False)
+    scoring = scoring_of(dataset, surface=False)
     scored = {}
     for members, files in maps.items():
         paired = [pair_of(cases[case], files[case]) for case in common]
@@ -103,7 +103,7 @@ def choose(
     scored: Mapping[tuple[str, ...], tuple[CaseScore, ...]], scoring: Scoring, folds: tuple[str, ...]
 ) -> Selection:
     """The members with the highest mean foreground Dice (of equal ones the fewest), with all candidates and reasons."""
-    dice = {members: summary(cases, scoring.labels, "", "") for members, cases in scored.items()}
+    dice = {members: summary(cases, scoring.classes, "", "") for members, cases in scored.items()}
     mean = {members: each.foreground_mean["dice"] for members, each in dice.items()}
     ranked = sorted(mean, key=lambda members: (-(mean[members] or 0.0), len(members)))
     best, single = ranked[0], next(members for members in ranked if len(members) == 1)
