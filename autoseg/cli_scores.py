@@ -142,16 +142,19 @@ def evaluate(
     with watched() as report:
         from autoseg.steps import evaluate as step
 
-        rest = {
-            "surface": not no_surface, "tolerance_mm": tolerances(tolerance, step.TOLERANCE_MM), "workers": workers,
-            "report": report,
-        }  # fmt: skip
+        limit_mm = tolerances(tolerance, step.TOLERANCE_MM)
         if references is not None:
-            scores = {"": step.evaluate(predictions, references, **rest)}
-        elif configuration is not None:
-            scores = {configuration: step.evaluate_run(predictions, configuration, **rest)}
+            scores = {
+                "": step.evaluate(
+                    predictions, references, surface=not no_surface, tolerance_mm=limit_mm, workers=workers,
+                    report=report,
+                )
+            }  # fmt: skip
         else:
-            scores = step.evaluate_all(predictions, **rest)
+            scores = step.evaluate_all(
+                predictions, configuration, surface=not no_surface, tolerance_mm=limit_mm, workers=workers,
+                report=report,
+            )  # fmt: skip
     show_all(scores, as_json)
 
 

@@ -1,9 +1,10 @@
 """Scores of large label maps with three classes: autoseg against the published surface-distance implementation.
 
-Run: python bench/surface.py [--size 200 512 512] [--cases 3]   (needs `pip install surface-distance`)
+Run: python bench/surface.py [--size 200 512 512] [--cases 100]   (surface-distance comes with the extra `dev`)
 Both sides compute HD95, average surface distance and surface Dice at 1 mm of every class from the same arrays, in one
 process; autoseg computes Dice, IoU, precision, recall, volumes and lesion F1 as well. Cases come in pairs, in turn.
-Prints one JSON line per case, and the ratio of the sums at the end.
+Prints one JSON line per case, and at the end the ratio of the sums, which should be 3 or more, and what 100 volumes
+take: measured with 100 cases, else extrapolated, and then the line says so.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import numpy as np
 from autoseg.steps.evaluate import score_case
 
 SPACING_MM = (2.0, 0.8, 0.8)
+VOLUMES = 100
 
 
 def organs(size_voxels: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +51,7 @@ def published(prediction_ZYX: np.ndarray, reference_ZYX: np.ndarray) -> dict[int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs=3, default=(200, 512, 512), metavar=("Z", "Y", "X"))
-    parser.add_argument("--cases", type=int, default=3)
+    parser.add_argument("--cases", type=int, default=VOLUMES, help="fewer: the sums are extrapolated to 100")
     options = parser.parse_args()
     sums = {"autoseg": 0.0, "published": 0.0}
     for seed in range(options.cases):
@@ -65,7 +67,9 @@ def main() -> None:
         sums = {name: sums[name] + seconds[name] for name in sums}
         line = {name: round(value, 2) for name, value in seconds.items()}
         print(json.dumps({"case": seed} | line | {"largest_difference": float(f"{apart:.1e}")}), flush=True)
-    print(json.dumps({"ratio": round(sums["published"] / sums["autoseg"], 2)}), flush=True)
+    hundred = {f"{name}_seconds_of_{VOLUMES}": round(value * VOLUMES / options.cases) for name, value in sums.items()}
+    how = "measured" if options.cases == VOLUMES else f"extrapolated from {options.cases}"
+    print(json.dumps({"ratio": round(sums["published"] / sums["autoseg"], 2)} | hundred | {"how": how}), flush=True)
 
 
 if __name__ == "__main__":

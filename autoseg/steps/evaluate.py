@@ -140,14 +140,15 @@ def evaluate_run(
 
 def evaluate_all(
     run: Path,
+    configuration: str | None = None,
     *,
     surface: bool = True,
     tolerance_mm: float | Mapping[str, float] = TOLERANCE_MM,
     workers: int | None = None,
     report: Report = silent,
 ) -> dict[str, Scores]:
-    """`evaluate_run` for every configuration and pair of a run that has validation predictions."""
-    names = predicted_names(run)
+    """`evaluate_run` by name, for one or (None) for every configuration and pair that has validation predictions."""
+    names = (configuration,) if configuration else predicted_names(run)
     if not names:
         raise UserError(f"{run}: no validation predictions.", fix="Train at least one fold first: autoseg train.")
     return {

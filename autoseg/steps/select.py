@@ -56,7 +56,7 @@ def select(
     layout, dataset = Layout(run), store.load(Layout(run).dataset, Dataset)
     names, folds = _comparable(run, configurations, report)
     cases = {case.id: case for case in dataset.cases if case.label is not None}
-    maps = {(name,): _maps(layout, name, folds) for name in names}
+    maps: dict[tuple[str, ...], Files] = {(name,): _maps(layout, name, folds) for name in names}
     common = sorted(set.intersection(*(set(files) for files in maps.values())) & set(cases))
     if not common:
         raise UserError(f"{run}: no validation case is predicted by all of {', '.join(names)}.")
@@ -66,7 +66,7 @@ def select(
             combine_fold(run, names, fold, held_out, device, report)
         maps |= {pair: _maps(layout, "+".join(pair), folds) for pair in combinations(names, 2)}
     scoring = scoring_of(dataset, surface=False)
-    scored = {}
+    scored: dict[tuple[str, ...], tuple[CaseScore, ...]] = {}
     for members, files in maps.items():
         paired = [pair_of(cases[case], files[case]) for case in common]
         check_grids(paired)
