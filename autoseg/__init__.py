@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from autoseg.steps.compare import compare
-    from autoseg.steps.ensemble import ensemble
-    from autoseg.steps.evaluate import evaluate
+    from autoseg.steps.ensemble import ensemble, ensemble_runs
+    from autoseg.steps.evaluate import evaluate, evaluate_run
     from autoseg.steps.import_nnunet import import_nnunet
     from autoseg.steps.plan import plan
     from autoseg.steps.postprocess import postprocess_apply
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from autoseg.steps.predict import Predictor, predict
     from autoseg.steps.preprocess import preprocess
     from autoseg.steps.run import run
+    from autoseg.steps.select import select
     from autoseg.steps.train import train
 
 __all__ = [
-    "Predictor", "__version__", "compare", "ensemble", "evaluate", "import_nnunet", "plan", "postprocess",
-    "postprocess_apply", "predict", "preprocess", "run", "train",
+    "Predictor", "__version__", "compare", "ensemble", "ensemble_runs", "evaluate", "evaluate_run",
+    "import_nnunet", "plan", "postprocess", "postprocess_apply", "predict", "preprocess", "run", "select",
+    "train",
 ]  # fmt: skip
 
 
@@ -50,9 +52,12 @@ PUBLIC: dict[str, str] = {
     "ensemble": "autoseg.steps.ensemble:ensemble",
     "postprocess": "autoseg.steps.postprocess:postprocess_learn",
     "postprocess_apply": "autoseg.steps.postprocess:postprocess_apply",
+    "ensemble_runs": "autoseg.steps.ensemble:ensemble_runs",
     "evaluate": "autoseg.steps.evaluate:evaluate",
+    "evaluate_run": "autoseg.steps.evaluate:evaluate_run",
     "compare": "autoseg.steps.compare:compare",
     "run": "autoseg.steps.run:run",
     "import_nnunet": "autoseg.steps.import_nnunet:import_nnunet",
+    "select": "autoseg.steps.select:select",
 }
 """Public name -> where it lives."""
