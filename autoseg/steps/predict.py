@@ -117,16 +117,14 @@ def predict(
         UserError: no images, no trained network, a file that cannot be read, or a worker that was killed; files written
             before stay.
     """
-    chosen = selected(run) if configuration is None else None
-    if chosen is not None and len(chosen.members) > 1:
-        if not (classes or save_uncertainty or resume or part or speed != "accurate" or on_error != "stop"):
-            from autoseg.steps.select import predict_pair
+    more = bool(classes or save_uncertainty or resume or part or speed != "accurate" or on_error != "stop")
+    if configuration is None and _takes_pair(run, more, report):
+        from autoseg.steps.select import predict_pair  # it imports this file
 
-            return predict_pair(
-                run, images, output, folds=folds, seeds=seeds, save_probabilities=save_probabilities,
-                postprocess=postprocess, mirroring=mirroring, device=device, report=report,
-            )  # fmt: skip
-        report(Warned(f"A pair cannot do all that is asked for, so {chosen.single} alone is used."))
+        return predict_pair(
+            run, images, output, folds=folds, seeds=seeds, save_probabilities=save_probabilities, rules=postprocess,
+            mirroring=mirroring, device=device, report=report,
+        )  # fmt: skip
     kind = probability_kind if save_probabilities else ""
     wishes = Wishes(kind, tuple(classes or ()), save_uncertainty, _is_skip(on_error), workers)
     predictors = [
@@ -152,6 +150,16 @@ def predict(
     if save_uncertainty:
         _flag(output, report)
     return tuple(paths[case.id] for case in cases)
+
+
+def _takes_pair(run: Path, more: bool, report: Report) -> bool:
+    """Whether two configurations were selected together; with `more`, which a pair cannot do, one is taken instead."""
+    chosen = selected(run)
+    if chosen is None or len(chosen.members) == 1:
+        return False
+    if more:
+        report(Warned(f"A pair cannot do all that is asked for, so {chosen.single} alone is used."))
+    return not more
 
 
 def segment_cases(

@@ -85,16 +85,16 @@ def predict_pair(
     folds: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     save_probabilities: bool = False,
-    postprocess: bool = True,
+    rules: bool = True,
     mirroring: bool = True,
     device: str | None = None,
     report: Report = silent,
 ) -> tuple[Path, ...]:
-    """`predict` with the configurations that were selected; arguments and errors as there."""
+    """`predict` with the configurations that were selected; arguments and errors as there (`rules`: `postprocess`)."""
     chosen, path = store.load(Layout(run).selection, Selection), Layout(run).postprocessing
-    rules = store.load(path, Postprocessing) if postprocess and path.is_file() else None
+    learned = store.load(path, Postprocessing) if rules and path.is_file() else None
     return ensemble_runs(
-        [run], images, output, configurations=chosen.members, folds=folds, seeds=seeds, rules=rules,
+        [run], images, output, configurations=chosen.members, folds=folds, seeds=seeds, rules=learned,
         save_probabilities=save_probabilities, mirroring=mirroring, device=device, report=report,
     )  # fmt: skip
 
