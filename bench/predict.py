@@ -97,10 +97,10 @@ def memory_over_predictions(folder: Path) -> dict:
     code = (
         "import json, sys, numpy as np; from pathlib import Path; sys.path.insert(0, 'bench')\n"
         "from predict import small_run, resident\nfrom autoseg import Predictor\n"
-        "predictor = Predictor(small_run(Path(sys.argv[1])), device='cpu'); read = []\n"
+        "predictor = Predictor(small_run(Path(sys.argv[1])), device='cpu', mirroring=False); read = []\n"
         "chance = np.random.default_rng(0)\n"
         "for number in range(200):\n"
-        "    predictor(chance.normal(size=chance.integers(20, 40, 3)), probabilities=number % 2 == 0)\n"
+        "    predictor(chance.normal(size=chance.integers(16, 33, 3)), probabilities=number % 2 == 0)\n"
         "    read.append(resident())\n"
         "print(json.dumps({'rss_mb_after_100': read[99], 'rss_mb_after_200': read[199],"
         " 'growth': read[199] / read[99] - 1, 'largest_of_last_100': max(read[100:]) / read[99] - 1}))"
