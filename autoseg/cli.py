@@ -262,6 +262,37 @@ def compare(
 
 
 @app.command()
+def study(
+    run: RunFolder,
+    vary: Annotated[list[str], typer.Option("--vary", help="Such as loss=ce,dice; several make a grid.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per setting.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Length of every training.", show_default=False)] = None,
+    max_time: MaxTime = None,
+    configuration: ConfigurationName = None,
+    fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4.")] = "0",
+    fixed: Annotated[
+        list[str] | None, typer.Option("--set", help="Set for all, such as batch_size=2.", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the study's folder. [default: the varied fields]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="One or several, such as cuda:0,cuda:1. [default: all GPUs, else the CPU]")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a grid of settings, each with several seeds and of equal length, and test which differences are real."""
+    with _watched() as report:
+        max_seconds = _seconds(max_time)
+        from autoseg.steps.study import study as step
+
+        ended = step(
+            run, vary, seeds=seeds, epochs=epochs, max_seconds=max_seconds, configuration=configuration, fold=fold,
+            fixed=fixed or (), name=name, devices=_names(device), workers=workers, report=report,
+        )  # fmt: skip
+    _show(ended, as_json)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo's files go.")] = Path("demo"),
     max_time: Annotated[str, typer.Option("--max-time", help="Time for each of the two trainings.")] = "50s",

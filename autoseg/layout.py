@@ -56,6 +56,39 @@ class Layout:
         name = f"fold_{fold}" if seed == 0 else f"fold_{fold}.seed_{seed}"
         return ModelLayout(self.configuration(configuration) / name)
 
+    def study(self, name: str) -> "StudyLayout":
+        """Folder of a study: networks that differ in what was varied."""
+        return StudyLayout(self.root / "studies" / name)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyLayout:
+    """The files of one study."""
+
+    root: Path
+
+    @property
+    def study(self) -> Path:
+        return self.root / "study.json"
+
+    @property
+    def picture(self) -> Path:
+        """Training curves of all settings."""
+        return self.root / "study.png"
+
+    @property
+    def table(self) -> Path:
+        return self.root / "study.csv"
+
+    def setting(self, setting: str) -> Path:
+        """Folder with the networks of one setting, one per seed, and their scores averaged over seeds."""
+        return self.root / "".join(c if c.isalnum() or c in "=.,+-_" else "_" for c in setting)
+
+    def model(self, setting: str, fold: str, seed: int) -> "ModelLayout":
+        """Folder of one trained network, named as among the run's models."""
+        name = f"fold_{fold}" if seed == 0 else f"fold_{fold}.seed_{seed}"
+        return ModelLayout(self.setting(setting) / name)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:

@@ -23,8 +23,16 @@ RESUMES = ("no", "yes", "auto", "extend", "restart")
 
 
 @dataclass(frozen=True)
+class Instead:
+    """What to train instead of the planned configuration of its name, as it is, and where to put it (see `Work`)."""
+
+    configuration: Configuration
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Work:
-    """One training. `continues` says whether it goes on from a saved state."""
+    """One training. `continues` says whether it goes on from a saved state; `as_it_is` keeps the norm of `planned`."""
 
     run: Path
     plan: Plan
@@ -39,6 +47,7 @@ class Work:
     machine: Machine
     team: Team
     report: Report
+    as_it_is: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -47,17 +56,18 @@ class Work:
 
 def look_up(
     run: Path, configuration: str | None, fold: str, seed: int, resume: str, asked: Options, machine: Machine,
-    team: Team, report: Report,
+    team: Team, report: Report, instead: Instead | None = None,
 ) -> Work:  # fmt: skip
     """Everything a training needs to know; raises UserError for whatever is impossible, before anything is written."""
     layout, plan = Layout(run), checked(run)
-    planned = configuration_named(plan, configuration or default_configuration(plan))
+    named = configuration or default_configuration(plan)
+    planned = instead.configuration if instead else configuration_named(plan, named)
     wished = with_options(planned, asked)
     losses.parse(wished.train.loss)
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, fold)
-    model = layout.model(planned.name, fold, seed)
+    model = ModelLayout(instead.folder) if instead else layout.model(planned.name, fold, seed)
     continues = _continues(model, resume)
     before = store.load(model.run, Run) if continues else None
     if before is not None:
@@ -74,7 +84,10 @@ def look_up(
             fix=f"Start at most {wished.batch_size}, or give a larger --batch-size.",
         )
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
-    return Work(run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report)
+    return Work(
+        run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
+        as_it_is=instead is not None,
+    )  # fmt: skip
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
