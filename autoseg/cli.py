@@ -262,6 +262,41 @@ def compare(
 
 
 @app.command()
+def distill(
+    run: RunFolder,
+    teachers: Annotated[
+        str, typer.Option("--from", help="seeds, folds, fold_0..4, fold_0.seed_1 or other runs; joined by commas.")
+    ] = "seeds",
+    student: Annotated[str, typer.Option(help="standard, small (half the channels) or tiny (a quarter).")] = "small",
+    configuration: ConfigurationName = None,
+    fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4, or all.")] = "0",
+    seed: Annotated[int, typer.Option(help="Another seed trains another student beside the first.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
+    max_time: MaxTime = None,
+    temperature: Annotated[float, typer.Option(help="How soft the teachers' probabilities are made.")] = 2.0,
+    labels: Annotated[float, typer.Option(min=0, max=1, help="Weight of the true labels, the rest is taught.")] = 0.5,
+    unlabelled: Annotated[
+        Path | None, typer.Option(help="Folder of images to learn from what is taught.", show_default=False)
+    ] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also train it on the labels alone.")] = False,
+    device: Device = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one small network to do what an ensemble does, and compare it with its teachers."""
+    with _watched() as report:
+        max_seconds = _seconds(max_time)
+        from autoseg.steps.distill import distill as step
+
+        ended = step(
+            run, teachers=_names(teachers) or (), student=student, configuration=configuration, fold=fold, seed=seed,
+            epochs=epochs, max_seconds=max_seconds, temperature=temperature, labels_weight=labels,
+            unlabelled=unlabelled, baseline=baseline, device=device, workers=workers, report=report,
+        )  # fmt: skip
+    _show(ended, as_json)
+
+
+@app.command()
 def study(
     run: RunFolder,
     vary: Annotated[list[str], typer.Option("--vary", help="Such as loss=ce,dice; several make a grid.")],

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+STUDENT = "_student_"
+"""Between the configuration of the teachers and the size of the student in a student's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -40,8 +43,12 @@ class Layout:
         return self.root / "cache" / "fingerprint"
 
     def cache(self, configuration: str) -> Path:
-        """Folder with one preprocessed file per case."""
-        return self.root / "cache" / configuration
+        """Folder with one preprocessed file per case; a student sees the cases of its teachers."""
+        return self.root / "cache" / configuration.partition(STUDENT)[0]
+
+    def teachers(self, configuration: str, key: str) -> Path:
+        """Folder with what an ensemble says of each case; `key` stands for its members."""
+        return self.cache(configuration) / f"teachers-{key}"
 
     @property
     def models(self) -> Path:
@@ -150,6 +157,16 @@ def prediction_file(folder: Path, case: str, ending: str) -> Path:
 def probabilities_file(folder: Path, case: str) -> Path:
     """Class probabilities of `case` in a prediction folder (compressed, see image/formats.py)."""
     return folder / f"{case}.probabilities.npz"
+
+
+def teacher_file(folder: Path, case: str, key: str) -> Path:
+    """What an ensemble says of `case`, which was preprocessed with this key, in the folder `Layout.teachers`."""
+    return folder / f"{case}.{key[:12]}.b2nd"
+
+
+def distillation_file(folder: Path) -> Path:
+    """How a student learned and what it is worth, in its model folder."""
+    return folder.parent / f"{folder.name}.distill.json"
 
 
 def scores_file(folder: Path) -> Path:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from autoseg.records import Plan, Postprocessing, Run, Scores
     from autoseg.scoring.comparison import Comparison
+    from autoseg.scoring.distillation import Distillation
     from autoseg.scoring.study import Setting, Study
 
 PLAIN_WIDTH = 120
@@ -270,6 +271,23 @@ def show_study(ended: "Study") -> None:
     say(ended.conclusion)
 
 
+def show_distillation(ended: "Distillation") -> None:
+    """One row per member, the ensemble, the student and the baseline, and the conclusion."""
+    rows = [
+        (
+            row.name, _score(row.dice), f"{row.parameters / 1e6:.3g}", f"{row.operations / 1e9:.3g}",
+            f"{row.seconds:.3g}",
+        )
+        for row in ended.contestants
+    ]  # fmt: skip
+    title = f"{ended.student}, fold {ended.fold}: {ended.cases} cases, {ended.timed_cases} timed on {ended.device}"
+    headings = ("network", "Dice", "million parameters", "GFLOP per patch", "seconds per case")
+    _table(_filled(title, headings, rows))
+    if ended.seen:
+        say(f"Too good: {', '.join(ended.seen)} learned from validation cases of this fold.")
+    say(ended.conclusion)
+
+
 def _setting_row(setting: "Setting") -> tuple[str, ...]:
     def mean(name: str, shape: str) -> str:
         known = [value for trial in setting.trials if (value := getattr(trial, name)) is not None]
@@ -341,5 +359,6 @@ SHOWN: dict[str, Callable[..., None]] = {
     "Postprocessing": show_rules,
     "Comparison": show_comparison,
     "Study": show_study,
+    "Distillation": show_distillation,
 }
 """Record name -> its table."""

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,14 @@ def tiny() -> Configuration:
     augment = AugmentSpec(rotation_rad=(0.0,) * 3, rotation_chance=0.0, scale_chance=0.0)
     spec = TrainSpec(epochs=2, steps_per_epoch=2, warmup_steps=1, augment=augment)
     return a_configuration(network=a_network(), train=spec)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves() -> Iterator[None]:
+    """The picture of each single training takes a second, and nobody looks at it here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+        yield
 
 
 @pytest.fixture(scope="module")

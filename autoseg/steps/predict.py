@@ -148,12 +148,14 @@ class Predictor:
 
     @classmethod
     def of_network(
-        cls, run: Path, configuration: Configuration, network: nn.Module, name: str, device: Device
-    ) -> "Predictor":
-        """A predictor around a network in memory, as validation needs it; no post-processing."""
+        cls, run: Path, configuration: Configuration, network: nn.Module | Sequence[nn.Module], name: str,
+        device: Device,
+    ) -> "Predictor":  # fmt: skip
+        """A predictor around one network or several in memory, as validation needs it; no post-processing."""
+        networks = [network] if isinstance(network, nn.Module) else network
         predictor = cls.__new__(cls)
         predictor.plan, predictor.device, predictor.configuration = checked(run), device, configuration
-        predictor.members, predictor._networks = (name,), [network.eval()]
+        predictor.members, predictor._networks = (name,), [each.eval() for each in networks]
         predictor._mirror_axes, predictor._rules = configuration.train.augment.mirror_axes, ()
         fold, _ = _fold_and_seed(name)
         predictor._previous = None

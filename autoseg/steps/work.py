@@ -16,6 +16,7 @@ from autoseg.steps.finetune import donor_of
 from autoseg.steps.options import Machine, Options, with_options
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
+from autoseg.steps.teachers import Lesson
 
 MAY_DIFFER = ("memory",)
 """What of a configuration may change under a training: it says how the plan came about."""
@@ -28,11 +29,15 @@ class Instead:
 
     configuration: Configuration
     folder: Path
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """One training. `continues` says whether it goes on from a saved state; `as_it_is` keeps the norm of `planned`."""
+    """One training. `continues` says whether it goes on from a saved state; `as_it_is` keeps the norm of `planned`.
+
+    With a `lesson` it learns from other networks, too, and its training cases hold those without labels.
+    """
 
     run: Path
     plan: Plan
@@ -48,6 +53,7 @@ class Work:
     team: Team
     report: Report
     as_it_is: bool = False
+    lesson: Lesson | None = None
 
     @property
     def layout(self) -> Layout:
@@ -67,6 +73,9 @@ def look_up(
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, fold)
+    lesson = instead.lesson if instead else None
+    if lesson is not None:
+        cases = cases.model_copy(update={"train": (*cases.train, *(case.id for case in lesson.unlabelled))})
     model = ModelLayout(instead.folder) if instead else layout.model(planned.name, fold, seed)
     continues = _continues(model, resume)
     before = store.load(model.run, Run) if continues else None
@@ -86,7 +95,7 @@ def look_up(
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
     return Work(
         run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
-        as_it_is=instead is not None,
+        as_it_is=instead is not None, lesson=lesson,
     )  # fmt: skip
 
 
