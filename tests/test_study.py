@@ -33,10 +33,11 @@ def tiny() -> Configuration:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """The picture of each single training takes a second, and nobody looks at it here."""
+def nothing_slow() -> Iterator[None]:
+    """No picture of each single training, and scoring in this process: workers would take seconds to start."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+        patched.setattr("autoseg.steps.evaluate.allowed_cores", lambda: 1)
         yield
 
 

@@ -20,7 +20,7 @@ from autoseg.network.distributed import ALONE
 from autoseg.network.memory import measurer
 from autoseg.planning.cost import parameters, training_operations
 from autoseg.planning.student import choose_student
-from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run, Scores
+from autoseg.records import Case, Configuration, Dataset, Fold, NetworkSpec, Plan, Run, Scores
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.distillation import Contestant, Distillation
 from autoseg.steps.options import Machine, Options
@@ -277,7 +277,7 @@ def _compared(
 
 
 def _row(player: Player, seconds: float, planned: Configuration) -> Contestant:
-    specs = [network.spec for network in player.networks]
+    specs = [spec for network in player.networks if isinstance(spec := network.spec, NetworkSpec)]
     return Contestant(
         name=player.name, seconds=seconds,
         dice=player.scores.foreground_mean["dice"] if player.scores else None,

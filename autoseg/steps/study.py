@@ -231,9 +231,10 @@ def _read_trials(
         )
         known = [trial.dice for trial in trials if trial.dice is not None]
         spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
+        mean = float(np.mean(known)) if known else None
         read.append(
             Setting(
-                name=name, batch_size=configuration.batch_size, trials=trials, dice=overlap.mean(known), spread=spread
+                name=name, batch_size=configuration.batch_size, trials=trials, dice=mean, spread=spread
             )
         )
     return tuple(read)
