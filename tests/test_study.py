@@ -19,7 +19,6 @@ from autoseg.scoring import study as figures
 from autoseg.scoring.study import Setting, Study
 from autoseg.steps import study as step
 from autoseg.steps.settings import FIELDS, fields_in, settings_of, with_fields
-from autoseg.steps.side_by_side import side_by_side
 from autoseg.store import load
 
 CASES = 30
@@ -277,24 +276,6 @@ def test_a_varied_norm_is_trained_even_where_the_planner_would_take_another(
     assert len(ended.settings) == 2
     record = load(Layout(run).study("norm").model("norm=batch", "0", 0).run, Run)
     assert record.configuration.network.norm == "batch"
-
-
-def write_device(folder: Path, device: str) -> None:
-    (folder / device.replace(":", "_")).write_text(device)
-
-
-def fails(job: str, device: str) -> None:
-    raise UserError(f"{job} cannot be done.")
-
-
-def test_jobs_run_side_by_side_each_on_a_device_of_its_own(tmp_path: Path) -> None:
-    folders = [tmp_path / str(number) for number in range(4)]
-    for folder in folders:
-        folder.mkdir()
-    assert set(side_by_side(write_device, folders, ["cuda:0", "cuda:1"])) == set(folders)
-    assert all(len(list(folder.iterdir())) == 1 for folder in folders)
-    with pytest.raises(UserError, match="cannot be done"):
-        list(side_by_side(fails, ["this"], ["cpu"]))
 
 
 # ------------------------------------------------------------------------------------------------ figures

@@ -177,8 +177,8 @@ def _learn(
         pieces.count = max(pieces.count, state.pieces)
     sums.watch.lap("augment")
     value = step(
-        state.network if compiled is None else compiled, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
-        state.scaler, pieces=pieces, team=team, buffers=running_statistics(state.network), lap=sums.watch.lap,
+        state.network if compiled is None else compiled, state.optimizer, loss, batch.image, batch.labels, device,
+        train.clip_norm, state.scaler, pieces=pieces, team=team, buffers=running_statistics(state.network), lap=sums.watch.lap,
     )  # fmt: skip
     if pieces is not None and pieces.count > state.pieces:
         state.pieces = pieces.count
