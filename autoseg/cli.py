@@ -210,6 +210,72 @@ for each in cli_scores.COMMANDS:
 
 
 @app.command()
+def distill(
+    run: RunFolder,
+    teachers: Annotated[
+        str, typer.Option("--from", help="seeds, folds, fold_0..4, fold_0.seed_1 or other runs; joined by commas.")
+    ] = "seeds",
+    student: Annotated[str, typer.Option(help="standard, small (half the channels) or tiny (a quarter).")] = "small",
+    configuration: ConfigurationName = None,
+    fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4, or all.")] = "0",
+    seed: Annotated[int, typer.Option(help="Another seed trains another student beside the first.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
+    max_time: MaxTime = None,
+    temperature: Annotated[float, typer.Option(help="How soft the teachers' probabilities are made.")] = 2.0,
+    labels: Annotated[float, typer.Option(min=0, max=1, help="Weight of the true labels, the rest is taught.")] = 0.5,
+    unlabelled: Annotated[
+        Path | None, typer.Option(help="Folder of images to learn from what is taught.", show_default=False)
+    ] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also train it on the labels alone.")] = False,
+    device: Device = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one small network to do what an ensemble does, and compare it with its teachers."""
+    with _watched() as report:
+        max_seconds = _seconds(max_time)
+        from autoseg.steps.distill import distill as step
+
+        ended = step(
+            run, teachers=_names(teachers) or (), student=student, configuration=configuration, fold=fold, seed=seed,
+            epochs=epochs, max_seconds=max_seconds, temperature=temperature, labels_weight=labels,
+            unlabelled=unlabelled, baseline=baseline, device=device, workers=workers, report=report,
+        )  # fmt: skip
+    _show(ended, as_json)
+
+
+@app.command()
+def study(
+    run: RunFolder,
+    vary: Annotated[list[str], typer.Option("--vary", help="Such as loss=ce,dice; several make a grid.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per setting.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Length of every training.", show_default=False)] = None,
+    max_time: MaxTime = None,
+    configuration: ConfigurationName = None,
+    fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4.")] = "0",
+    fixed: Annotated[
+        list[str] | None, typer.Option("--set", help="Set for all, such as batch_size=2.", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the study's folder. [default: the varied fields]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="One or several, such as cuda:0,cuda:1. [default: all GPUs, else the CPU]")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a grid of settings, each with several seeds and of equal length, and test which differences are real."""
+    with _watched() as report:
+        max_seconds = _seconds(max_time)
+        from autoseg.steps.study import study as step
+
+        ended = step(
+            run, vary, seeds=seeds, epochs=epochs, max_seconds=max_seconds, configuration=configuration, fold=fold,
+            fixed=fixed or (), name=name, devices=_names(device), workers=workers, report=report,
+        )  # fmt: skip
+    _show(ended, as_json)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo's files go.")] = Path("demo"),
     max_time: Annotated[str, typer.Option("--max-time", help="Time for each of the two trainings.")] = "50s",

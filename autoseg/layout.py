@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+STUDENT = "_student_"
+"""Between the configuration of the teachers and the size of the student in a student's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -45,8 +48,12 @@ class Layout:
         return self.root / "cache" / "fingerprint"
 
     def cache(self, configuration: str) -> Path:
-        """Folder with one preprocessed file per case."""
-        return self.root / "cache" / configuration
+        """Folder with one preprocessed file per case; a student sees the cases of its teachers."""
+        return self.root / "cache" / configuration.partition(STUDENT)[0]
+
+    def teachers(self, configuration: str, key: str) -> Path:
+        """Folder with what an ensemble says of each case; `key` stands for its members."""
+        return self.cache(configuration) / f"teachers-{key}"
 
     @property
     def models(self) -> Path:
@@ -69,6 +76,39 @@ class Layout:
         """Folder of one trained network; `fold` is "0".."4" or "all", `seed` 0 is the unnamed default."""
         name = f"fold_{fold}" if seed == 0 else f"fold_{fold}.seed_{seed}"
         return ModelLayout(self.configuration(configuration) / name)
+
+    def study(self, name: str) -> "StudyLayout":
+        """Folder of a study: networks that differ in what was varied."""
+        return StudyLayout(self.root / "studies" / name)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyLayout:
+    """The files of one study."""
+
+    root: Path
+
+    @property
+    def study(self) -> Path:
+        return self.root / "study.json"
+
+    @property
+    def picture(self) -> Path:
+        """Training curves of all settings."""
+        return self.root / "study.png"
+
+    @property
+    def table(self) -> Path:
+        return self.root / "study.csv"
+
+    def setting(self, setting: str) -> Path:
+        """Folder with the networks of one setting, one per seed, and their scores averaged over seeds."""
+        return self.root / "".join(c if c.isalnum() or c in "=.,+-_" else "_" for c in setting)
+
+    def model(self, setting: str, fold: str, seed: int) -> "ModelLayout":
+        """Folder of one trained network, named as among the run's models."""
+        name = f"fold_{fold}" if seed == 0 else f"fold_{fold}.seed_{seed}"
+        return ModelLayout(self.setting(setting) / name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +195,16 @@ def prediction_record(folder: Path, case: str) -> Path:
 def flagged_file(folder: Path) -> Path:
     """The cases of a prediction folder by uncertainty."""
     return folder / "flagged.csv"
+
+
+def teacher_file(folder: Path, case: str, key: str) -> Path:
+    """What an ensemble says of `case`, which was preprocessed with this key, in the folder `Layout.teachers`."""
+    return folder / f"{case}.{key[:12]}.b2nd"
+
+
+def distillation_file(folder: Path) -> Path:
+    """How a student learned and what it is worth, in its model folder."""
+    return folder.parent / f"{folder.name}.distill.json"
 
 
 def scores_file(folder: Path) -> Path:

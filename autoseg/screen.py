@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from autoseg.records import Plan, Postprocessing, Run, Scores
     from autoseg.scoring.comparison import Comparison
+    from autoseg.scoring.distillation import Distillation
     from autoseg.scoring.selection import Selection
+    from autoseg.scoring.study import Setting, Study
 
 PLAIN_WIDTH = 120
 PLAIN_SECONDS = 5.0
@@ -275,6 +277,57 @@ def show_comparison(found: "Comparison") -> None:
     say(found.conclusion)
 
 
+def show_study(ended: "Study") -> None:
+    """One row per setting, the best first, and the conclusion."""
+    rows = [_setting_row(setting) for setting in ended.settings]
+    length = f"{ended.epochs} epochs" if ended.max_seconds is None else duration(ended.max_seconds)
+    state = "" if ended.finished else ", not finished"
+    what = f"{ended.configuration.name}, fold {ended.fold}"
+    title = f"{what}: {ended.seeds} seeds, {length} each, {ended.cases} cases{state}"
+    headings = (
+        "setting", "Dice", "spread over seeds", "p against best", "HD95 mm", "steps", "loss noise", "Dice noise",
+        "gradient signal", "95 % after",
+    )  # fmt: skip
+    _table(_filled(title, headings, rows))
+    say(
+        "p: Wilcoxon over cases, Holm over all pairs. Loss noise: from step to step, of what training lowered it by. "
+        "Dice noise: on validation patches. Gradient signal: what batches agree on. 95 % after: share of the training "
+        "until 95 % of the best Dice on patches."
+    )
+    say(ended.conclusion)
+
+
+def show_distillation(ended: "Distillation") -> None:
+    """One row per member, the ensemble, the student and the baseline, and the conclusion."""
+    rows = [
+        (
+            row.name, _score(row.dice), f"{row.parameters / 1e6:.3g}", f"{row.operations / 1e9:.3g}",
+            f"{row.seconds:.3g}",
+        )
+        for row in ended.contestants
+    ]  # fmt: skip
+    title = f"{ended.student}, fold {ended.fold}: {ended.cases} cases, {ended.timed_cases} timed on {ended.device}"
+    headings = ("network", "Dice", "million parameters", "GFLOP per patch", "seconds per case")
+    _table(_filled(title, headings, rows))
+    if ended.seen:
+        say(f"Too good: {', '.join(ended.seen)} learned from validation cases of this fold.")
+    say(ended.conclusion)
+
+
+def _setting_row(setting: "Setting") -> tuple[str, ...]:
+    def mean(name: str, shape: str) -> str:
+        known = [value for trial in setting.trials if (value := getattr(trial, name)) is not None]
+        return format(sum(known) / len(known), shape) if known else "-"
+
+    spread = "-" if setting.spread is None else f"{setting.spread:.4f}"
+    chance = "-" if setting.p_against_best is None else f"{setting.p_against_best:.2g}"
+    return (
+        setting.name, _score(setting.dice), spread, chance, mean("hd95_mm", ".2f"), mean("steps", ".0f"),
+        mean("loss_noise", ".3f"), mean("dice_noise", ".4f"), mean("gradient_signal", ".1%"),
+        mean("reached_share", ".0%"),
+    )  # fmt: skip
+
+
 def show_error(error: UserError) -> None:
     """One red sentence on stderr; where the error lists problems of cases, a table of them before it."""
     console = _console(sys.stderr)
@@ -332,5 +385,7 @@ SHOWN: dict[str, Callable[..., None]] = {
     "Postprocessing": show_rules,
     "Comparison": show_comparison,
     "Selection": show_selection,
+    "Study": show_study,
+    "Distillation": show_distillation,
 }
 """Record name -> its table."""

@@ -15,7 +15,7 @@ from autoseg.events import Event, Trained, Warned
 from autoseg.network import loop, losses, unet
 from autoseg.network.device import Device
 from autoseg.network.loop import Batch, Length, TrainState, fit, learning_rate, make_optimizer, make_scaler, step
-from autoseg.network.step import learn_mode
+from autoseg.network.step import BETAS, gradient_signal, learn_mode
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -484,3 +484,35 @@ def test_without_a_decay_no_average_is_kept() -> None:
     training = Training()
     training.run(Length(epochs=1))
     assert training.state.average == []
+
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 3.0])
+def test_the_gradient_signal_is_what_batches_agree_on(noise: float) -> None:
+    """Gradients of mean 1 and a standard deviation of `noise`: the share is 1 / (1 + noise^2), whatever their scale."""
+    chance = torch.Generator().manual_seed(1)
+    for scale in (1.0, 1e-3):
+        weight = torch.nn.Parameter(torch.zeros(20_000))
+        optimizer = torch.optim.AdamW([weight], 1e-3, betas=BETAS)
+        for _ in range(60):
+            weight.grad = scale * (1.0 + noise * torch.randn(20_000, generator=chance))
+            optimizer.step()
+        assert gradient_signal(optimizer) == pytest.approx(1 / (1 + noise**2), abs=0.02)
+
+
+def test_an_optimizer_without_moments_has_no_gradient_signal() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    assert math.isnan(gradient_signal(torch.optim.SGD([weight], 0.1, momentum=0.9)))
+
+
+def test_the_loss_noise_of_an_epoch_is_that_from_step_to_step() -> None:
+    sums = loop._Sums(CPU)
+    nothing = loop.Batch(torch.zeros(1, 1), torch.zeros(1), (), 0.0, 0.0)
+    sums.add(torch.tensor(7.0), nothing, 0.0)
+    assert math.isnan(sums.noise())
+    sums = loop._Sums(CPU)
+    for value in (1.0, 3.0, math.nan, 2.0, 4.0):
+        sums.add(torch.tensor(value), nothing, 0.0)
+    assert sums.noise() == pytest.approx(2.0 / math.sqrt(2))

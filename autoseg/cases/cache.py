@@ -235,6 +235,16 @@ def open_case(folder: Path, case_id: str) -> CachedCase:
     return CachedCase(id=case_id, shape=mark.shape_voxels, channels=mark.channels, mark=mark, folder=folder)
 
 
+def write_array(path: Path, array: np.ndarray, chunk: Sequence[int]) -> None:
+    """Write one array as blosc2, in chunks of at most `chunk`."""
+    write_bytes(path, _compressed(array, chunk), durable=False)
+
+
+def open_array(path: Path) -> Any:
+    """An array that `write_array` wrote; indexing decompresses what is asked for, one thread at a time."""
+    return _open(path)
+
+
 def _storable(image_CZYX: np.ndarray) -> np.ndarray:
     """The image in float16 if its rounding (root mean square) is below a thousandth of each channel's deviation."""
     if float(np.abs(image_CZYX).max(initial=0)) > float(np.finfo(np.float16).max):

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE, Team, agreed
 from autoseg.network.losses import Supervised
 from autoseg.network.pieces import Pieces
-from autoseg.network.step import learn_mode, learning_rate, make_optimizer, make_scaler, running_statistics, step
+from autoseg.network.step import (
+    gradient_signal,
+    learn_mode,
+    learning_rate,
+    make_optimizer,
+    make_scaler,
+    running_statistics,
+    step,
+)
 from autoseg.network.timing import PARTS, Capacity, Stopwatch
 from autoseg.records import TrainSpec
 
@@ -223,6 +232,12 @@ class _Sums:
         bad = [cases for value, cases in zip(values, self.cases, strict=True) if not math.isfinite(value)]
         return sum(finite) / len(finite) if finite else math.nan, bad
 
+    def noise(self) -> float:
+        """Standard deviation of the loss from step to step, its trend left out (von Neumann 1941); NaN for one step."""
+        values = torch.stack(self.losses).tolist()
+        pairs = [(a, b) for a, b in pairwise(values) if math.isfinite(a - b)]
+        return math.sqrt(sum((b - a) ** 2 for a, b in pairs) / (2 * len(pairs))) if pairs else math.nan
+
     def seconds_per_step(self) -> dict[str, float]:
         """Where the time of a step went; on CUDA what the device did, which the host does not wait for."""
         parts = self.watch.read()
@@ -273,6 +288,7 @@ def _end_epoch(
         "images_per_second": sums.samples / max(sums.seconds, 1e-9),
         "wait_share": sums.wait / max(sums.seconds, 1e-9), "augment_share": sums.augment / max(sums.seconds, 1e-9),
         "epoch_seconds": time.perf_counter() - sums.began, "skipped": float(len(bad)), "peak_share": share,
+        "loss_noise": sums.noise(), "gradient_signal": gradient_signal(state.optimizer),
     }  # fmt: skip
     row |= {f"{part}_seconds": value for part, value in seconds.items()}
     row |= {f"dice_{k + 1}": value for k, value in enumerate(dice)} | dict(about_epoch())

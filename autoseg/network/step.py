@@ -108,6 +108,27 @@ def step(
     return value
 
 
+def gradient_signal(optimizer: torch.optim.Optimizer) -> float:
+    """Share of the squared gradient that the batches agree on: 1 all of it, 0 nothing but noise. NaN without moments.
+
+    Read off AdamW's moments, so it costs nothing and does not depend on the scale of the loss. With the mean gradient G
+    and its variance S over batches, E[v] = G^2 + S and E[m^2] = G^2 + cS with c = (1 - b1) / (1 + b1), summed over all
+    weights (the ratio S / G^2 is the noise scale of McCandlish et al. 2018). Both are taken to change slowly.
+    """
+    states = [state for state in optimizer.state.values() if "exp_avg_sq" in state]
+    if not states:
+        return math.nan
+    squared_mean = torch.stack([state["exp_avg"].square().sum() for state in states]).sum().item()
+    mean_square = torch.stack([state["exp_avg_sq"].sum() for state in states]).sum().item()
+    steps = float(states[0]["step"])
+    if steps < 1 or not mean_square > 0:
+        return math.nan
+    squared_mean /= (1 - BETAS[0] ** steps) ** 2
+    mean_square /= 1 - BETAS[1] ** steps
+    floor = (1 - BETAS[0]) / (1 + BETAS[0])
+    return min(1.0, max(0.0, (squared_mean / mean_square - floor) / (1 - floor)))
+
+
 def learning_rate(train: TrainSpec, done: float, number: int) -> float:
     """Learning rate when the share `done` (0..1) of the training is over; rises linearly in the warm-up steps."""
     falling = SCHEDULES[train.schedule](min(max(done, 0.0), 1.0))

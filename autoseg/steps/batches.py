@@ -41,11 +41,13 @@ class Batches:
         workers: reading threads; None takes the allowed cores, at most 8.
         class_rates: of the foreground classes (`sampling.rates_of`), for the modes of sampling that have rates.
         team: the processes that share every batch. All draw the whole batch, and each reads and augments its samples.
+        teachers: the last channels of the training cases, one per class, are what teachers say; the labels of a batch
+            then hold them, moved like the image, see network/distillation.py.
     """
 
     def __init__(
         self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device,
-        workers: int | None, team: Team = ALONE, class_rates: tuple[float, ...] = (),
+        workers: int | None, team: Team = ALONE, class_rates: tuple[float, ...] = (), teachers: bool = False,
     ) -> None:  # fmt: skip
         train = configuration.train
         self._patch = configuration.patch_voxels
@@ -57,7 +59,7 @@ class Batches:
         self._cases_with: dict[str, frozenset[int]] = {}
         self._drawn: Counter[str] = Counter()
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
-        self._device, self._team = device, team
+        self._device, self._team, self._teachers = device, team, teachers
         self._format = channels_last_format(configuration.dimension)
         self._ahead = min(MOST_AHEAD, workers or own_cores())
         self._threads = ThreadPoolExecutor(self._ahead)
@@ -81,7 +83,9 @@ class Batches:
         self._drawn += drawn_for
         waited = time.perf_counter() - start
         moved_image, moved_labels = self._to_device(image), self._to_device(labels)
-        previous = None
+        previous = said = None
+        if self._teachers:
+            moved_image, said = moved_image[:, : -self._classes], moved_image[:, -self._classes :]
         if self._cascade:
             moved_image, previous = moved_image[:, :-1], moved_image[:, -1].to(torch.int16)
         result, result_labels = augment.apply(moved_image, moved_labels, drawn, self._patch, self._classes)
@@ -89,6 +93,9 @@ class Batches:
             nothing = torch.zeros_like(moved_image[:, :1])
             _, stage = augment.apply(nothing, previous, _only_moved(drawn), self._patch, self._classes)
             result = torch.cat((result, _one_hot(stage, self._classes)), 1)
+        if said is not None:
+            said, _ = augment.apply(said, moved_labels, _only_moved(drawn, self._classes), self._patch)
+            result_labels = torch.cat((result_labels.unsqueeze(1).float(), said), 1)
         cases = tuple(ids[place.case] for place in places)
         result = result.contiguous(memory_format=self._format)
         return Batch(result, result_labels, cases, waited, time.perf_counter() - start - waited)
@@ -106,7 +113,7 @@ class Batches:
         for number in share(self._team, range(max(1, round(steps * VALIDATION_SHARE)))):
             places = draw_places(sources, self._validation, number, VALIDATION)
             image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places))
-            inputs, target = self._to_device(image), self._to_device(labels)
+            inputs, target = self._to_device(image)[:, : self._channels + self._cascade], self._to_device(labels)
             if self._cascade:
                 inputs = torch.cat((inputs[:, :-1], _one_hot(inputs[:, -1].to(torch.int16), self._classes)), 1)
             with (device or self._device).autocast():
@@ -183,16 +190,16 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
     return torch.stack([labels == k for k in range(1, classes)], 1).float()
 
 
-def _only_moved(drawn: augment.Drawn) -> augment.Drawn:
-    """The same movement and mirroring without any change of intensities, for one channel."""
-    one_B1 = torch.ones_like(drawn.brightness_BC[:, :1])
+def _only_moved(drawn: augment.Drawn, channels: int = 1) -> augment.Drawn:
+    """The same movement and mirroring without any change of intensities, for so many channels."""
+    one_BC = torch.ones_like(drawn.brightness_BC[:, :1]).repeat(1, channels)
     return replace(
         drawn,
         noise_sigma_B=torch.zeros_like(drawn.noise_sigma_B),
-        blur_sigma_BCD=torch.zeros_like(drawn.blur_sigma_BCD[:, :1]),
-        brightness_BC=one_B1,
-        contrast_BC=one_B1,
-        low_resolution_BC=one_B1,
-        gamma_inverted_BC=one_B1,
-        gamma_BC=one_B1,
+        blur_sigma_BCD=torch.zeros_like(drawn.blur_sigma_BCD[:, :1]).repeat(1, channels, 1),
+        brightness_BC=one_BC,
+        contrast_BC=one_BC,
+        low_resolution_BC=one_BC,
+        gamma_inverted_BC=one_BC,
+        gamma_BC=one_BC,
     )

@@ -39,8 +39,9 @@ def _fresh(work: Work, asked: Options) -> Run:
         seconds = seconds_per_sample(configuration, work.device) / work.team.size
         configuration, note = fit_to_time(configuration, asked, seconds, least=work.team.size)
         notes += [note] if note else []
-    configuration, note = with_suited_norm(configuration)
-    notes += [note] if note else []
+    if not work.as_it_is:
+        configuration, note = with_suited_norm(configuration)
+        notes += [note] if note else []
     for note in notes:
         work.report(Said(note))
     return Run(

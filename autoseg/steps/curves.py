@@ -1,9 +1,13 @@
-"""The picture of a training: loss, Dice and learning rate over the time it took."""
+"""The pictures of a training (loss, Dice and learning rate over the time it took) and of a study of many."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from autoseg.scoring.study import History, column
 from autoseg.store import write_bytes
 
 
@@ -30,3 +34,45 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_bytes(path, content.getvalue())
+
+
+def draw_study(path: Path, histories: Mapping[str, Sequence[History]], by_steps: bool) -> None:
+    """Write a PNG with the curves of every setting: mean over its seeds, and from the lowest to the highest.
+
+    Panels: Dice on validation patches, training loss as a share of its first epoch's, and the share of the squared
+    gradient that batches agree on. `by_steps` draws over steps instead of minutes. Nothing where no history has a row.
+    """
+    from matplotlib.figure import Figure
+
+    unit, name = (1.0, "step") if by_steps else (60.0, "seconds")
+    longest = max((column(rows, name)[-1] for each in histories.values() for rows in each if rows), default=0.0)
+    if not longest:
+        return
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for setting, runs in histories.items():
+        for panel, curve in zip(panels, ("dice", "loss", "gradient_signal"), strict=True):
+            _band(panel, setting, [rows for rows in runs if rows], curve, name, unit)
+    panels[0].set(ylabel="Dice on validation patches", ylim=(0, 1))
+    panels[1].set(ylabel="training loss / that of the first epoch")
+    panels[2].set(ylabel="share of the gradient that batches agree on", ylim=(0, None))
+    for panel in panels:
+        panel.set(xlabel="steps" if by_steps else "minutes", xlim=(0, longest / unit))
+    panels[0].legend(loc="lower right", fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_bytes(path, content.getvalue())
+
+
+def _band(panel: Any, setting: str, runs: Sequence[History], curve: str, over: str, unit: float) -> None:
+    """One setting's curve: runs are brought to common places by linear interpolation, as far as all of them go."""
+    read = [(column(rows, over) / unit, column(rows, curve)) for rows in runs]
+    pairs = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in read if np.isfinite(y).any()]
+    if not pairs:
+        return
+    first, last = max(x[0] for x, _ in pairs), min(x[-1] for x, _ in pairs)
+    at = np.linspace(min(first, last), last, 200)
+    scale = [abs(y[0]) or 1.0 if curve == "loss" else 1.0 for _, y in pairs]
+    curves = np.stack([np.interp(at, x, y / s) for (x, y), s in zip(pairs, scale, strict=True)])
+    (line,) = panel.plot(at, curves.mean(axis=0), linewidth=1.2, label=setting)
+    panel.fill_between(at, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15, linewidth=0)

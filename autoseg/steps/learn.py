@@ -13,6 +13,7 @@ from autoseg.errors import Interrupted
 from autoseg.events import Said, Warned
 from autoseg.network import checkpoint, losses, unet
 from autoseg.network.device import Device, channels_last, pays_to_compile, try_compile
+from autoseg.network.distillation import distilling
 from autoseg.network.distributed import adding, whole_batch_statistics
 from autoseg.network.loop import Length, TrainState, device_of, fit
 from autoseg.network.losses import Supervised
@@ -28,6 +29,7 @@ from autoseg.steps.curves import draw_curves
 from autoseg.steps.finetune import donor_of, freeze, load_donor, names_of, short_list, take_over
 from autoseg.steps.options import class_rates, resume_command, with_drawn_shares
 from autoseg.steps.stopping import stop_requests
+from autoseg.steps.teachers import Lesson
 from autoseg.steps.work import Work
 
 
@@ -95,9 +97,12 @@ def _state(work: Work, record: Run, network: nn.Module) -> TrainState:
     return state
 
 
-def loss_of(configuration: Configuration, reduce: Pieces) -> Supervised:
-    """What the network of a configuration is trained with."""
-    return losses.build(configuration.train.loss, batch_dice=configuration.batch_dice, reduce=reduce)
+def loss_of(configuration: Configuration, reduce: Pieces, lesson: Lesson | None = None) -> Supervised:
+    """What the network of a configuration is trained with; a lesson adds what its teachers say."""
+    loss = losses.build(configuration.train.loss, batch_dice=configuration.batch_dice, reduce=reduce)
+    if lesson is None:
+        return loss
+    return distilling(loss, lesson.temperature, lesson.labels_weight, reduce=reduce)
 
 
 def batches_of(work: Work, record: Run) -> Batches:
@@ -105,7 +110,7 @@ def batches_of(work: Work, record: Run) -> Batches:
     plan, machine, configuration = work.plan, work.machine, record.configuration
     return Batches(
         configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers,
-        work.team, class_rates(configuration.train, plan),
+        work.team, class_rates(configuration.train, plan), teachers=work.lesson is not None,
     )  # fmt: skip
 
 
@@ -161,7 +166,7 @@ def _fit(
 
         return fit(
             state, configuration.train, Length(configuration.train.epochs, record.max_seconds), work.device,
-            loss_of(configuration, pieces),
+            loss_of(configuration, pieces, work.lesson),
             lambda step: batches.draw(learned, work.cases.train, step, state.history), validate, save,
             asked, work.report, compiled, pieces=pieces, team=team, capacity=capacity,
             about_epoch=batches.drawn_shares,

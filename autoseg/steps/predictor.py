@@ -137,9 +137,11 @@ class Predictor:
 
     @classmethod
     def of_network(
-        cls, run: Path, configuration: Configuration, network: nn.Module, name: str, device: Device
-    ) -> "Predictor":
-        """A predictor around a network in memory, as validation needs it; no post-processing."""
+        cls, run: Path, configuration: Configuration, network: nn.Module | Sequence[nn.Module], name: str,
+        device: Device,
+    ) -> "Predictor":  # fmt: skip
+        """A predictor around one network or several in memory, as validation needs it; no post-processing."""
+        networks = [network] if isinstance(network, nn.Module) else network
         previous = None
         if configuration.previous is not None:
             fold, _ = fold_and_seed(name)
@@ -147,7 +149,7 @@ class Predictor:
                 run, configuration=configuration.previous, folds=[fold], device=device.name, postprocess=False
             )
         predictor = cls.__new__(cls)
-        predictor._set(checked(run), configuration, device, [network.eval()], (name,), previous)
+        predictor._set(checked(run), configuration, device, [each.eval() for each in networks], (name,), previous)
         return predictor
 
     def _set(

@@ -9,6 +9,7 @@ from autoseg.network.patches import InMemory, Source, WithPrevious
 from autoseg.network.patches_on_device import OnDevice
 from autoseg.records import Configuration
 from autoseg.steps.cascade import previous_label_maps, previous_on_grid
+from autoseg.steps.teachers import with_teachers
 from autoseg.steps.work import Work
 
 RAM_SHARE = 0.25
@@ -27,7 +28,7 @@ def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
     limit = _limit_bytes(work)
     need = sum(bytes_of(case) for case in opened.values())
     sources: dict[str, Source] = {}
-    if configuration.previous is None and need <= min(_device_bytes(work), limit):
+    if configuration.previous is None and work.lesson is None and need <= min(_device_bytes(work), limit):
         where = work.device.torch_device
         for name, case in opened.items():
             image_CZYX, labels_ZYX = case.read()
@@ -42,7 +43,13 @@ def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
             f"{len(on_disk)} of {len(opened)} preprocessed cases ({need / GIB:.1f} GB in all, {limit / GIB:.1f} GB may "
             "be kept in memory) are read from disk, patch by patch."
         ))  # fmt: skip
-    return sources if configuration.previous is None else _with_previous(work, configuration, opened, sources)
+    if configuration.previous is not None:
+        sources = _with_previous(work, configuration, opened, sources)
+    if work.lesson is None:
+        return sources
+    return with_teachers(
+        work.layout, configuration, work.lesson, work.cases.train, sources, work.device, work.report
+    )
 
 
 def held(opened: dict[str, CachedCase], limit_bytes: float) -> dict[str, Source]:
@@ -75,7 +82,8 @@ def _device_bytes(work: Work) -> float:
 def _with_previous(
     work: Work, configuration: Configuration, opened: dict[str, CachedCase], sources: dict[str, Source]
 ) -> dict[str, Source]:
-    wanted = [case for case in work.dataset.cases if case.id in opened]
+    unlabelled = work.lesson.unlabelled if work.lesson else ()
+    wanted = [case for case in (*work.dataset.cases, *unlabelled) if case.id in opened]
     maps = previous_label_maps(
         work.run, work.plan, configuration, work.fold, wanted, work.device.name, work.report
     )

@@ -21,7 +21,7 @@ from autoseg.steps.plan import checked
 from autoseg.steps.predict import default_configuration
 from autoseg.steps.sources import sources_of
 from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import Work, look_up, warn_of_restart
+from autoseg.steps.work import Instead, Work, look_up, warn_of_restart
 
 
 def train(
@@ -123,11 +123,11 @@ def train_seeds(
 
 def train_one(
     run: Path, configuration: str | None, fold: str, seed: int, resume: str, asked: Options, machine: Machine,
-    team: Team, report: Report,
+    team: Team, report: Report, instead: Instead | None = None,
 ) -> Run:  # fmt: skip
-    """`train` inside a team."""
+    """`train` inside a team. With `instead`, another configuration than the planned one, in a folder of its own."""
     with first_goes_first(team):
-        work = look_up(run, configuration, fold, seed, resume, asked, machine, team, report)
+        work = look_up(run, configuration, fold, seed, resume, asked, machine, team, report, instead)
         warn_of_restart(work, resume)
     set_up(work.device, deterministic=bool(asked.deterministic))
     if work.planned.previous is not None and not is_trained(work.layout, work.planned.previous, fold):

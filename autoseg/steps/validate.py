@@ -1,5 +1,6 @@
 """Whole-image validation of a fold: the same functions as prediction, scored against the references of the data set."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -17,8 +18,8 @@ from autoseg.steps.predictor import Predictor
 
 
 def validate_fold(
-    run: Path, model: ModelLayout, configuration: Configuration, network: nn.Module, cases: Fold, dataset: Dataset,
-    plan: Plan, device: Device, report: Report, team: Team = ALONE,
+    run: Path, model: ModelLayout, configuration: Configuration, network: nn.Module | Sequence[nn.Module],
+    cases: Fold, dataset: Dataset, plan: Plan, device: Device, report: Report, team: Team = ALONE,
 ) -> Scores:  # fmt: skip
     """Predict every validation case of a fold on its file's grid, write the label maps, score them and save that.
 

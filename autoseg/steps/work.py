@@ -16,6 +16,7 @@ from autoseg.steps.finetune import donor_of
 from autoseg.steps.options import Machine, Options, class_rates, with_options
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
+from autoseg.steps.teachers import Lesson
 
 MAY_DIFFER = ("memory",)
 """What of a configuration may change under a training: it says how the plan came about."""
@@ -23,8 +24,20 @@ RESUMES = ("no", "yes", "auto", "extend", "restart")
 
 
 @dataclass(frozen=True)
+class Instead:
+    """What to train instead of the planned configuration of its name, as it is, and where to put it (see `Work`)."""
+
+    configuration: Configuration
+    folder: Path
+    lesson: Lesson | None = None
+
+
+@dataclass(frozen=True)
 class Work:
-    """One training. `continues` says whether it goes on from a saved state."""
+    """One training. `continues` says whether it goes on from a saved state; `as_it_is` keeps the norm of `planned`.
+
+    With a `lesson` it learns from other networks, too, and its training cases hold those without labels.
+    """
 
     run: Path
     plan: Plan
@@ -39,6 +52,8 @@ class Work:
     machine: Machine
     team: Team
     report: Report
+    as_it_is: bool = False
+    lesson: Lesson | None = None
 
     @property
     def layout(self) -> Layout:
@@ -47,18 +62,22 @@ class Work:
 
 def look_up(
     run: Path, configuration: str | None, fold: str, seed: int, resume: str, asked: Options, machine: Machine,
-    team: Team, report: Report,
+    team: Team, report: Report, instead: Instead | None = None,
 ) -> Work:  # fmt: skip
     """Everything a training needs to know; raises UserError for whatever is impossible, before anything is written."""
     layout, plan = Layout(run), checked(run)
-    planned = configuration_named(plan, configuration or default_configuration(plan))
+    named = configuration or default_configuration(plan)
+    planned = instead.configuration if instead else configuration_named(plan, named)
     wished = with_options(planned, asked)
     losses.parse(wished.train.loss)
     class_rates(wished.train, plan)
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, fold)
-    model = layout.model(planned.name, fold, seed)
+    lesson = instead.lesson if instead else None
+    if lesson is not None:
+        cases = cases.model_copy(update={"train": (*cases.train, *(case.id for case in lesson.unlabelled))})
+    model = ModelLayout(instead.folder) if instead else layout.model(planned.name, fold, seed)
     continues = _continues(model, resume)
     before = store.load(model.run, Run) if continues else None
     if before is not None:
@@ -75,7 +94,10 @@ def look_up(
             fix=f"Start at most {wished.batch_size}, or give a larger --batch-size.",
         )
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
-    return Work(run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report)
+    return Work(
+        run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
+        as_it_is=instead is not None, lesson=lesson,
+    )  # fmt: skip
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:

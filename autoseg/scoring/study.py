@@ -1,0 +1,126 @@
+"""What a study of settings found, as records, and what a training's history tells of noise and convergence.
+
+A history is the list of rows that training writes, one per epoch; values that were not defined are None.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from autoseg.records import Configuration, Record, Saved
+from autoseg.scoring.comparison import Difference
+
+History = Sequence[Mapping[str, float | None]]
+
+REACHED = 0.95
+"""A training has arrived when its running Dice on validation patches is this share of the best one's end."""
+
+
+class Trial(Record):
+    """One network of one setting and seed.
+
+    `dice` and `hd95_mm` are the foreground means over the validation cases. `loss_noise`: the loss' standard deviation
+    from step to step, as a share of what the training lowered the loss by. `dice_noise`: the same of the Dice on
+    validation patches from epoch to epoch in the second half. `gradient_signal`: median share of the squared gradient
+    that batches agree on. `reached_share`: share of the training until it had arrived (see `REACHED`), None if never.
+    """
+
+    seed: int
+    steps: int
+    seconds: float
+    dice: float | None
+    class_dice: tuple[float | None, ...]
+    hd95_mm: float | None = None
+    loss_noise: float | None = None
+    dice_noise: float | None = None
+    gradient_signal: float | None = None
+    reached_share: float | None = None
+
+
+class Setting(Record):
+    """All trials of one setting. `spread` is the standard deviation of `dice` over seeds, None for a single one.
+
+    `p_against_best` is Wilcoxon's over cases, Holm-corrected over all pairs of settings; None where not tested.
+    """
+
+    name: str
+    batch_size: int
+    trials: tuple[Trial, ...] = ()
+    dice: float | None = None
+    spread: float | None = None
+    p_against_best: float | None = None
+
+
+class Study(Saved):
+    """A grid of trainings under equal time or equal epochs; `configuration` is what all of them share."""
+
+    name: str
+    configuration: Configuration
+    fold: str
+    vary: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
+    seeds: int
+    max_seconds: float | None = None
+    epochs: int | None = None
+    device: str = ""
+    cases: int = 0
+    finished: bool = False
+    settings: tuple[Setting, ...] = ()
+    conclusion: str = ""
+    differences: tuple[Difference, ...] = ()
+
+
+def loss_noise(history: History) -> float | None:
+    """The loss' standard deviation from step to step over what the training lowered it by: free of scale and offset.
+
+    None where the loss did not fall, or epochs have a single step.
+    """
+    rows = [row for row in history if _known(row, "loss_noise") and _known(row, "loss")]
+    if len(rows) < 2:
+        return None
+    losses = column(rows, "loss")
+    fall = float(losses.max() - losses[-max(1, len(losses) // 10) :].mean())
+    return float(np.sqrt(np.mean(column(rows, "loss_noise") ** 2))) / fall if fall > 0 else None
+
+
+def dice_noise(history: History) -> float | None:
+    """Standard deviation of the validation patches' Dice from epoch to epoch, in the second half; None below 4 epochs.
+
+    Differences of neighbours are taken, so a trend does not count as noise (von Neumann 1941).
+    """
+    dice = column([row for row in history if _known(row, "dice")], "dice")
+    changes = np.diff(dice[len(dice) // 2 :])
+    return float(np.sqrt(np.mean(changes**2) / 2)) if len(dice) >= 4 else None
+
+
+def median_signal(history: History) -> float | None:
+    """Median over epochs of the share of the squared gradient that batches agree on; None for optimizers without it."""
+    values = column([row for row in history if _known(row, "gradient_signal")], "gradient_signal")
+    return float(np.median(values)) if values.size else None
+
+
+def final_dice(history: History) -> float | None:
+    """The running Dice on validation patches at the end; None where no class was ever in them."""
+    known = [row for row in history if _known(row, "dice_running")]
+    return float(column(known, "dice_running")[-1]) if known else None
+
+
+def reached_share(history: History, goal: float) -> float | None:
+    """Share of the training's time after which the running Dice on validation patches is at least `goal`, or None."""
+    known = [row for row in history if _known(row, "dice_running")]
+    there = column(known, "dice_running") >= goal
+    if not there.any():
+        return None
+    seconds = column(known, "seconds")
+    return float(seconds[int(np.argmax(there))] / seconds[-1])
+
+
+def column(history: History, name: str) -> np.ndarray:
+    """One value per row, NaN where it is not defined or not written."""
+    return np.array([row[name] if _known(row, name) else math.nan for row in history], float)
+
+
+def _known(row: Mapping[str, float | None], name: str) -> bool:
+    value = row.get(name)
+    return value is not None and math.isfinite(value)

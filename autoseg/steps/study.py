@@ -1,0 +1,340 @@
+"""`autoseg study`: train a grid of settings under equal time or epochs, and say which differences are more than chance.
+
+Every setting is trained with the same seeds, so that it sees the same patches. Finished trainings are not done again.
+"""
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autoseg import store
+from autoseg.cases.split import make_splits
+from autoseg.errors import Interrupted, UserError
+from autoseg.events import Report, Said, Warned, silent
+from autoseg.layout import Layout, ModelLayout, StudyLayout, scores_file
+from autoseg.network.device import pick
+from autoseg.network.distributed import ALONE
+from autoseg.records import CaseScore, Configuration, Dataset, Run, Scores, Splits
+from autoseg.scoring import overlap, statistics
+from autoseg.scoring import study as found
+from autoseg.scoring.comparison import Difference
+from autoseg.scoring.study import Setting, Study, Trial
+from autoseg.steps.cascade import is_trained
+from autoseg.steps.compare import FOREGROUND, compare
+from autoseg.steps.curves import draw_study
+from autoseg.steps.evaluate import summary
+from autoseg.steps.options import Machine, Options, fit_to_time, seconds_per_sample, with_suited_norm
+from autoseg.steps.plan import checked
+from autoseg.steps.predict import configuration_named, default_configuration
+from autoseg.steps.preprocess import preprocess
+from autoseg.steps.settings import fields_in, settings_of, with_fields
+from autoseg.steps.side_by_side import side_by_side
+from autoseg.steps.train import train_one
+from autoseg.steps.work import Instead, fold_cases
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to be trained; it travels to other processes where several devices share the work."""
+
+    run: Path
+    folder: Path
+    setting: str
+    configuration: Configuration
+    fold: str
+    seed: int
+    epochs: int | None
+    max_seconds: float | None
+    workers: int | None
+
+
+def study(
+    run: Path,
+    vary: Sequence[str],
+    *,
+    seeds: int = 3,
+    epochs: int | None = None,
+    max_seconds: float | None = None,
+    configuration: str | None = None,
+    fold: str = "0",
+    fixed: Sequence[str] = (),
+    name: str | None = None,
+    devices: Sequence[str] | None = None,
+    workers: int | None = None,
+    report: Report = silent,
+) -> Study:
+    """Train every combination of the varied fields with every seed, score them on the fold's validation cases, compare.
+
+    Args:
+        run: a planned run folder.
+        vary: "field=value,value,..." per field, see `settings.FIELDS`.
+        seeds: seeds 0 .. seeds - 1 of every setting; a later call may ask for more.
+        epochs, max_seconds: length of every training; one of them is needed. With a time limit the batch is fitted to
+            the time once, before the first training, unless it is set or varied.
+        fixed: "field=value" to set for all.
+        name: of the study's folder; None: the varied fields' names.
+        devices: trainings run side by side on these; None: all GPUs, else the CPU.
+
+    Raises:
+        UserError: an impossible setting (before anything is trained), or a study of this name that was made otherwise.
+        Interrupted: after Ctrl-C, when the state is saved.
+    """
+    layout, plan = Layout(run), checked(run)
+    planned = configuration_named(plan, configuration or default_configuration(plan))
+    settings_of(planned, vary, fixed)
+    _check(layout, planned, fold, seeds, epochs, max_seconds)
+    where = [str(pick(each).torch_device) for each in devices or _all_devices()]
+    files = layout.study(name or "_".join(fields_in(vary)))
+    begun = _begin(files, planned, fold, tuple(vary), tuple(fixed), seeds, epochs, max_seconds, where[0], report)
+    preprocess(run, configuration=planned.name, workers=workers, report=report)
+    settings = settings_of(begun.configuration, vary)
+    jobs = [
+        Job(run, files.model(each, fold, seed).root, each, changed, fold, seed, epochs, max_seconds, workers)
+        for seed in range(seeds)
+        for each, changed in settings.items()
+    ]
+    waiting = [job for job in jobs if not _is_done(ModelLayout(job.folder))]
+    report(Said(f"{len(jobs)} trainings, {len(jobs) - len(waiting)} of them done: {', '.join(settings)}."))
+    try:
+        for done, job in enumerate(_trained(waiting, where, report), len(jobs) - len(waiting) + 1):
+            store.save(files.study, begun.model_copy(update={"settings": _read_trials(files, settings, fold, seeds)}))
+            report(Said(f"{done} of {len(jobs)} trainings are done: {job.setting}, seed {job.seed}."))
+    except Interrupted as stopped:
+        raise Interrupted(_again(run, planned.name, begun, where)) from stopped
+    return _concluded(begun, files, settings, run, report)
+
+
+def _check(
+    layout: Layout, planned: Configuration, fold: str, seeds: int, epochs: int | None, max_seconds: float | None
+) -> None:
+    """Raise UserError for what would only fail after the first training."""
+    if (epochs is None) == (max_seconds is None):
+        raise UserError("All trainings need the same length.", fix="Give either --max-time 10m or --epochs 20.")
+    if seeds < 1 or (epochs is not None and epochs < 1) or (max_seconds is not None and not max_seconds > 0):
+        raise UserError("A study needs at least one seed and a length above 0.")
+    if fold == "all":
+        raise UserError("Fold all has no validation cases to score on.", fix="Choose a fold, such as -f 0.")
+    dataset = store.load(layout.dataset, Dataset)
+    splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
+    fold_cases(splits, dataset, fold)
+    if planned.previous is not None and not is_trained(layout, planned.previous, fold):
+        raise UserError(
+            f"{planned.name} refines {planned.previous}, which is not trained for fold {fold}.",
+            fix=f"Run: autoseg train {layout.root} -c {planned.previous} -f {fold}",
+        )
+
+
+def _all_devices() -> tuple[str | None, ...]:
+    count = torch.cuda.device_count()
+    return tuple(f"cuda:{number}" for number in range(count)) if count > 1 else (None,)
+
+
+def _begin(
+    files: StudyLayout, planned: Configuration, fold: str, vary: tuple[str, ...], fixed: tuple[str, ...], seeds: int,
+    epochs: int | None, max_seconds: float | None, device: str, report: Report,
+) -> Study:  # fmt: skip
+    """The study as it was begun, with what all of its trainings share; a new one is written down first."""
+    asked = with_fields(planned, fixed)
+    if files.study.is_file():
+        before = store.load(files.study, Study)
+        update = {"batch_size": asked.batch_size, "network": asked.network}
+        same = before.configuration.model_copy(update=update) == asked
+        if not same or (before.fold, before.epochs, before.max_seconds) != (fold, epochs, max_seconds):
+            raise UserError(
+                f"{files.root} holds a study with another length, fold or configuration.",
+                fix="Give this one another --name, or remove that folder.",
+            )
+        return before.model_copy(update={"vary": vary, "fixed": fixed, "seeds": seeds, "finished": False})
+    chosen = {*fields_in(vary), *fields_in(fixed)}
+    if max_seconds is not None and "batch_size" not in chosen:
+        limit = Options(max_seconds=max_seconds)
+        fitted, note = fit_to_time(asked, limit, seconds_per_sample(asked, pick(device)))
+        asked = asked.model_copy(update={"batch_size": fitted.batch_size})
+        report(Said(note or f"Batch size {asked.batch_size}, as planned."))
+    if "norm" not in chosen:
+        asked, note = with_suited_norm(asked)
+        report(Said(note)) if note else None
+    begun = Study(
+        name=files.root.name, configuration=asked, fold=fold, vary=vary, fixed=fixed, seeds=seeds, epochs=epochs,
+        max_seconds=max_seconds, device=device,
+    )  # fmt: skip
+    store.save(files.study, begun)
+    return begun
+
+
+def _is_done(model: ModelLayout) -> bool:
+    return model.run.is_file() and model.scores.is_file() and store.load(model.run, Run).finished
+
+
+def _trained(jobs: Sequence[Job], devices: Sequence[str], report: Report) -> Iterator[Job]:
+    """Train one after the other, or side by side on several devices; each job is yielded when it is done."""
+    if len(devices) > 1 and len(jobs) > 1:
+        yield from side_by_side(train_job, jobs, devices)
+        return
+    for job in jobs:
+        report(Said(f"{job.setting}, seed {job.seed}:"))
+        train_job(job, devices[0], report)
+        yield job
+
+
+def train_job(job: Job, device: str, report: Report = silent) -> None:
+    """Train one network of a study, going on where it was stopped."""
+    asked = Options(job.epochs, job.max_seconds, batch_size=job.configuration.batch_size)
+    instead = Instead(job.configuration, job.folder)
+    machine = Machine(device, job.workers)
+    train_one(job.run, None, job.fold, job.seed, "auto", asked, machine, ALONE, report, instead)
+
+
+def _again(run: Path, configuration: str, begun: Study, devices: Sequence[str]) -> str:
+    """The command that goes on with the study."""
+    words = ["autoseg", "study", str(run), "-c", configuration, "-f", begun.fold, "--name", begun.name]
+    words += [word for text in begun.vary for word in ("--vary", text)]
+    words += [word for text in begun.fixed for word in ("--set", text)]
+    words += ["--seeds", str(begun.seeds), "--device", ",".join(devices)]
+    length = ("--epochs", str(begun.epochs)) if begun.max_seconds is None else ("--max-time", f"{begun.max_seconds:g}s")
+    return shlex.join([*words, *length])
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def _history(model: ModelLayout) -> list[dict[str, float | None]]:
+    return [json.loads(line) for line in model.history.read_text().splitlines()]
+
+
+def _histories(files: StudyLayout, setting: str, fold: str, seeds: int) -> dict[int, list[dict[str, float | None]]]:
+    """The histories of the finished trainings of a setting, by seed."""
+    models = {seed: files.model(setting, fold, seed) for seed in range(seeds)}
+    return {seed: _history(model) for seed, model in models.items() if _is_done(model)}
+
+
+def _read_trials(
+    files: StudyLayout, settings: Mapping[str, Configuration], fold: str, seeds: int
+) -> tuple[Setting, ...]:
+    """What the finished trainings say, setting by setting."""
+    histories = {name: _histories(files, name, fold, seeds) for name in settings}
+    ends = [found.final_dice(rows) for each in histories.values() for rows in each.values()]
+    goal = found.REACHED * max((end for end in ends if end is not None), default=1.0)
+    read = []
+    for name, configuration in settings.items():
+        trials = tuple(
+            _trial(files.model(name, fold, seed), seed, rows, goal) for seed, rows in histories[name].items()
+        )
+        known = [trial.dice for trial in trials if trial.dice is not None]
+        spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
+        mean = float(np.mean(known)) if known else None
+        read.append(
+            Setting(
+                name=name, batch_size=configuration.batch_size, trials=trials, dice=mean, spread=spread
+            )
+        )
+    return tuple(read)
+
+
+def _trial(model: ModelLayout, seed: int, history: list[dict[str, float | None]], goal: float) -> Trial:
+    record, scores = store.load(model.run, Run), store.load(model.scores, Scores)
+    return Trial(
+        seed=seed, steps=record.steps, seconds=record.seconds, dice=scores.foreground_mean["dice"],
+        class_dice=scores.mean["dice"], hd95_mm=scores.foreground_mean.get("hd95_mm"),
+        loss_noise=found.loss_noise(history), dice_noise=found.dice_noise(history),
+        gradient_signal=found.median_signal(history), reached_share=found.reached_share(history, goal),
+    )  # fmt: skip
+
+
+def _concluded(
+    begun: Study, files: StudyLayout, settings: Mapping[str, Configuration], run: Path, report: Report
+) -> Study:
+    """Average over seeds, test over cases, draw the curves, and write it all down."""
+    dataset = store.load(Layout(run).dataset, Dataset)
+    cases = 0
+    for name in settings:
+        scores = [store.load(files.model(name, begun.fold, seed).scores, Scores) for seed in range(begun.seeds)]
+        means = summary(seed_means(scores), dataset.labels, str(files.setting(name)), str(run))
+        store.save(scores_file(files.setting(name)), means)
+        cases = len(means.cases)
+    differences: tuple[Difference, ...] = ()
+    if len(settings) > 1 and cases >= statistics.FEWEST:
+        folders = [files.setting(name) for name in settings]
+        differences = compare(*folders, names=list(settings), level=LEVEL, output=files.root).differences
+    elif len(settings) > 1:
+        report(Warned(f"{cases} validation cases are too few to test anything; it needs {statistics.FEWEST}."))
+    read = _against_best(_read_trials(files, settings, begun.fold, begun.seeds), differences)
+    histories = {name: _histories(files, name, begun.fold, begun.seeds) for name in settings}
+    draw_study(
+        files.picture, {name: list(each.values()) for name, each in histories.items()}, begun.max_seconds is None
+    )
+    ended = begun.model_copy(
+        update={
+            "settings": read, "cases": cases, "differences": differences, "finished": True,
+            "conclusion": conclude(read, cases, begun.seeds),
+        }
+    )  # fmt: skip
+    store.write_text(files.table, as_table(ended))
+    store.save(files.study, ended)
+    return ended
+
+
+def seed_means(scores: Sequence[Scores]) -> tuple[CaseScore, ...]:
+    """Every case's scores averaged over networks that differ by their seed; not defined where none of them is."""
+    averaged = []
+    for of_seeds in zip(*(each.cases for each in scores), strict=True):
+        values = {
+            metric: tuple(overlap.mean(each) for each in zip(*(case.values[metric] for case in of_seeds), strict=True))
+            for metric in of_seeds[0].values
+        }
+        averaged.append(CaseScore(id=of_seeds[0].id, values=values))
+    return tuple(averaged)
+
+
+def _against_best(settings: Sequence[Setting], differences: Sequence[Difference]) -> tuple[Setting, ...]:
+    """The settings from the best Dice down, each with the corrected P value of its difference from the best."""
+    ranked = sorted(settings, key=lambda each: -1.0 if each.dice is None else each.dice, reverse=True)
+    pairs = {
+        frozenset((row.first, row.second)): row.p_wilcoxon_holm
+        for row in differences
+        if row.metric == "dice" and row.label == FOREGROUND
+    }
+    return tuple(
+        each.model_copy(update={"p_against_best": pairs.get(frozenset((each.name, ranked[0].name)))}) for each in ranked
+    )
+
+
+def conclude(settings: Sequence[Setting], cases: int, seeds: int) -> str:
+    """One or two sentences: which setting is best, which are worse by more than chance, and which may not be."""
+    best = settings[0]
+    if best.dice is None:
+        return "No setting has a Dice."
+    head = f"{best.name} has the highest mean Dice, {best.dice:.4f} ({cases} cases, seeds averaged: {seeds})"
+    if len(settings) == 1:
+        return f"{head}."
+    real = [s.name for s in settings[1:] if s.p_against_best is not None and s.p_against_best < 1 - LEVEL]
+    rest = [each.name for each in settings[1:] if each.name not in real]
+    parts = [f"it beats {', '.join(real)} by more than chance"] if real else []
+    parts += [f"its lead over {', '.join(rest)} may be chance"] if rest else []
+    return f"{head}; {'; '.join(parts)}."
+
+
+def as_table(ended: Study) -> str:
+    """One line per training, for spreadsheets."""
+    text = io.StringIO()
+    columns = [name for name in Trial.model_fields if name != "class_dice"]
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("setting", "batch_size", *columns, *(f"dice_{label}" for label in _classes(ended))))
+    for setting in ended.settings:
+        for trial in setting.trials:
+            values = [getattr(trial, name) for name in columns]
+            rows.writerow((setting.name, setting.batch_size, *values, *trial.class_dice))
+    return text.getvalue()
+
+
+def _classes(ended: Study) -> range:
+    return range(1, 1 + max(len(trial.class_dice) for setting in ended.settings for trial in setting.trials))

@@ -1,0 +1,195 @@
+"""Who a student learns from, and what these say of the cases: computed once, kept in 8 bits in the run's cache.
+
+Axes: C channel, K class, Z Y X voxels of the preprocessed grid.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoseg import store
+from autoseg.cases.cache import open_array, open_case, write_array
+from autoseg.errors import UserError
+from autoseg.events import Advanced, Finished, Report, Started
+from autoseg.layout import Layout, ModelLayout, teacher_file
+from autoseg.network.device import Device
+from autoseg.network.distillation import from_8_bits, to_8_bits
+from autoseg.network.patches import Box, Source
+from autoseg.network.sliding import predict_logits
+from autoseg.records import Case, Configuration, Dataset, Fold, Run, Splits
+from autoseg.steps.models import load_network, trained_models
+from autoseg.steps.predictor import one_hot
+
+SAME_GRID = ("dimension", "axes", "spacing_mm", "normalization", "mask_for_normalization", "resampling", "previous")
+"""What teachers and student must share, so that both see the same preprocessed cases."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns beside the labels: from whom, how soft, and on which images without labels."""
+
+    teachers: tuple[ModelLayout, ...]
+    temperature: float
+    labels_weight: float
+    unlabelled: tuple[Case, ...] = ()
+
+
+@dataclass(frozen=True)
+class WithTeacher:
+    """A case whose image has one more channel per class: what the teachers say, 0 where they say nothing."""
+
+    source: Source
+    stored: Any
+    lock: Lock = field(default_factory=Lock)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.source.shape
+
+    @property
+    def locations(self) -> Mapping[int, np.ndarray]:
+        return self.source.locations
+
+    def read(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        image_CZYX, labels_ZYX = self.source.read(box)
+        with self.lock:  # a blosc2 array decompresses for one thread at a time
+            said_KZYX = self.stored[(slice(None), *(slice(start, stop) for start, stop in box))]
+        return np.concatenate((image_CZYX, from_8_bits(said_KZYX))), labels_ZYX
+
+
+# ------------------------------------------------------------------------------------------------ who
+
+
+def teachers_named(run: Path, planned: Configuration, fold: str, named: Sequence[str]) -> tuple[ModelLayout, ...]:
+    """The finished networks that `--from` names, each once.
+
+    Args:
+        named: "seeds" (all of this fold), "folds" (all that are trained), "fold_0..4", "fold_0.seed_1", the folder of a
+            network, or another run whose configuration of this name has the same grid.
+
+    Raises UserError for a name that leads to no finished network, or to one that sees other preprocessed cases.
+    """
+    layout, found = Layout(run), list[ModelLayout]()
+    for name in named:
+        several = re.fullmatch(r"fold_(\d+)\.\.(\d+)", name)
+        if name == "seeds":
+            found += trained_models(layout, planned.name, [fold])
+        elif name == "folds":
+            found += trained_models(layout, planned.name)
+        elif several:
+            folds = [str(each) for each in range(int(several[1]), int(several[2]) + 1)]
+            found += trained_models(layout, planned.name, folds)
+        elif re.fullmatch(r"fold_\w+(\.seed_\d+)?", name):
+            found.append(ModelLayout(layout.configuration(planned.name) / name))
+        elif Layout(Path(name)).plan.is_file():
+            found += trained_models(Layout(Path(name)), planned.name)
+        else:
+            found.append(ModelLayout(Path(name)))
+    teachers = tuple(dict.fromkeys(found))
+    for model in teachers:
+        _check(model, planned)
+    if not teachers:
+        raise UserError("A student needs teachers.", fix="Name some: --from seeds, or --from fold_0..4.")
+    return teachers
+
+
+def _check(model: ModelLayout, planned: Configuration) -> None:
+    if not model.run.is_file() or not model.weights.is_file() or not store.load(model.run, Run).finished:
+        raise UserError(
+            f"{model.root} is no finished network.",
+            fix="Name seeds, folds, fold_0..4, fold_0.seed_1, the folder of a network, or another run.",
+        )
+    theirs = store.load(model.run, Run).configuration
+    differing = [name for name in SAME_GRID if getattr(theirs, name) != getattr(planned, name)]
+    for name in ("in_channels", "classes"):
+        if getattr(theirs.network, name) != getattr(planned.network, name):
+            differing.append(name)
+    if differing:
+        raise UserError(
+            f"{model.root} cannot teach {planned.name}: {', '.join(differing)} differ.",
+            fix="Take networks of the same configuration.",
+        )
+
+
+def who_saw(teachers: Sequence[ModelLayout], validation: Sequence[str]) -> tuple[ModelLayout, ...]:
+    """The teachers that learned from a validation case of the student's: then its scores tell too much."""
+    return tuple(model for model in teachers if set(validation) & set(_learned_from(model)))
+
+
+def _learned_from(model: ModelLayout) -> tuple[str, ...]:
+    """Ids of the cases a network learned from, as the splits of its run say."""
+    fold = store.load(model.run, Run).fold
+    layout = Layout(model.root.parents[2])
+    if fold == "all":
+        return tuple(case.id for case in store.load(layout.dataset, Dataset).cases)
+    folds: tuple[Fold, ...] = store.load(layout.splits, Splits).folds
+    return folds[int(fold)].train
+
+
+# ------------------------------------------------------------------------------------------------ what they say
+
+
+def with_teachers(
+    layout: Layout, configuration: Configuration, lesson: Lesson, names: Sequence[str], sources: Mapping[str, Source],
+    device: Device, report: Report,
+) -> dict[str, Source]:  # fmt: skip
+    """The sources, those of `names` with the channels of the teachers; what is missing of these is computed first."""
+    folder = layout.teachers(configuration.name, _key(lesson.teachers))
+    cache = layout.cache(configuration.name)
+    files = {name: teacher_file(folder, name, open_case(cache, name).mark.key) for name in names}
+    missing = [name for name in names if not files[name].is_file()]
+    what = f"{len(lesson.teachers)} teachers look at"
+    if missing:
+        store.remove_unfinished(folder)
+        networks = [load_network(model, device) for model in lesson.teachers]
+        report(Started(what, len(names)))
+        for number, name in enumerate(missing, len(names) - len(missing) + 1):
+            said_KZYX = mean_probabilities(networks, _input(sources[name], configuration), lesson, device)
+            chunk = (1, *(1,) * (3 - len(configuration.patch_voxels)), *configuration.patch_voxels)
+            write_array(files[name], to_8_bits(said_KZYX), chunk)
+            report(Advanced(what, number, len(names), name))
+        report(Finished(what))
+    return {
+        name: WithTeacher(source, open_array(files[name])) if name in files else source
+        for name, source in sources.items()
+    }
+
+
+def mean_probabilities(
+    networks: Sequence[nn.Module], image_CZYX: np.ndarray, lesson: Lesson, device: Device
+) -> np.ndarray:
+    """The teachers' mean probabilities of a preprocessed case, (K, Z, Y, X) float32; mirrored as in prediction."""
+    image, total = torch.from_numpy(image_CZYX), None
+    for network, model in zip(networks, lesson.teachers, strict=True):
+        used = store.load(model.run, Run).configuration
+        mirror_axes = used.train.augment.mirror_axes
+        logits = predict_logits(network, image, used.patch_voxels, used.network.classes, device, mirror_axes)
+        probabilities = torch.softmax(logits, 0)
+        total = probabilities if total is None else total.add_(probabilities)
+    if total is None:
+        raise ValueError("there is always a teacher")
+    return total.div_(len(networks)).numpy()
+
+
+def _input(source: Source, configuration: Configuration) -> np.ndarray:
+    """What the network sees of a whole case; in a cascade with the previous stage's labels as one channel per class."""
+    z, y, x = source.shape
+    image_CZYX, _ = source.read(((0, z), (0, y), (0, x)))
+    if configuration.previous is None:
+        return image_CZYX
+    previous_ZYX = image_CZYX[-1].astype(np.int16)
+    return np.concatenate((image_CZYX[:-1], one_hot(previous_ZYX, configuration.network.classes)))
+
+
+def _key(teachers: Sequence[ModelLayout]) -> str:
+    """Changes with the teachers' weights, whatever their names and order."""
+    content = sorted(hashlib.blake2b(model.weights.read_bytes(), digest_size=8).hexdigest() for model in teachers)
+    return hashlib.blake2b("".join(content).encode(), digest_size=8).hexdigest()
