@@ -22,7 +22,8 @@ from autoseg.records import AugmentSpec, Configuration, Dataset, Plan, Run, Spli
 from autoseg.scoring.distillation import Contestant, Distillation
 from autoseg.steps import distill as step
 from autoseg.steps.batches import Batches
-from autoseg.steps.predict import load_network, predict
+from autoseg.steps.models import load_network
+from autoseg.steps.predict import predict
 from autoseg.steps.teachers import WithTeacher, teachers_named, who_saw
 from autoseg.steps.train import train
 from autoseg.store import load, save

@@ -140,9 +140,7 @@ def predict(
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     output.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
-    done = [case for case in cases if resume and _is_done(case, output, predictors[0], wishes)]
-    if done:
-        report(Said(f"{len(done)} of {len(cases)} cases are done already."))
+    done = _done(cases, output, predictors[0], wishes, report) if resume else []
     todo = [case for case in cases if case not in done]
     written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
     paths = {case.id: prediction_file(output, case.id, plan.file_ending) for case in done}
@@ -150,6 +148,14 @@ def predict(
     if save_uncertainty:
         _flag(output, report)
     return tuple(paths[case.id] for case in cases)
+
+
+def _done(cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report) -> list[Case]:
+    """The cases whose prediction is there and as it would be made now."""
+    done = [case for case in cases if _is_done(case, output, predictor, wishes)]
+    if done:
+        report(Said(f"{len(done)} of {len(cases)} cases are done already."))
+    return done
 
 
 def _takes_pair(run: Path, more: bool, report: Report) -> bool:
