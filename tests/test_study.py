@@ -327,16 +327,20 @@ def test_seeds_are_averaged_case_by_case_where_defined() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chances", "said"),
+    ("chances", "spread", "said"),
     [
-        ((0.01, 0.2), "beats b by more than chance; its lead over c may be chance"),
-        ((None, None), "its lead over b, c may be chance"),
-        ((0.01, 0.02), "beats b, c by more than chance."),
+        ((0.01, 0.2), 0.01, "beats b by more than chance; its lead over c may be chance"),
+        ((None, None), 0.01, "its lead over b, c may be chance"),
+        ((0.01, 0.02), 0.01, "beats b, c by more than chance."),
+        ((0.01, 0.02), 0.1, "beats c by more than chance; its lead over b is real for these networks, but seeds may"),
+        ((0.01, 0.02), None, "its lead over b, c is real for these networks, but seeds may undo it"),
     ],
 )
-def test_the_conclusion_says_which_leads_are_real(chances: tuple[float | None, ...], said: str) -> None:
+def test_the_conclusion_says_which_leads_are_real(
+    chances: tuple[float | None, ...], spread: float | None, said: str
+) -> None:
     settings = [
-        Setting(name=name, batch_size=2, dice=dice, p_against_best=chance)
+        Setting(name=name, batch_size=2, dice=dice, p_against_best=chance, spread=spread)
         for name, dice, chance in zip("abc", (0.9, 0.8, 0.7), (None, *chances), strict=True)
     ]
     assert said in step.conclude(settings, 52, 3)

@@ -316,11 +316,21 @@ def conclude(settings: Sequence[Setting], cases: int, seeds: int) -> str:
     head = f"{best.name} has the highest mean Dice, {best.dice:.4f} ({cases} cases, seeds averaged: {seeds})"
     if len(settings) == 1:
         return f"{head}."
-    real = [s.name for s in settings[1:] if s.p_against_best is not None and s.p_against_best < 1 - LEVEL]
-    rest = [each.name for each in settings[1:] if each.name not in real]
+    over_cases = [s for s in settings[1:] if s.p_against_best is not None and s.p_against_best < 1 - LEVEL]
+    real = [each.name for each in over_cases if not within_seeds(best, each, seeds)]
+    lucky = [each.name for each in over_cases if each.name not in real]
+    rest = [each.name for each in settings[1:] if each not in over_cases]
     parts = [f"it beats {', '.join(real)} by more than chance"] if real else []
+    parts += [f"its lead over {', '.join(lucky)} is real for these networks, but seeds may undo it"] if lucky else []
     parts += [f"its lead over {', '.join(rest)} may be chance"] if rest else []
     return f"{head}; {'; '.join(parts)}."
+
+
+def within_seeds(best: Setting, other: Setting, seeds: int) -> bool:
+    """Whether a lead is below twice its standard error over seeds: the test over cases takes the networks as given."""
+    if best.spread is None or other.spread is None or best.dice is None or other.dice is None:
+        return True
+    return best.dice - other.dice < 2 * float(np.hypot(best.spread, other.spread)) / seeds**0.5
 
 
 def as_table(ended: Study) -> str:
