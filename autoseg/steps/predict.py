@@ -90,14 +90,13 @@ def predict(
 ) -> tuple[Path, ...]:
     """Segment every image of a folder with the mean of the trained networks; returns the label maps, in order of cases.
 
-    Reading the next case, the network, and writing the last one go on side by side.
+    Reading, the network, and writing go on side by side.
 
     Args:
         run: run folder with at least one trained network.
         images: folder whose files are named as the training images were.
         output: folder of the label maps; made if absent.
-        configuration: None takes what `select` chose (one, or two that are averaged), else "3d_cascade" or "3d" or
-            "2d", the first that is trained.
+        configuration: None takes what `select` chose (one or two), else "3d_cascade", "3d" or "2d", the first trained.
         folds, seeds: networks to average; None takes all that are trained. A cascade's first stage takes the same folds
             and all of their seeds.
         save_probabilities: also write probabilities, for `ensemble`: of all classes, or of those in `classes`;
@@ -114,14 +113,13 @@ def predict(
         workers: processes for reading and writing; 0 for none, None chooses.
 
     Raises:
-        UserError: no images, no trained network, a file that cannot be read, or a worker that was killed; files written
-            before stay.
+        UserError: no images, no trained network, an unreadable file, or a killed worker; files written before stay.
     """
     more = bool(classes or save_uncertainty or resume or part or speed != "accurate" or on_error != "stop")
     if configuration is None and _takes_pair(run, more, report):
-        from autoseg.steps.select import predict_pair  # it imports this file
+        from autoseg.steps import select  # which imports this file
 
-        return predict_pair(
+        return select.predict_pair(
             run, images, output, folds=folds, seeds=seeds, save_probabilities=save_probabilities, rules=postprocess,
             mirroring=mirroring, device=device, report=report,
         )  # fmt: skip
