@@ -93,7 +93,7 @@ def test_the_second_stage_reads_what_the_first_one_finds(cascaded: Path, monkeyp
     predictor = Predictor(cascaded / "run", device="cpu")
     volume = read_image([path])
     found_KZYX = predictor.segment(volume, with_probabilities=True).probabilities_KZYX
-    monkeypatch.setattr("autoseg.steps.predict.on_grid", lambda values, prepared, *_: np.ones(
+    monkeypatch.setattr("autoseg.steps.predictor.on_grid", lambda values, prepared, *_: np.ones(
         prepared.image_CZYX.shape[1:], np.int16
     ))  # fmt: skip
     other_KZYX = predictor.segment(volume, with_probabilities=True).probabilities_KZYX
