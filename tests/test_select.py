@@ -1,5 +1,6 @@
 """Networks of random weights: which is best, and that `predict` uses it, needs no training."""
 
+import json
 import os
 from pathlib import Path
 
@@ -213,6 +214,24 @@ def test_saved_probabilities_are_used_instead_of_predicting_again(place, tmp_pat
     monkeypatch.setattr("autoseg.steps.predict.Predictor", None)
     assert select(run, workers=1).cases == 4
     assert len(list(layout.ensembles.rglob("*.nii.gz"))) == 4
+
+
+def test_select_evaluate_and_postprocess_work_from_the_command_line(place):
+    run = str(place / "a")
+
+    def said(*arguments: str) -> str:
+        ended = CliRunner().invoke(cli.app, [*arguments, "--workers", "1"])
+        assert ended.exit_code == 0, ended.output
+        return ended.stdout
+
+    assert "predict uses " in said("select", run, "--device", "cpu")
+    assert set(json.loads(said("evaluate", run, "--json"))) == {"2d", "3d", "2d+3d"}
+    alone = json.loads(said("evaluate", run, "-c", "2d+3d", "--tolerance", "large=3,small=1", "--no-surface", "--json"))
+    assert len(alone["cases"]) == 4
+    learned = said("postprocess", run, "-c", "2d+3d", "--fraction", "0.2", "--connectivity", "3", "--no-test", "--json")
+    assert json.loads(learned)["learned_on"] == "2d+3d"
+    Layout(place / "a").postprocessing.unlink()
+    Layout(place / "a").selection.unlink()
 
 
 def test_configurations_without_a_common_fold_are_refused(place, tmp_path):
