@@ -66,7 +66,7 @@ def test_hard_sampling_draws_the_same_however_far_it_reads_ahead_and_wherever_it
 
 
 def test_a_training_says_what_its_patches_were_drawn_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoseg.steps.train.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
     spec = TrainSpec(epochs=2, steps_per_epoch=2, warmup_steps=1, augment=STILL)
     data = write_dataset(tmp_path / "data", cases=4, shape=(8, 10, 12))
     run = a_planned_run(tmp_path / "run", data, a_configuration(network=a_network(), train=spec))
