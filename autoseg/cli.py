@@ -102,7 +102,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
     max_time: MaxTime = None,
     resume: Annotated[
-        str, typer.Option(help="Go on where it stopped; `auto` starts it where there is nothing yet.", show_default=False)
+        str, typer.Option(help="Go on where it stopped; `auto` starts what is not there yet.", show_default=False)
     ] = "no",
     extend_to: Annotated[
         str | None, typer.Option(help="Go on to so many epochs (200) or so much time (1.5h).", show_default=False)
