@@ -289,8 +289,8 @@ def show_study(ended: "Study") -> None:
     what = f"{ended.configuration.name}, fold {ended.fold}"
     title = f"{what}: {ended.seeds} seeds, {length} each, {ended.cases} cases{state}"
     headings = (
-        field or "setting", "Dice", "spread over seeds", "p against best", "HD95 mm", "steps", "loss noise", "Dice noise",
-        "gradient signal", "90 % after", "best's 95 % after",
+        field or "setting", "Dice", "spread over seeds", "p against best", "HD95 mm", "steps", "loss noise",
+        "Dice noise", "gradient signal", "90 % after", "best's 95 % after",
     )  # fmt: skip
     _table(_filled(title, headings, rows))
     say(
