@@ -340,7 +340,7 @@ def show_error(error: UserError) -> None:
     problems = getattr(error, "problems", ())
     if problems:
         rows = [(p.case, p.what, p.fix) for p in problems]
-        console.print(_filled(f"{len(rows)} problems", ("case", "problem", "fix"), rows))
+        console.print(_filled(f"{len(rows)} problem{'s' if len(rows) > 1 else ''}", ("case", "problem", "fix"), rows))
         _line(console, f"{error.what.splitlines()[0].rstrip(':')}. {error.fix}".strip(), "red")
         return
     _line(console, str(error), "red")

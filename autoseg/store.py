@@ -119,6 +119,15 @@ def load(path: Path, kind: type[AnySaved]) -> AnySaved:
     return parse(content, kind, str(path))
 
 
+def record_name(path: Path) -> str:
+    """Which record a file says it is; "" where it is none of autoseg."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return ""
+    return str(content.get("autoseg", "")) if isinstance(content, dict) else ""
+
+
 def parse(content: object, kind: type[AnySaved], where: str) -> AnySaved:
     """Turn a decoded JSON file into a record; `where` names it in errors (see `load`)."""
     name, version = kind.__name__.lower(), kind.SCHEMA

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.cases.discover import discover_images
-from autoseg.cases.exchange import Ending, Found, Ready, is_unchanged, read_case, write_case
+from autoseg.cases.exchange import Ending, Found, Ready, is_unchanged, read_case, refuse_to_overwrite, write_case
 from autoseg.cases.predicted import Predicted
 from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
@@ -135,6 +135,7 @@ def predict(
     plan = predictors[0].plan
     _check_classes(wishes, plan)
     cases = _part_of(discover_images(images, len(plan.channels)), part)
+    refuse_to_overwrite(cases, output, plan.file_ending)
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     output.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
