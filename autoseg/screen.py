@@ -279,20 +279,24 @@ def show_comparison(found: "Comparison") -> None:
 
 def show_study(ended: "Study") -> None:
     """One row per setting, the best first, and the conclusion."""
-    rows = [_setting_row(setting) for setting in ended.settings]
+    field = ended.vary[0].partition("=")[0] if len(ended.vary) == 1 else ""
+    rows = [
+        (setting.name.removeprefix(f"{field}=") if field else setting.name, *_setting_row(setting)[1:])
+        for setting in ended.settings
+    ]
     length = f"{ended.epochs} epochs" if ended.max_seconds is None else duration(ended.max_seconds)
     state = "" if ended.finished else ", not finished"
     what = f"{ended.configuration.name}, fold {ended.fold}"
     title = f"{what}: {ended.seeds} seeds, {length} each, {ended.cases} cases{state}"
     headings = (
-        "setting", "Dice", "spread over seeds", "p against best", "HD95 mm", "steps", "loss noise", "Dice noise",
-        "gradient signal", "95 % after",
+        field or "setting", "Dice", "spread over seeds", "p against best", "HD95 mm", "steps", "loss noise",
+        "Dice noise", "gradient signal", "90 % after", "best's 95 % after",
     )  # fmt: skip
     _table(_filled(title, headings, rows))
     say(
         "p: Wilcoxon over cases, Holm over all pairs. Loss noise: from step to step, of what training lowered it by. "
-        "Dice noise: on validation patches. Gradient signal: what batches agree on. 95 % after: share of the training "
-        "until 95 % of the best Dice on patches."
+        "Dice noise: on validation patches. Gradient signal: what batches agree on. 90 % after: share of the training "
+        "until the Dice on patches is 90 % of its own end. Best's 95 % after: until 95 % of that of the best training."
     )
     say(ended.conclusion)
 
@@ -319,12 +323,14 @@ def _setting_row(setting: "Setting") -> tuple[str, ...]:
         known = [value for trial in setting.trials if (value := getattr(trial, name)) is not None]
         return format(sum(known) / len(known), shape) if known else "-"
 
+    arrived = sum(trial.reached_share is not None for trial in setting.trials)
+    few = f" ({arrived} of {len(setting.trials)})" if 0 < arrived < len(setting.trials) else ""
     spread = "-" if setting.spread is None else f"{setting.spread:.4f}"
     chance = "-" if setting.p_against_best is None else f"{setting.p_against_best:.2g}"
     return (
         setting.name, _score(setting.dice), spread, chance, mean("hd95_mm", ".2f"), mean("steps", ".0f"),
         mean("loss_noise", ".3f"), mean("dice_noise", ".4f"), mean("gradient_signal", ".1%"),
-        mean("reached_share", ".0%"),
+        mean("settled_share", ".0%"), mean("reached_share", ".0%") + few if arrived else "never",
     )  # fmt: skip
 
 

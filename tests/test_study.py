@@ -269,6 +269,22 @@ def test_under_a_time_limit_all_settings_have_the_same_batch(run: Path, monkeypa
     assert [(record.configuration.batch_size, record.max_seconds) for record in used] == [(2, 0.3)] * 2
 
 
+def test_under_a_time_limit_all_trainings_have_epochs_of_the_same_length(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = iter((0.001, 0.004, 0.002))
+    monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device: next(timed))
+    monkeypatch.setattr("autoseg.steps.begin.seconds_per_sample", lambda configuration, device: next(timed))
+    plan = json.loads(Layout(run).plan.read_text())
+    plan["configurations"][0]["train"]["steps_per_epoch"] = 250
+    Layout(run).plan.write_text(json.dumps(plan))
+    first = start(run, "loss=ce,dice", seeds=1, epochs=None, max_seconds=0.8)
+    assert next(timed) == 0.004
+    used = [load(Layout(run).study("loss").model(name, "0", 0).run, Run) for name in ("loss=ce", "loss=dice")]
+    assert [record.configuration.train.steps_per_epoch for record in used] == [10, 10]
+    assert start(run, "loss=ce,dice", seeds=1, epochs=None, max_seconds=0.8).settings == first.settings
+
+
 def test_a_varied_norm_is_trained_even_where_the_planner_would_take_another(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +329,9 @@ def test_arrival_is_the_first_time_that_the_goal_is_reached() -> None:
     assert figures.reached_share(history, 0.9) is None
     assert figures.final_dice(history) == 0.8
     assert figures.final_dice([{"dice_running": None}]) is None
+    assert figures.settled_share(history) == 1.0
+    assert figures.settled_share(rows([1.0] * 4, 0.1, [0.2, 0.75, 0.75, 0.8])) == pytest.approx(0.5)
+    assert figures.settled_share([{"dice_running": None}]) is None
 
 
 def test_seeds_are_averaged_case_by_case_where_defined() -> None:

@@ -15,6 +15,8 @@ History = Sequence[Mapping[str, float | None]]
 
 REACHED = 0.95
 """A training has arrived when its running Dice on validation patches is this share of the best one's end."""
+SETTLED = 0.9
+"""A training has settled when its running Dice on validation patches is this share of its own end."""
 
 
 class Trial(Record):
@@ -23,7 +25,8 @@ class Trial(Record):
     `dice` and `hd95_mm` are the foreground means over the validation cases. `loss_noise`: the loss' standard deviation
     from step to step, as a share of what the training lowered the loss by. `dice_noise`: the same of the Dice on
     validation patches from epoch to epoch in the second half. `gradient_signal`: median share of the squared gradient
-    that batches agree on. `reached_share`: share of the training until it had arrived (see `REACHED`), None if never.
+    that batches agree on. `reached_share`: share of the training until it had arrived (see `REACHED`), None if never;
+    `settled_share`: until it had settled (see `SETTLED`).
     """
 
     seed: int
@@ -36,6 +39,7 @@ class Trial(Record):
     dice_noise: float | None = None
     gradient_signal: float | None = None
     reached_share: float | None = None
+    settled_share: float | None = None
 
 
 class Setting(Record):
@@ -114,6 +118,12 @@ def reached_share(history: History, goal: float) -> float | None:
         return None
     seconds = column(known, "seconds")
     return float(seconds[int(np.argmax(there))] / seconds[-1])
+
+
+def settled_share(history: History) -> float | None:
+    """Share of the training's time after which the running Dice is `SETTLED` of its own end; None without a Dice."""
+    end = final_dice(history)
+    return None if end is None else reached_share(history, SETTLED * end)
 
 
 def column(history: History, name: str) -> np.ndarray:

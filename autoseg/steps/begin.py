@@ -35,7 +35,7 @@ def begin(work: Work, asked: Options) -> Run:
 def _fresh(work: Work, asked: Options) -> Run:
     """The record of a new training: plan values, overridden by what was asked for, fitted to the time."""
     configuration, notes = with_options(work.planned, asked), []
-    if asked.max_seconds is not None:
+    if asked.max_seconds is not None and not work.is_paced:
         seconds = seconds_per_sample(configuration, work.device) / work.team.size
         configuration, note = fit_to_time(configuration, asked, seconds, least=work.team.size)
         notes += [note] if note else []

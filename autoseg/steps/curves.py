@@ -1,7 +1,7 @@
 """The pictures of a training (loss, Dice and learning rate over the time it took) and of a study of many."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +39,45 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
 def draw_study(path: Path, histories: Mapping[str, Sequence[History]], by_steps: bool) -> None:
     """Write a PNG with the curves of every setting: mean over its seeds, and from the lowest to the highest.
 
-    Panels: Dice on validation patches, training loss as a share of its first epoch's, and the share of the squared
-    gradient that batches agree on. `by_steps` draws over steps instead of minutes. Nothing where no history has a row.
+    Panels: Dice on validation patches, the upper end of the same, training loss as a share of its first epoch's, and
+    the share of the squared gradient that batches agree on. `by_steps` draws over steps instead of minutes. Nothing
+    where no history has a row.
     """
     from matplotlib.figure import Figure
 
     unit, name = (1.0, "step") if by_steps else (60.0, "seconds")
-    longest = max((column(rows, name)[-1] for each in histories.values() for rows in each if rows), default=0.0)
+    runs = {setting: [rows for rows in each if rows] for setting, each in histories.items()}
+    longest = max((column(rows, name)[-1] for each in runs.values() for rows in each), default=0.0)
     if not longest:
         return
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for setting, runs in histories.items():
-        for panel, curve in zip(panels, ("dice", "loss", "gradient_signal"), strict=True):
-            _band(panel, setting, [rows for rows in runs if rows], curve, name, unit)
-    panels[0].set(ylabel="Dice on validation patches", ylim=(0, 1))
-    panels[1].set(ylabel="training loss / that of the first epoch")
-    panels[2].set(ylabel="share of the gradient that batches agree on", ylim=(0, None))
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for setting, own in runs.items():
+        for panel, curve in zip(panels, ("dice", "dice", "loss", "gradient_signal"), strict=True):
+            _band(panel, setting, own, curve, name, unit)
+    dice = "Dice on validation patches"
+    panels[0].set(ylabel=dice, ylim=(0, 1))
+    panels[1].set(ylabel=f"{dice}, upper end", ylim=_upper_end(own for each in runs.values() for own in each))
+    panels[2].set(ylabel="training loss / that of the first epoch")
+    panels[3].set(ylabel="share of the gradient that batches agree on", ylim=(0, None))
     for panel in panels:
         panel.set(xlabel="steps" if by_steps else "minutes", xlim=(0, longest / unit))
+        panel.grid(linewidth=0.3)
     panels[0].legend(loc="lower right", fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_bytes(path, content.getvalue())
+
+
+def _upper_end(runs: Iterable[History]) -> tuple[float, float]:
+    """Limits that hold what the trainings' Dice is in their second halves."""
+    halves = [column(rows[len(rows) // 2 :], "dice") for rows in runs]
+    known = np.concatenate([half[np.isfinite(half)] for half in halves] or [np.zeros(0)])
+    if not known.size:
+        return 0.0, 1.0
+    low, high = np.quantile(known, 0.02), known.max()
+    room = max(0.05 * (high - low), 0.005)
+    return float(low - room), float(high + room)
 
 
 def _band(panel: Any, setting: str, runs: Sequence[History], curve: str, over: str, unit: float) -> None:

@@ -49,8 +49,8 @@ def plan(
     layout = Layout(run)
     preset_named(preset)
     _refuse_to_overwrite(data, layout)
-    import_early = threading.Thread(target=import_module, args=("autoseg.network.memory",), daemon=True)
-    import_early.start()  # torch takes two seconds to import; the workers read images meanwhile
+    import_early = threading.Thread(target=_import_what_planning_takes, daemon=True)
+    import_early.start()  # three seconds of imports; the workers read images meanwhile
     workers = workers or allowed_cores()
     dataset, stats = inspect(discover(data, workers, report), layout.case_stats, workers, report, skip_bad)
     _warn_of_too_few(dataset, report)
@@ -89,6 +89,11 @@ def checked(run: Path) -> Plan:
     planned = load(Layout(run).plan, Plan)
     check_plan(planned)
     return planned
+
+
+def _import_what_planning_takes() -> None:
+    import_module("autoseg.network.memory")
+    import_module("torch._dynamo.config")  # fake tensors import all of the compiler for its settings
 
 
 def _refuse_to_overwrite(data: Path, layout: Layout) -> None:

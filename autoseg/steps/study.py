@@ -146,7 +146,8 @@ def _begin(
     asked = with_fields(planned, fixed)
     if files.study.is_file():
         before = store.load(files.study, Study)
-        update = {"batch_size": asked.batch_size, "network": asked.network}
+        paced = before.configuration.train.model_copy(update={"steps_per_epoch": asked.train.steps_per_epoch})
+        update = {"batch_size": asked.batch_size, "network": asked.network, "train": paced}
         same = before.configuration.model_copy(update=update) == asked
         if not same or (before.fold, before.epochs, before.max_seconds) != (fold, epochs, max_seconds):
             raise UserError(
@@ -155,10 +156,9 @@ def _begin(
             )
         return before.model_copy(update={"vary": vary, "fixed": fixed, "seeds": seeds, "finished": False})
     chosen = {*fields_in(vary), *fields_in(fixed)}
-    if max_seconds is not None and "batch_size" not in chosen:
-        limit = Options(max_seconds=max_seconds)
-        fitted, note = fit_to_time(asked, limit, seconds_per_sample(asked, pick(device)))
-        asked = asked.model_copy(update={"batch_size": fitted.batch_size})
+    if max_seconds is not None:
+        limit = Options(max_seconds=max_seconds, batch_size=asked.batch_size if "batch_size" in chosen else None)
+        asked, note = fit_to_time(asked, limit, seconds_per_sample(asked, pick(device)))
         report(Said(note or f"Batch size {asked.batch_size}, as planned."))
     if "norm" not in chosen:
         asked, note = with_suited_norm(asked)
@@ -187,9 +187,9 @@ def _trained(jobs: Sequence[Job], devices: Sequence[str], report: Report) -> Ite
 
 
 def train_job(job: Job, device: str, report: Report = silent) -> None:
-    """Train one network of a study, going on where it was stopped."""
+    """Train one network of a study, going on where it was stopped. Its epochs are as long as those of all others."""
     asked = Options(job.epochs, job.max_seconds, batch_size=job.configuration.batch_size)
-    instead = Instead(job.configuration, job.folder)
+    instead = Instead(job.configuration, job.folder, is_paced=True)
     machine = Machine(device, job.workers)
     train_one(job.run, None, job.fold, job.seed, "auto", asked, machine, ALONE, report, instead)
 
@@ -247,6 +247,7 @@ def _trial(model: ModelLayout, seed: int, history: list[dict[str, float | None]]
         class_dice=scores.mean["dice"], hd95_mm=scores.foreground_mean.get("hd95_mm"),
         loss_noise=found.loss_noise(history), dice_noise=found.dice_noise(history),
         gradient_signal=found.median_signal(history), reached_share=found.reached_share(history, goal),
+        settled_share=found.settled_share(history),
     )  # fmt: skip
 
 

@@ -30,11 +30,13 @@ class Instead:
     configuration: Configuration
     folder: Path
     lesson: Lesson | None = None
+    is_paced: bool = False
 
 
 @dataclass(frozen=True)
 class Work:
-    """One training. `continues` says whether it goes on from a saved state; `as_it_is` keeps the norm of `planned`.
+    """One training. `continues` says whether it goes on from a saved state; `as_it_is` keeps the norm of `planned`,
+    and `is_paced` its batch and the length of its epochs also under a time limit.
 
     With a `lesson` it learns from other networks, too, and its training cases hold those without labels.
     """
@@ -54,6 +56,7 @@ class Work:
     report: Report
     as_it_is: bool = False
     lesson: Lesson | None = None
+    is_paced: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -96,7 +99,7 @@ def look_up(
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
     return Work(
         run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
-        as_it_is=instead is not None, lesson=lesson,
+        as_it_is=instead is not None, lesson=lesson, is_paced=instead is not None and instead.is_paced,
     )  # fmt: skip
 
 
