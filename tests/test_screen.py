@@ -119,7 +119,8 @@ def test_words_of_headings_stay_whole_on_a_narrow_screen(capsys: pytest.CaptureF
     names = ("configuration", "parameters", "receptive field")
     table = screen._filled("Networks", names, [tuple("3d with many words and more of them" for _ in names)])
     screen.Console(width=50).print(table)
-    assert all(word in capsys.readouterr().out for name in names for word in name.split())
+    shown_table = capsys.readouterr().out
+    assert all(word in shown_table for name in names for word in name.split())
 
 
 def test_scores_are_shown_per_class_with_a_dash_where_undefined(capsys: pytest.CaptureFixture[str]) -> None:
