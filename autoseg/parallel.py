@@ -5,13 +5,16 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 from autoseg.errors import UserError
@@ -158,6 +161,26 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+@contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """Let the block end before Ctrl-C counts.
+
+    A worker whose start is cut short belongs to no pool: it outlives this process and complains on the screen.
+    """
+    known = callable(signal.getsignal(signal.SIGINT))
+    if not known or threading.current_thread() is not threading.main_thread():  # only that one is interrupted
+        yield
+        return
+    pressed: list[FrameType | None] = []
+    before = signal.signal(signal.SIGINT, lambda _, frame: pressed.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed and callable(before):
+        before(signal.SIGINT, pressed[-1])
+
+
 def _submit(
     pool: ProcessPoolExecutor,
     function: Callable[[Item], Result],
@@ -166,7 +189,8 @@ def _submit(
     name: Callable[[Item], str],
 ) -> Future[Result]:
     try:
-        return pool.submit(function, item)
+        with ctrl_c_later():
+            return pool.submit(function, item)
     except BrokenProcessPool as error:  # a worker died since the last result
         raise _killed([*waiting.values()], name) from error
 

@@ -106,11 +106,12 @@ class _Panel:
         match event:
             case Started(what, of):
                 self._remove(what)
-                self.tasks[what] = self.bars.add_task(what, total=of or None, count=_count(0, of), note="")
+                self.tasks[what] = self.bars.add_task(what, total=of or None, count=f"0/{of}" if of else "", note="")
             case Advanced(what, done, of, note):
                 if what not in self.tasks:
                     self.show(Started(what, of))
-                self.bars.update(self.tasks[what], completed=done, total=of or None, count=_count(done, of), note=note)
+                count = f"{done}/{of}" if of else str(done)
+                self.bars.update(self.tasks[what], completed=done, total=of or None, count=count, note=note)
             case Finished(what):
                 self._remove(what)
                 self.training = None
@@ -137,11 +138,6 @@ class _Panel:
         if self.bars.tasks:
             parts.append(self.bars)
         return Group(*parts)
-
-
-def _count(done: int, of: int) -> str:
-    """How much is done, of how much where that is known."""
-    return f"{done}/{of}" if of else str(done or "")
 
 
 def _place(epoch: int, epochs: int, step: int, steps: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoseg.errors import UserError
-from autoseg.parallel import allowed_cores, over_cases
+from autoseg.parallel import allowed_cores, ctrl_c_later, over_cases
 
 
 def double(number: int) -> int:
@@ -79,3 +79,18 @@ def test_no_more_than_twice_the_workers_are_under_way(tmp_path: Path) -> None:
 
 def test_at_least_one_core_is_allowed() -> None:
     assert 1 <= allowed_cores() <= (os.cpu_count() or 1)
+
+
+def test_ctrl_c_waits_until_a_worker_is_started() -> None:
+    ended = False
+
+    def start() -> None:
+        nonlocal ended
+        with ctrl_c_later():
+            signal.raise_signal(signal.SIGINT)
+            ended = True
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert ended
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
