@@ -166,6 +166,15 @@ def test_a_folder_of_no_layout_is_refused_with_the_layouts(tmp_path: Path) -> No
         discover(tmp_path)
 
 
+def test_dicom_series_are_called_so_and_the_way_out_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images" / "case").mkdir(parents=True)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "images" / "case" / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(64))
+    for read in (discover, lambda folder: discover_images(folder / "images", 1)):
+        with pytest.raises(UserError, match=r"DICOM files, which are not read yet.*dcm2niix"):
+            read(tmp_path)
+
+
 def test_a_broken_dataset_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset\.json: not valid JSON"):

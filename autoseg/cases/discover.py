@@ -7,6 +7,7 @@ one that has two files for the same thing is named in `Dataset.left_out`, for `i
 """
 
 import csv
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,16 @@ import numpy as np
 from autoseg.cases.description import channel_names, read_description, read_label_names
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started, silent
-from autoseg.image.formats import PHOTOGRAPHS, ending_of, label_ending, read_geometry, read_image, read_labels, stem_of
+from autoseg.image.formats import (
+    PHOTOGRAPHS,
+    READABLE,
+    ending_of,
+    label_ending,
+    read_geometry,
+    read_image,
+    read_labels,
+    stem_of,
+)
 from autoseg.image.labels import some
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Case, Dataset, Label, LeftOut
@@ -50,6 +60,8 @@ READING = "read label values"
 Clash = Callable[[str, Path | str, Path | str], None]
 """Told of every case that has two files for the same thing: its id and both paths."""
 
+DICOM_FIX = "Save every series as one file first, for example by `dcm2niix -z y -f %i -o images SERIES`."
+FILES_TO_TRY = 50
 HEADERS_TO_TRY = 5
 """Files to look at for the dimension; `inspect` sees them all and has the last word."""
 
@@ -82,9 +94,9 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
         names = channel_names(description or {})
         cases = _paired_cases(*pair, len(names) if names else None, clash)
     else:
-        raise UserError(f"{folder}: no data set was found here.", fix=ACCEPTED)
+        raise _nothing(folder, "no data set was found here.", ACCEPTED)
     if not cases:
-        raise UserError(f"{folder}: there is no readable image in it.", fix=ACCEPTED)
+        raise _nothing(folder, "there is no readable image in it.", ACCEPTED)
     cases = _with_groups(folder, description or {}, cases)
     if named:
         labels, ignore_value = read_label_names(description or {}, str(folder / "dataset.json"))
@@ -114,7 +126,7 @@ def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
         raise UserError(f"{folder}: no such folder.", fix="Give a folder with images, or one image.")
     files = _files(folder)
     if not files:
-        raise UserError(f"{folder}: there is no readable image in it.")
+        raise _nothing(folder, "there is no readable image in it.", f"Endings that are read: {', '.join(READABLE)}.")
     cases = _cases_of_files(files, set(), channels, _refuse)
     missing = [path for case in cases for path in case.images if not Path(path).is_file()]
     if missing:
@@ -217,6 +229,19 @@ def _cases_of_files(
         paths = (found.get(n, present.with_name(f"{stem}_{n:04d}{ending_of(present)}")) for n in every)
         cases.append(Case(id=stem, images=tuple(str(path) for path in paths)))
     return tuple(cases)
+
+
+def _nothing(folder: Path, what: str, fix: str) -> UserError:
+    """Why a folder is of no use; DICOM series, which are not read yet, by their name."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if any(_is_dicom(path) for path in itertools.islice(files, FILES_TO_TRY)):
+        what, fix = "it holds DICOM files, which are not read yet.", DICOM_FIX
+    return UserError(f"{folder}: {what}", fix=fix)
+
+
+def _is_dicom(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def _once(cases: Iterable[Case], clash: Clash) -> tuple[Case, ...]:

@@ -165,7 +165,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 def publish(staging: Path, output: Path) -> tuple[Path, ...]:
     """Move every file from `staging` into `output`, each as a whole; returns the label maps among them."""
-    output.mkdir(parents=True, exist_ok=True)
+    store.make_folder(output)
     written = []
     for path in sorted(staging.iterdir()):
         os.replace(path, output / path.name)

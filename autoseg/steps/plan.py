@@ -6,6 +6,7 @@ from pathlib import Path
 
 from autoseg.cases.discover import discover
 from autoseg.cases.inspect import fingerprint_of, inspect
+from autoseg.cases.split import make_splits
 from autoseg.errors import UserError
 from autoseg.events import Finished, Report, Said, Started, Warned, silent
 from autoseg.layout import Layout
@@ -52,6 +53,7 @@ def plan(
     import_early.start()  # three seconds of imports; the workers read images meanwhile
     workers = workers or allowed_cores()
     dataset, stats = inspect(discover(data, workers, report), layout.case_stats, workers, report, skip_bad)
+    _warn_of_too_few(dataset, report)
     fingerprint = fingerprint_of(dataset, stats)
     import_early.join()
     planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
@@ -141,6 +143,14 @@ def _check_simulation(planned: Plan, report: Report) -> None:
         error = 100 * (simulated - measured) / measured
         text = f"simulated {gigabytes(simulated)}, measured {gigabytes(measured)}: {error:+.1f} %"
         report(Said(f"{configuration.name}: {text}"))
+
+
+def _warn_of_too_few(dataset: Dataset, report: Report) -> None:
+    """Say at once what `train` would refuse: cases that cannot be split in two."""
+    try:
+        make_splits(dataset.cases)
+    except UserError as error:
+        report(Warned(f"{error.what} Training needs two; this plan is only to be looked at."))
 
 
 def _warn_of_trained_models(layout: Layout, planned: Plan, report: Report) -> None:
