@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.cases.discover import discover_images
-from autoseg.cases.exchange import Ending, Found, Ready, is_unchanged, read_case, refuse_to_overwrite, write_case
+from autoseg.cases.exchange import (
+    Ending,
+    Found,
+    Ready,
+    is_unchanged,
+    read_case,
+    refuse_folder_of_images,
+    refuse_to_overwrite,
+    write_case,
+)
 from autoseg.cases.predicted import Predicted
 from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
@@ -115,6 +124,7 @@ def predict(
     Raises:
         UserError: no images, no trained network, an unreadable file, or a killed worker; files written before stay.
     """
+    refuse_folder_of_images(images, output)
     more = bool(classes or save_uncertainty or resume or part or speed != "accurate" or on_error != "stop")
     if configuration is None and _takes_pair(run, more, report):
         from autoseg.steps import select  # which imports this file
@@ -139,19 +149,19 @@ def predict(
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     make_folder(output)
     remove_unfinished(output)
-    done = _done(cases, output, predictors[0], wishes, report) if resume else []
-    todo = [case for case in cases if case not in done]
+    done = _done(cases, output, predictors[0], wishes, report) if resume else set()
+    todo = [case for case in cases if case.id not in done]
     written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
-    paths = {case.id: prediction_file(output, case.id, plan.file_ending) for case in done}
+    paths = {name: prediction_file(output, name, plan.file_ending) for name in done}
     paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
     if save_uncertainty:
         _flag(output, report)
     return tuple(paths[case.id] for case in cases)
 
 
-def _done(cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report) -> list[Case]:
-    """The cases whose prediction is there and as it would be made now."""
-    done = [case for case in cases if _is_done(case, output, predictor, wishes)]
+def _done(cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report) -> set[str]:
+    """The ids of cases whose prediction is there and as it would be made now."""
+    done = {case.id for case in cases if _is_done(case, output, predictor, wishes)}
     if done:
         report(Said(f"{len(done)} of {len(cases)} cases are done already."))
     return done
