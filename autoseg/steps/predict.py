@@ -20,7 +20,6 @@ from autoseg.cases.exchange import (
     is_unchanged,
     read_case,
     refuse_folder_of_images,
-    refuse_to_overwrite,
     write_case,
 )
 from autoseg.cases.predicted import Predicted
@@ -145,7 +144,6 @@ def predict(
     plan = predictors[0].plan
     _check_classes(wishes, plan)
     cases = _part_of(discover_images(images, len(plan.channels)), part)
-    refuse_to_overwrite(cases, output, plan.file_ending)
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     make_folder(output)
     remove_unfinished(output)
