@@ -116,9 +116,9 @@ def test_work_of_unknown_length_is_not_counted_against_a_question_mark() -> None
 
 
 def test_words_of_headings_stay_whole_on_a_narrow_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("configuration", "parameters", "receptive field")
-    table = screen._filled("Networks", names, [tuple("3d with many words and more of them" for _ in names)])
-    screen.Console(width=50).print(table)
+    names = ("configuration", "patch", "batch", "parameters", "step", "receptive field", "memory", "epoch, roughly")
+    row = ("3d", "24 x 32 x 28", "2", "1.4 M", "0.0483 TFLOP", "23 x 23 x 23", "0.70 GB", "24 s")
+    screen.Console(width=100).print(screen._filled("Networks", names, [row]))
     shown_table = capsys.readouterr().out
     assert all(word in shown_table for name in names for word in name.split())
 
