@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from autoseg.steps.compare import compare
+    from autoseg.steps.distill import distill
     from autoseg.steps.ensemble import ensemble, ensemble_runs
     from autoseg.steps.evaluate import evaluate, evaluate_run
     from autoseg.steps.import_nnunet import import_nnunet
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from autoseg.steps.preprocess import preprocess
     from autoseg.steps.run import run
     from autoseg.steps.select import select
+    from autoseg.steps.study import study
     from autoseg.steps.train import train
 
 __all__ = [
-    "Predictor", "__version__", "compare", "ensemble", "ensemble_runs", "evaluate", "evaluate_run",
-    "import_nnunet", "plan", "postprocess", "postprocess_apply", "predict", "preprocess", "run", "select",
+    "Predictor", "__version__", "compare", "distill", "ensemble", "ensemble_runs", "evaluate", "evaluate_run",
+    "import_nnunet", "plan", "postprocess", "postprocess_apply", "predict", "preprocess", "run", "select", "study",
     "train",
 ]  # fmt: skip
 
@@ -59,5 +61,7 @@ PUBLIC: dict[str, str] = {
     "run": "autoseg.steps.run:run",
     "import_nnunet": "autoseg.steps.import_nnunet:import_nnunet",
     "select": "autoseg.steps.select:select",
+    "distill": "autoseg.steps.distill:distill",
+    "study": "autoseg.steps.study:study",
 }
 """Public name -> where it lives."""

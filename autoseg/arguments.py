@@ -2,10 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
@@ -67,6 +67,13 @@ def watched(together: bool = False) -> Iterator[Report]:
     except KeyboardInterrupt as stopped:
         screen.show_stopped("Stopped; run the same command again to continue.")
         raise typer.Exit(130) from stopped
+
+
+def name_values(command: Callable[..., None] | None) -> None:
+    """Let `--help` call what an option takes by its word in `WORDS`, not by its Python type."""
+    for name, hint in get_type_hints(command, include_extras=True).items() if command else ():
+        for declared in getattr(hint, "__metadata__", ()):
+            declared.metavar = declared.metavar or WORDS.get(name)
 
 
 def is_first_process() -> bool:
@@ -158,5 +165,19 @@ def show(result: "BaseModel", as_json: bool = False, explain: bool = False) -> N
 
         screen.show(result, explain)
 
+
+WORDS = {
+    "batch_size": "N", "cache": "SIZE", "checkpoint": "FILE", "classes": "NAMES", "configuration": "NAME",
+    "connectivity": "N", "data": "DATA", "device": "DEVICE", "epochs": "N", "extend_to": "LENGTH",
+    "fingerprint": "FILE", "fixed": "FIELD=VALUE", "fold": "FOLD", "folder": "FOLDER", "folds": "FOLDS",
+    "fraction": "SHARE", "freeze": "PART", "images": "FOLDER", "init": "RUN", "labels": "WEIGHT",
+    "learning_rate": "RATE", "loss": "NAME", "max_time": "TIME", "memory": "SIZE", "method": "NAME",
+    "metrics": "NAMES", "model": "MODEL", "name": "NAME", "on_error": "WHAT", "output": "FOLDER", "part": "K/N",
+    "precision": "NAME", "predictions": "PREDICTIONS", "preset": "NAME", "probability_kind": "KIND",
+    "references": "REFERENCES", "resume": "[auto]", "run": "RUN", "sampling": "MODE", "scores": "SCORES", "seed": "N",
+    "seeds": "N", "speed": "NAME", "student": "SIZE", "teachers": "NAMES", "temperature": "T", "tolerance": "MM",
+    "unlabelled": "FOLDER", "vary": "FIELD=VALUES", "weights": "NUMBERS", "workers": "N",
+}  # fmt: skip
+"""Parameter of a command -> what `--help` calls its value."""
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}

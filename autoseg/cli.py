@@ -18,6 +18,7 @@ from autoseg.arguments import (
     RunFolder,
     Workers,
     is_first_process,
+    name_values,
     parse_duration,
     parse_length,
 )
@@ -61,7 +62,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check the data, take its fingerprint and decide on everything: spacing, patch, network, batch."""
+    """Check the data, take its fingerprint, plan the networks."""
     with _watched() as report:
         from autoseg.steps import plan as step
 
@@ -85,7 +86,7 @@ def plan(
 
 @app.command()
 def preprocess(run: RunFolder, configuration: ConfigurationName = None, workers: Workers = None) -> None:
-    """Crop, normalize and resample every case into the run's cache. An interrupted run continues."""
+    """Crop, normalize and resample every case. They go into the run's cache; an interrupted run continues."""
     with _watched() as report:
         from autoseg.steps.preprocess import preprocess as step
 
@@ -101,7 +102,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
     max_time: MaxTime = None,
     resume: Annotated[
-        str, typer.Option(help="Continue where this training stopped; `auto` starts it where there is nothing yet.")
+        str, typer.Option(help="Go on where it stopped; `auto` starts what is not there yet.", show_default=False)
     ] = "no",
     extend_to: Annotated[
         str | None, typer.Option(help="Go on to so many epochs (200) or so much time (1.5h).", show_default=False)
@@ -130,7 +131,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write for TensorBoard.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train one network on one fold and score it on the cases it has not seen."""
+    """Train one network on one fold. At the end it is scored on the cases it has not seen."""
     with _watched(together=True) as report:
         how, epochs, max_seconds = parse_length(resume, restart, extend_to, epochs, _seconds(max_time))
         from autoseg.network.memory import parse_bytes
@@ -155,7 +156,7 @@ def import_nnunet(
     output: Output,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of each fold.")] = "checkpoint_final.pth",
 ) -> None:
-    """Make a run of a model that nnU-Net v2 trained, for `predict`."""
+    """Make a run of a model that nnU-Net v2 trained. `predict` then takes it."""
     with _watched() as report:
         from autoseg.steps.import_nnunet import import_nnunet as step
 
@@ -185,7 +186,7 @@ def predict(
     no_postprocess: Annotated[bool, typer.Option("--no-postprocess", help="Leave the learned rules out.")] = False,
     no_mirror: Annotated[bool, typer.Option("--no-mirror", help="No mirroring: faster, a little less exact.")] = False,
     speed: Annotated[str, typer.Option(help="accurate, balanced or fast.")] = "accurate",
-    resume: Annotated[str, typer.Option(help="Leave out what is done and unchanged.")] = "no",
+    resume: Annotated[str, typer.Option(help="Leave out what is done and unchanged.", show_default=False)] = "no",
     part: Annotated[str | None, typer.Option(help="3/10 takes the third of ten parts of the cases.")] = None,
     on_error: Annotated[str, typer.Option(help="stop at the first case that fails, or skip it.")] = "stop",
     device: Annotated[
@@ -193,7 +194,7 @@ def predict(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes for reading and writing; 0 for none.")] = None,
 ) -> None:
-    """Segment images; the label maps lie on the grid of their images."""
+    """Segment images. The label maps lie on the grid of their images."""
     with _watched() as report:
         from autoseg.steps.predict import predict as step
 
@@ -231,7 +232,7 @@ def distill(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train one small network to do what an ensemble does, and compare it with its teachers."""
+    """Train one small network to do what an ensemble does. It is compared with its teachers."""
     with _watched() as report:
         max_seconds = _seconds(max_time)
         from autoseg.steps.distill import distill as step
@@ -263,7 +264,7 @@ def study(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a grid of settings, each with several seeds and of equal length, and test which differences are real."""
+    """Train a grid of settings and test which differ. Each has several seeds, and all trainings are equally long."""
     with _watched() as report:
         max_seconds = _seconds(max_time)
         from autoseg.steps.study import study as step
@@ -280,7 +281,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo's files go.")] = Path("demo"),
     max_time: Annotated[str, typer.Option("--max-time", help="Time for each of the two trainings.")] = "50s",
 ) -> None:
-    """Make a small synthetic data set and take it through the whole pipeline, in under five minutes on 2 cores."""
+    """Take a small synthetic data set through all of it. Under five minutes on 2 cores."""
     with _watched() as report:
         from autoseg.steps.demo import demo as step
 
@@ -302,7 +303,7 @@ def run(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty cases out instead of stopping.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan, preprocess, train, postprocess and evaluate. What is finished is not done again."""
+    """Do all of it, from the data to scores. What is finished is not done again."""
     with _watched() as report:
         max_seconds = _seconds(max_time)
         from autoseg.steps.run import run as step
@@ -312,6 +313,10 @@ def run(
             memory=memory, device=device, workers=workers, skip_bad=skip_bad, report=report,
         )  # fmt: skip
     _show(scores, as_json)
+
+
+for command in app.registered_commands:
+    name_values(command.callback)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def ensemble(
     no_mirror: Annotated[bool, typer.Option("--no-mirror", help="With --runs: no mirroring.")] = False,
     device: Device = None,
 ) -> None:
-    """Combine several prediction folders, or the networks of several runs or configurations."""
+    """Combine predictions, or the networks of several runs."""
     if runs != (images is not None):
         raise typer.BadParameter("--runs and -i go together; leave both out to combine prediction folders")
     with watched() as report:
@@ -76,7 +76,7 @@ def select(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the configuration or pair that is best on the validation cases; `predict` then uses it."""
+    """Find the best configuration or pair. `predict` then uses it."""
     with watched() as report:
         from autoseg.steps.select import select as step
 
@@ -105,7 +105,7 @@ def postprocess(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learn on the cross-validation which small components to remove; with -i and -o, apply what was learned."""
+    """Learn which components to remove, or remove them. Learned on the cross-validation; applied with -i and -o."""
     if (predictions is None) != (output is None):
         raise typer.BadParameter("-i and -o go together; leave both out to learn the rules")
     with watched() as report:
@@ -138,7 +138,7 @@ def evaluate(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score label maps against references, or the cross-validation of a run; writes scores.json and scores.csv."""
+    """Score label maps, or the cross-validation of a run. Writes scores.json and scores.csv."""
     with watched() as report:
         from autoseg.steps import evaluate as step
 
@@ -168,7 +168,7 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare methods scored on the same cases: differences, their intervals, and which are more than chance."""
+    """Test which differences between methods are real. All must be scored on the same cases."""
     with watched() as report:
         from autoseg.steps.compare import compare as step
 

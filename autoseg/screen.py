@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -94,7 +94,7 @@ class _Panel:
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=32),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}", markup=False),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
@@ -106,11 +106,11 @@ class _Panel:
         match event:
             case Started(what, of):
                 self._remove(what)
-                self.tasks[what] = self.bars.add_task(what, total=of or None, note="")
+                self.tasks[what] = self.bars.add_task(what, total=of or None, count=_count(0, of), note="")
             case Advanced(what, done, of, note):
                 if what not in self.tasks:
                     self.show(Started(what, of))
-                self.bars.update(self.tasks[what], completed=done, total=of or None, note=note)
+                self.bars.update(self.tasks[what], completed=done, total=of or None, count=_count(done, of), note=note)
             case Finished(what):
                 self._remove(what)
                 self.training = None
@@ -137,6 +137,11 @@ class _Panel:
         if self.bars.tasks:
             parts.append(self.bars)
         return Group(*parts)
+
+
+def _count(done: int, of: int) -> str:
+    """How much is done, of how much where that is known."""
+    return f"{done}/{of}" if of else str(done or "")
 
 
 def _place(epoch: int, epochs: int, step: int, steps: int) -> str:
@@ -280,10 +285,7 @@ def show_comparison(found: "Comparison") -> None:
 def show_study(ended: "Study") -> None:
     """One row per setting, the best first, and the conclusion."""
     field = ended.vary[0].partition("=")[0] if len(ended.vary) == 1 else ""
-    rows = [
-        (setting.name.removeprefix(f"{field}=") if field else setting.name, *_setting_row(setting)[1:])
-        for setting in ended.settings
-    ]
+    rows = [(each.name.removeprefix(f"{field}="), *_setting_row(each)[1:]) for each in ended.settings]
     length = f"{ended.epochs} epochs" if ended.max_seconds is None else duration(ended.max_seconds)
     state = "" if ended.finished else ", not finished"
     what = f"{ended.configuration.name}, fold {ended.fold}"
@@ -340,7 +342,7 @@ def show_error(error: UserError) -> None:
     problems = getattr(error, "problems", ())
     if problems:
         rows = [(p.case, p.what, p.fix) for p in problems]
-        console.print(_filled(f"{len(rows)} problems", ("case", "problem", "fix"), rows))
+        console.print(_filled(f"{len(rows)} problem{'s' if len(rows) > 1 else ''}", ("case", "problem", "fix"), rows))
         _line(console, f"{error.what.splitlines()[0].rstrip(':')}. {error.fix}".strip(), "red")
         return
     _line(console, str(error), "red")
@@ -354,7 +356,7 @@ def show_stopped(text: str) -> None:
 def _filled(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", min_width=max(len(word) for word in heading.split()))
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

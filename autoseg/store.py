@@ -40,23 +40,41 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
     """
     writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:6]}"
     temporary = path.with_name(f"{path.name}{TEMPORARY}-{writer}{suffix}")
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if durable and not temporary.is_dir():
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise UserError(
-                f"{path}: the disk is full.", fix="Free some space and run the same command again."
-            ) from error
-        if error.errno in (13, 30):  # EACCES, EROFS
-            raise UserError(f"{path}: this place cannot be written.", fix="Choose another output folder.") from error
+        if told := _told(error, path):
+            raise told from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with all above it, or leave it as it is. Raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((each for each in (folder, *folder.parents) if each.is_file()), folder)
+        raise UserError(f"{file}: this is a file, not a folder.", fix="Choose another output folder.") from error
+    except OSError as error:
+        if told := _told(error, folder):
+            raise told from error
+        raise
+
+
+def _told(error: OSError, path: Path) -> UserError | None:
+    """What only the user can mend: a full disk, a place that cannot be written."""
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return UserError(f"{path}: the disk is full.", fix="Free some space and run the same command again.")
+    if error.errno in (13, 30):  # EACCES, EROFS
+        return UserError(f"{path}: this place cannot be written.", fix="Choose another output folder.")
+    return None
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -117,6 +135,15 @@ def load(path: Path, kind: type[AnySaved]) -> AnySaved:
             f"{path}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew."
         ) from error
     return parse(content, kind, str(path))
+
+
+def record_name(path: Path) -> str:
+    """Which record a file says it is; "" where it is none of autoseg."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return ""
+    return str(content.get("autoseg", "")) if isinstance(content, dict) else ""
 
 
 def parse(content: object, kind: type[AnySaved], where: str) -> AnySaved:

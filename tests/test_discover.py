@@ -123,12 +123,34 @@ def test_groups_come_from_a_table(tmp_path: Path) -> None:
         discover(tmp_path)
 
 
-def test_two_files_for_one_case_are_refused(tmp_path: Path) -> None:
-    save(tmp_path / "images/a.nii.gz", volume())
-    save(tmp_path / "images/a.mha", volume())
-    save(tmp_path / "labels/a.nii.gz", labels(1))
+def test_cases_with_two_files_for_one_thing_are_all_named_for_the_check(tmp_path: Path) -> None:
+    for name in ("images/a.nii.gz", "images/a.mha", "images/b.mha", "images/c.mha"):
+        save(tmp_path / name, volume())
+    for name in ("labels/a.nii.gz", "labels/b.mha", "labels/b.nrrd", "labels/c.mha"):
+        save(tmp_path / name, labels(1))
+    dataset = discover(tmp_path, workers=1)
+    assert [case.id for case in dataset.cases] == ["a", "b", "c"]
+    assert [each.id for each in dataset.left_out] == ["b", "a"]
+    assert all(part in dataset.left_out[1].problem for part in ("images/a.mha", "images/a.nii.gz"))
     with pytest.raises(UserError, match="Case a appears twice"):
-        discover(tmp_path)
+        discover_images(tmp_path / "images", 1)
+
+
+def test_images_without_any_label_map_are_refused_with_the_rule(tmp_path: Path) -> None:
+    save(tmp_path / "images/a.nii.gz", volume())
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(UserError, match=r"none of the 1 images has a label map.*name of its image"):
+        discover(tmp_path, workers=1)
+
+
+def test_unreadable_label_maps_are_left_for_the_check(tmp_path: Path) -> None:
+    save(tmp_path / "images/a.nii.gz", volume())
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.nii.gz").write_text("hello")
+    assert [case.id for case in discover(tmp_path, workers=1).cases] == ["a"]
+    save(tmp_path / "labels" / "a.nii.gz", labels())
+    with pytest.raises(UserError, match="nothing but 0"):
+        discover(tmp_path, workers=1)
 
 
 def test_hidden_files_are_left_out(tmp_path: Path) -> None:
@@ -145,6 +167,15 @@ def test_a_folder_of_no_layout_is_refused_with_the_layouts(tmp_path: Path) -> No
     (tmp_path / "labels").mkdir()
     with pytest.raises(UserError, match="no readable image"):
         discover(tmp_path)
+
+
+def test_dicom_series_are_called_so_and_the_way_out_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images" / "case").mkdir(parents=True)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "images" / "case" / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(64))
+    for read in (discover, lambda folder: discover_images(folder / "images", 1)):
+        with pytest.raises(UserError, match=r"DICOM files, which are not read yet.*dcm2niix"):
+            read(tmp_path)
 
 
 def test_a_broken_dataset_json_is_named(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
 """The documentation says what is true: links lead somewhere, and the README names every file."""
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 
+from autoseg import cli
+
+COMMAND_LINE = re.compile(r"^ {4}(autoseg .+)$", re.MULTILINE)
 ROOT = Path(__file__).parent.parent
 
 
@@ -44,3 +50,14 @@ def test_every_decision_is_in_the_index() -> None:
     pages = {path.name for path in (ROOT / "docs" / "decisions").glob("*.md")} - {"index.md"}
     index = (ROOT / "docs" / "decisions" / "index.md").read_text()
     assert [name for name in sorted(pages) if f"({name})" not in index] == []
+
+
+PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_line_of_a_page_is_understood(page: str) -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for line in COMMAND_LINE.findall((ROOT / page).read_text()):
+        _, name, *words = shlex.split(line, comments=True)
+        commands[name].make_context(name, list(cli.with_resume_value(words)))  # raises where an option is unknown

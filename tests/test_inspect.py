@@ -13,7 +13,7 @@ from autoseg.cases.discover import discover
 from autoseg.cases.inspect import BadDataset, Problem, content_of, fingerprint_of, inspect
 from autoseg.cases.measure import measure_case
 from autoseg.events import Event, Warned
-from autoseg.records import Case, CaseStats, Dataset, Label
+from autoseg.records import Case, CaseStats, Dataset, Label, LeftOut
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LABELS = (Label(name="background", value=0), Label(name="a", value=1), Label(name="b", value=2))
@@ -168,6 +168,26 @@ def test_a_case_without_foreground_is_a_warning_but_not_when_all_are(tmp_path: P
     for n in (0, 2):
         write(tmp_path / f"label_{n}.nii.gz", np.zeros((8, 9, 10), np.uint8))
     assert len(problems_of(dataset, tmp_path)) == 3
+
+
+def test_what_discover_could_not_tell_apart_is_a_problem_beside_the_others(tmp_path: Path) -> None:
+    dataset = a_dataset(tmp_path)
+    os.unlink(tmp_path / "label_1.nii.gz")
+    dataset = dataset.model_copy(update={"left_out": (LeftOut(id="c0", problem="it has two files"),)})
+    found = problems_of(dataset, tmp_path)
+    assert [(each.case, bool(each.fix)) for each in found] == [("c0", True), ("c1", True)]
+    good, _ = inspect(dataset, tmp_path / "stats", workers=1, skip_bad=True)
+    assert [case.id for case in good.cases] == ["c2"]
+    assert [each.id for each in good.left_out] == ["c0", "c1"]
+
+
+def test_good_cases_without_foreground_are_not_enough_beside_bad_ones(tmp_path: Path) -> None:
+    dataset = a_dataset(tmp_path)
+    os.unlink(tmp_path / "label_1.nii.gz")
+    for n in (0, 2):
+        write(tmp_path / f"label_{n}.nii.gz", np.zeros((8, 9, 10), np.uint8))
+    with pytest.raises(BadDataset, match="3 of 3 cases"):
+        inspect(dataset, tmp_path / "stats", workers=1, skip_bad=True)
 
 
 def test_bad_cases_can_be_left_out(tmp_path: Path) -> None:

@@ -70,3 +70,20 @@ def test_a_plan_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"autoseg": "plan", "schema": 99}')
     with pytest.raises(UserError, match="newer"):
         checked(tmp_path)
+
+
+def test_a_single_case_is_planned_with_a_warning(tmp_path: Path) -> None:
+    events: list[object] = []
+    plan(write_dataset(tmp_path / "data", cases=1), tmp_path / "run", memory="2GB", workers=1, report=events.append)
+    assert any("cannot be split in two" in event.text for event in events if isinstance(event, Warned))
+
+
+def test_a_run_never_takes_the_place_of_a_data_set(tmp_path: Path) -> None:
+    listed = write_dataset(tmp_path / "listed", cases=2)
+    plain = write_dataset(tmp_path / "plain", cases=2, layout="plain")
+    before = (listed / "dataset.json").read_text()
+    for data, run in ((listed, listed), (plain, plain), (plain, listed)):
+        with pytest.raises(UserError, match="holds a data set"):
+            plan(data, run, memory="2GB", workers=1)
+    assert (listed / "dataset.json").read_text() == before
+    assert not (plain / "dataset.json").exists()

@@ -208,6 +208,15 @@ def test_a_run_without_networks_is_refused_before_the_output_is_made(place: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_is_never_replaced_by_its_label_map(place: Path, tmp_path: Path) -> None:
+    image = tmp_path / "held_out.nii.gz"
+    image.write_bytes(next((place / "data" / "imagesTr").glob("*.nii.gz")).read_bytes())
+    before = image.read_bytes()
+    with pytest.raises(UserError, match=r"held_out\.nii\.gz: the label map would replace this image"):
+        predict(place / "run", tmp_path, tmp_path)
+    assert image.read_bytes() == before
+
+
 def test_another_number_of_channels_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 channel\(s\), but the plan was made for 1"):
         Predictor(place / "run", device="cpu")(np.ones((2, 8, 8, 8)))

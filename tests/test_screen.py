@@ -105,6 +105,24 @@ def test_the_panel_holds_the_work_under_way_and_nothing_that_is_over() -> None:
     assert not panel.bars.tasks
 
 
+def test_work_of_unknown_length_is_not_counted_against_a_question_mark() -> None:
+    panel = screen._Panel(screen._console(io.StringIO()))
+    for event in (Started("planning"), Advanced("measuring", 2, 0, "small"), Advanced("reading", 3, 7)):
+        panel.show(event)
+    stream = io.StringIO()
+    screen._console(stream).print(panel.render())
+    assert all(words in stream.getvalue() for words in ("planning", "2", "small", "3/7"))
+    assert "?" not in stream.getvalue()
+
+
+def test_words_of_headings_stay_whole_on_a_narrow_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("configuration", "parameters", "receptive field")
+    table = screen._filled("Networks", names, [tuple("3d with many words and more of them" for _ in names)])
+    screen.Console(width=50).print(table)
+    shown_table = capsys.readouterr().out
+    assert all(word in shown_table for name in names for word in name.split())
+
+
 def test_scores_are_shown_per_class_with_a_dash_where_undefined(capsys: pytest.CaptureFixture[str]) -> None:
     screen.show(scores())
     text = capsys.readouterr().out

@@ -101,6 +101,13 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
         store.write_text(tmp_path / "a.txt", "a")
 
 
+def test_a_file_in_the_place_of_a_folder_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "run" / "cache"):
+        with pytest.raises(UserError, match="taken: this is a file, not a folder"):
+            store.write_text(folder / "plan.json", "{}")
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -2,11 +2,12 @@
 
 Files are only listed here; `inspect` reads and checks them. Two exceptions: a label map is read for its values when
 nobody named them, and one image when nobody said how many channels there are.
-A case is kept with the paths it should have, so that `inspect` can report what is missing with all other problems.
+A case is kept with the paths it should have, so that `inspect` can report what is missing with all other problems;
+one that has two files for the same thing is named in `Dataset.left_out`, for `inspect` to report as well.
 """
 
 import csv
-import json
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,28 @@ from typing import Any, Literal
 
 import numpy as np
 
+from autoseg.cases.description import (
+    channel_names,
+    read_description,
+    read_label_names,
+    read_regions,
+    with_annotated,
+)
 from autoseg.errors import UserError
-from autoseg.image.formats import PHOTOGRAPHS, ending_of, label_ending, read_geometry, read_image, read_labels, stem_of
+from autoseg.events import Advanced, Finished, Report, Started, silent
+from autoseg.image.formats import (
+    PHOTOGRAPHS,
+    READABLE,
+    ending_of,
+    label_ending,
+    read_geometry,
+    read_image,
+    read_labels,
+    stem_of,
+)
+from autoseg.image.labels import some
 from autoseg.parallel import allowed_cores, over_cases
-from autoseg.records import Case, Dataset, Label, Region
+from autoseg.records import Case, Dataset, Label, LeftOut
 
 FOLDER_PAIRS = (
     ("images", "labels"),
@@ -41,12 +60,20 @@ CHANNEL_SUFFIX = re.compile(r"_(\d{4})$")
 MOST_LABELS = 1000
 """More values than this in unnamed label maps mean that they are no label maps."""
 
+RENAME = "Rename or remove one of them."
+READING = "read label values"
+
+Clash = Callable[[str, Path | str, Path | str], None]
+"""Told of every case that has two files for the same thing: its id and both paths."""
+
+DICOM_FIX = "Save every series as one file first, for example by `dcm2niix -z y -f %i -o images SERIES`."
+FILES_TO_TRY = 50
 HEADERS_TO_TRY = 5
 """Files to look at for the dimension; `inspect` sees them all and has the last word."""
 
 
-def discover(folder: Path, workers: int | None = None) -> Dataset:
-    """The data set in `folder`.
+def discover(folder: Path, workers: int | None = None, report: Report = silent) -> Dataset:
+    """The data set in `folder`; `left_out` names those of its cases that have two files for the same thing.
 
     Args:
         folder: of one of the layouts in `ACCEPTED`. `groups.csv` (case,group) or 'patients' in dataset.json keep the
@@ -54,7 +81,7 @@ def discover(folder: Path, workers: int | None = None) -> Dataset:
         workers: processes for reading label values where none are named; None takes all allowed cores.
 
     Raises:
-        UserError: no accepted layout, no case, two files for one case, or a broken dataset.json.
+        UserError: no accepted layout, no case, no label map at all, or a broken dataset.json.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -62,22 +89,27 @@ def discover(folder: Path, workers: int | None = None) -> Dataset:
     description = read_description(folder / "dataset.json")
     named = bool(description and description.get("labels"))
     pair = _folder_pair(folder)
+    clashes: dict[str, str] = {}
+
+    def clash(case: str, first: Path | str, second: Path | str) -> None:
+        clashes.setdefault(case, f"it has two files for the same thing: {first} and {second}.")
+
     if description is not None and ("training" in description or "dataset" in description):
-        cases = _listed_cases(folder, description)
+        cases = _listed_cases(folder, description, clash)
     elif pair is not None:
         names = channel_names(description or {})
-        cases = _paired_cases(*pair, len(names) if names else None)
+        cases = _paired_cases(*pair, len(names) if names else None, clash)
     else:
-        raise UserError(f"{folder}: no data set was found here.", fix=ACCEPTED)
+        raise _nothing(folder, "no data set was found here.", ACCEPTED)
     if not cases:
-        raise UserError(f"{folder}: there is no readable image in it.", fix=ACCEPTED)
+        raise _nothing(folder, "there is no readable image in it.", ACCEPTED)
     cases = _with_groups(folder, description or {}, cases)
     if named:
         labels, ignore_value = read_label_names(description or {}, str(folder / "dataset.json"))
     else:
-        labels, ignore_value = _labels_found(cases, workers or allowed_cores()), None
+        labels, ignore_value = _labels_found(folder, cases, workers or allowed_cores(), report), None
     regions = read_regions(description or {}, str(folder / "dataset.json")) if named else ()
-    cases = _with_annotated(folder, description or {}, cases, regions or labels[1:])
+    cases = with_annotated(folder, description or {}, cases, regions or labels[1:])
     return Dataset(
         name=str((description or {}).get("name") or folder.name),
         dimension=_dimension(cases),
@@ -87,6 +119,7 @@ def discover(folder: Path, workers: int | None = None) -> Dataset:
         ignore_value=ignore_value,
         file_ending=_ending_for_results(cases),
         cases=cases,
+        left_out=tuple(LeftOut(id=case, problem=what) for case, what in clashes.items()),
     )
 
 
@@ -102,8 +135,8 @@ def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
         raise UserError(f"{folder}: no such folder.", fix="Give a folder with images, or one image.")
     files = _files(folder)
     if not files:
-        raise UserError(f"{folder}: there is no readable image in it.")
-    cases = _cases_of_files(files, set(), channels)
+        raise _nothing(folder, "there is no readable image in it.", f"Endings that are read: {', '.join(READABLE)}.")
+    cases = _cases_of_files(files, set(), channels, _refuse)
     missing = [path for case in cases for path in case.images if not Path(path).is_file()]
     if missing:
         raise UserError(
@@ -113,111 +146,10 @@ def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
     return cases
 
 
-# ------------------------------------------------------------------------------------------------ dataset.json
+# ------------------------------------------------------------------------------------------------ where files lie
 
 
-def read_description(path: Path) -> dict[str, Any] | None:
-    """The content of a dataset.json, None where there is none. Raises UserError when it is no JSON object."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", fix="Mend the file.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: it holds no JSON object.", fix="Mend the file.")
-    return content
-
-
-def channel_names(description: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of 'channel_names' or 'modality' in the order of their numbers; empty when neither is there."""
-    names = description.get("channel_names") or description.get("modality") or {}
-    if isinstance(names, str):
-        return (names,)
-    if isinstance(names, Mapping):
-        return tuple(str(names[key]) for key in sorted(names, key=_number))
-    return tuple(str(name) for name in names)
-
-
-def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[Label, ...], int | None]:
-    """Labels, background first and the others by value, and the value of 'ignore' if there is one.
-
-    `labels` may map values to names (Decathlon) or names to values (nnU-Net); values that occur only in regions
-    (several values for a name) are named by their number. Raises UserError for values that are no whole numbers, and
-    two names for one value.
-    """
-    named = description.get("labels")
-    if not isinstance(named, Mapping):
-        raise UserError(
-            f"{where}: 'labels' must map names to values.", fix='For example {"background": 0, "liver": 1}.'
-        )
-    found: list[Label] = []
-    for key, entry in named.items():
-        if isinstance(entry, list):
-            continue
-        by_value = _is_number(key) and isinstance(entry, str)
-        name, value = (entry, key) if by_value else (key, entry)
-        if not _is_number(value):
-            raise UserError(
-                f"{where}: label {key!r}: neither it nor {entry!r} is a whole number.", fix="Mend the file."
-            )
-        found.append(Label(name=str(name), value=int(value)))
-    values = [label.value for label in found]
-    members = {value for region in read_regions(description, where) for value in region.labels}
-    found += [Label(name=f"label_{value}", value=value) for value in sorted(members - set(values))]
-    if twice := sorted({value for value in values if values.count(value) > 1}):
-        raise UserError(f"{where}: label value {twice[0]} has two names.", fix="Name each value once.")
-    ignored = next((label.value for label in found if label.name.lower() == "ignore"), None)
-    classes = [label for label in found if label.value != ignored]
-    background = next((label for label in classes if label.name.lower() == "background"), None)
-    background = background or next((label for label in classes if label.value == 0), Label(name="background", value=0))
-    foreground = sorted((label for label in classes if label != background), key=lambda label: label.value)
-    if not foreground:
-        raise UserError(f"{where}: it names no label beside the background.", fix="Name at least one class.")
-    return (background, *foreground), ignored
-
-
-def read_regions(description: Mapping[str, Any], where: str) -> tuple[Region, ...]:
-    """The regions of a dataset.json (nnU-Net's way): every name is one as soon as one name has several values.
-
-    'regions_class_order' says what each region but the background paints in a label map, in the order of their names.
-    Raises UserError where it is missing or does not fit.
-    """
-    named = description.get("labels")
-    entries = dict(named) if isinstance(named, Mapping) else {}
-    if not any(isinstance(entry, list) for entry in entries.values()):
-        return ()
-    regions = {
-        str(name): tuple(entry) if isinstance(entry, list) else (entry,)
-        for name, entry in entries.items()
-        if str(name).lower() != "ignore" and entry not in (0, [0], "0")
-    }
-    wrong = [name for name, values in regions.items() if not values or not all(type(v) is int for v in values)]
-    if wrong:
-        raise UserError(f"{where}: region {wrong[0]!r} is no list of whole numbers.", fix="Mend the file.")
-    order, known = description.get("regions_class_order"), sorted({v for values in regions.values() for v in values})
-    fits = isinstance(order, list) and len(order) == len(regions) and all(value in known for value in order)
-    if not fits or order is None:
-        raise UserError(
-            f"{where}: the regions {', '.join(regions)} need 'regions_class_order' with {len(regions)} of the values "
-            f"{', '.join(map(str, known))}{'' if order is None else f', not {order}'}.",
-            fix="It says what each region paints in a label map, the later ones over the earlier.",
-        )
-    return tuple(
-        Region(name=name, labels=values, paint=paint)
-        for (name, values), paint in zip(regions.items(), order, strict=True)
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("-").isdigit())
-
-
-def _number(key: str) -> tuple[int, str]:
-    return (int(key), "") if _is_number(key) else (10**6, str(key))
-
-
-def _listed_cases(folder: Path, description: Mapping[str, Any]) -> tuple[Case, ...]:
+def _listed_cases(folder: Path, description: Mapping[str, Any], clash: Clash) -> tuple[Case, ...]:
     """Cases that dataset.json lists: 'training' (Decathlon; paths as text or {image, label}) or 'dataset' (nnU-Net)."""
     listed = description.get("training", description.get("dataset"))
     if isinstance(listed, Mapping):
@@ -234,15 +166,11 @@ def _listed_cases(folder: Path, description: Mapping[str, Any]) -> tuple[Case, .
         label = entry.get("label")
         case = name or (CHANNEL_SUFFIX.sub("", stem) if len(paths) > 1 else stem)
         cases.append(Case(id=case, images=paths, label=str(_below(folder, label)) if label else None))
-    _refuse_twice(cases)
-    return tuple(sorted(cases, key=lambda case: case.id))
+    return tuple(sorted(_once(cases, clash), key=lambda case: case.id))
 
 
 def _below(folder: Path, path: str) -> Path:
     return Path(path) if Path(path).is_absolute() else folder / Path(path)
-
-
-# ------------------------------------------------------------------------------------------------ folders of files
 
 
 def _folder_pair(folder: Path) -> tuple[Path, Path] | None:
@@ -260,17 +188,16 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _paired_cases(images: Path, labels: Path, channels: int | None) -> tuple[Case, ...]:
+def _paired_cases(images: Path, labels: Path, channels: int | None, clash: Clash) -> tuple[Case, ...]:
     """Every image with the label map of its name, and every label map without image with the image it should have."""
     label_files: dict[str, Path] = {}
     for path in _files(labels):
-        if stem_of(path) in label_files:
-            raise _twice(stem_of(path), label_files[stem_of(path)], path)
-        label_files[stem_of(path)] = path
+        if label_files.setdefault(stem_of(path), path) != path:
+            clash(stem_of(path), label_files[stem_of(path)], path)
     files = _files(images)
     cases = [
         case.model_copy(update={"label": str(label_files[case.id]) if case.id in label_files else None})
-        for case in _cases_of_files(files, set(label_files), channels)
+        for case in _cases_of_files(files, set(label_files), channels, clash)
     ]
     found = {case.id for case in cases}
     for stem, path in label_files.items():
@@ -280,7 +207,9 @@ def _paired_cases(images: Path, labels: Path, channels: int | None) -> tuple[Cas
     return tuple(sorted(cases, key=lambda case: case.id)) if files else ()
 
 
-def _cases_of_files(files: Sequence[Path], label_stems: set[str], channels: int | None) -> tuple[Case, ...]:
+def _cases_of_files(
+    files: Sequence[Path], label_stems: set[str], channels: int | None, clash: Clash
+) -> tuple[Case, ...]:
     """Group channel files; a channel that is missing gets the path it should have.
 
     `_0001` at the end of a name is a channel number, unless label maps carry it too (then it counts cases) or no file
@@ -295,16 +224,13 @@ def _cases_of_files(files: Sequence[Path], label_stems: set[str], channels: int 
         and (channels != 1 or counted == {0})
     )
     if not by_channel:
-        cases = [Case(id=stem_of(path), images=(str(path),)) for path in files]
-        _refuse_twice(cases)
-        return tuple(cases)
+        return _once((Case(id=stem_of(path), images=(str(path),)) for path in files), clash)
     wanted = channels or max(counted) + 1
     by_case: dict[str, dict[int, Path]] = {}
     for path in files:
         stem, number = stem_of(path)[:-5], int(stem_of(path)[-4:])
-        if number in by_case.setdefault(stem, {}):
-            raise _twice(stem, by_case[stem][number], path)
-        by_case[stem][number] = path
+        if (first := by_case.setdefault(stem, {}).setdefault(number, path)) != path:
+            clash(stem, first, path)
     cases = []
     for stem, found in by_case.items():
         present = next(iter(found.values()))
@@ -314,16 +240,30 @@ def _cases_of_files(files: Sequence[Path], label_stems: set[str], channels: int 
     return tuple(cases)
 
 
-def _refuse_twice(cases: Iterable[Case]) -> None:
-    first: dict[str, str] = {}
+def _nothing(folder: Path, what: str, fix: str) -> UserError:
+    """Why a folder is of no use; DICOM series, which are not read yet, by their name."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if any(_is_dicom(path) for path in itertools.islice(files, FILES_TO_TRY)):
+        what, fix = "it holds DICOM files, which are not read yet.", DICOM_FIX
+    return UserError(f"{folder}: {what}", fix=fix)
+
+
+def _is_dicom(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _once(cases: Iterable[Case], clash: Clash) -> tuple[Case, ...]:
+    """The first case of every id."""
+    first: dict[str, Case] = {}
     for case in cases:
-        if case.id in first:
-            raise _twice(case.id, first[case.id], case.images[0])
-        first[case.id] = case.images[0]
+        if first.setdefault(case.id, case) is not case:
+            clash(case.id, first[case.id].images[0], case.images[0])
+    return tuple(first.values())
 
 
-def _twice(case: str, first: Path | str, second: Path | str) -> UserError:
-    return UserError(f"Case {case} appears twice: {first} and {second}.", fix="Rename or remove one of them.")
+def _refuse(case: str, first: Path | str, second: Path | str) -> None:
+    raise UserError(f"Case {case} appears twice: {first} and {second}.", fix=RENAME)
 
 
 # ----------------------------------------------------------------------------------------------- what nobody wrote down
@@ -340,44 +280,39 @@ def _with_groups(folder: Path, description: Mapping[str, Any], cases: tuple[Case
             groups |= {row["case"].strip(): (row["group"] or "").strip() for row in rows}
     unknown = sorted(set(groups) - {case.id for case in cases})
     if unknown:
-        raise UserError(f"{table if table.is_file() else folder / 'dataset.json'}: there is no case {unknown[0]!r}.")
+        where = table if table.is_file() else folder / "dataset.json"
+        raise UserError(
+            f"{where}: there is no case {some([repr(each) for each in unknown])}.",
+            fix=f"Cases are named as their files are without the ending, such as {cases[0].id!r}.",
+        )
     return tuple(case.model_copy(update={"group": groups.get(case.id) or None}) for case in cases)
 
 
-def _with_annotated(
-    folder: Path, description: Mapping[str, Any], cases: tuple[Case, ...], outputs: Sequence[Label | Region]
-) -> tuple[Case, ...]:
-    """What was annotated in each case, where 'annotated' in dataset.json says so: {case: [names]}, others have all."""
-    given = description.get("annotated") or {}
-    where, names, known = folder / "dataset.json", [each.name for each in outputs], {case.id for case in cases}
-    if not isinstance(given, Mapping) or not all(isinstance(each, list) for each in given.values()):
-        raise UserError(f"{where}: 'annotated' must map cases to lists of names.", fix='For example {"a": ["liver"]}.')
-    for case, drawn in given.items():
-        if case not in known:
-            raise UserError(f"{where}: 'annotated' names {case!r}, but there is no such case.", fix="Mend the file.")
-        if unknown := [name for name in drawn if name not in names]:
-            raise UserError(
-                f"{where}: 'annotated' of {case} names {unknown[0]!r}, which nothing is called.",
-                fix=f"Choose among {', '.join(names)}.",
-            )
-    return tuple(
-        case.model_copy(update={"annotated": tuple(given[case.id])}) if case.id in given else case for case in cases
-    )
-
-
-def _labels_found(cases: Sequence[Case], workers: int) -> tuple[Label, ...]:
+def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Report) -> tuple[Label, ...]:
     """Labels from the values in the files; files that cannot be read are left for `inspect` to report."""
     paths = [case.label for case in cases if case.label is not None]
+    if not paths:
+        raise UserError(
+            f"{folder}: none of the {len(cases)} images has a label map.",
+            fix="A label map has the name of its image: case.nii.gz in images/, case.nii.gz in labels/.",
+        )
+    report(Started(READING, of=len(paths)))
     values: set[int] = {0}
-    for _, found in over_cases(label_values, paths, workers, str, head_start_seconds=1.0):
-        values.update(found)
+    unreadable = 0
+    for done, (_, found) in enumerate(over_cases(label_values, paths, workers, str, head_start_seconds=1.0), 1):
+        values.update(found or ())
+        unreadable += found is None
+        report(Advanced(READING, done=done, of=len(paths)))
         if len(values) > MOST_LABELS:
             raise UserError(
                 f"{paths[0]} and the other label maps hold more than {MOST_LABELS} values.",
                 fix="Are these images? Label maps hold one whole number per class.",
             )
-    if len(values) < 2:
+    report(Finished(READING))
+    if len(values) < 2 and not unreadable:
         raise UserError(f"The {len(paths)} label map(s) hold nothing but 0.", fix="Is this the right folder?")
+    if len(values) < 2:
+        values.add(1)  # stands for what the unreadable files may hold: `inspect` refuses them, and a set without any
     return tuple(Label(name="background" if v == 0 else f"class_{v}", value=v) for v in sorted(values, key=_zero_first))
 
 
@@ -385,12 +320,12 @@ def _zero_first(value: int) -> tuple[bool, int]:
     return value != 0, value
 
 
-def label_values(path: str) -> tuple[int, ...]:
-    """The values in one label map; none when it cannot be read."""
+def label_values(path: str) -> tuple[int, ...] | None:
+    """The values in one label map; None when it cannot be read."""
     try:
         labels_ZYX, _ = read_labels(path)
     except UserError:
-        return ()
+        return None
     low, high = int(labels_ZYX.min()), int(labels_ZYX.max())
     if high - low < 2**20:
         return tuple(int(value) + low for value in np.flatnonzero(np.bincount((labels_ZYX - low).ravel())))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from autoseg.cases.discover import RENAME
 from autoseg.cases.measure import fingerprint_of as fingerprint_of
 from autoseg.cases.measure import measure_case
 from autoseg.cases.prepare import to_indices
@@ -79,7 +80,7 @@ def inspect(
     """Check every case and measure it.
 
     Args:
-        dataset: as discovered.
+        dataset: as discovered; cases in its `left_out` are reported as problems and not read.
         stats_folder: keeps the statistics per case; an interrupted or repeated run continues from it.
         workers: processes; None takes all allowed cores.
         skip_bad: go on without the bad cases; they move to `Dataset.left_out`.
@@ -92,9 +93,11 @@ def inspect(
     """
     report(Started(WHAT, of=len(dataset.cases)))
     remove_unfinished(stats_folder)
-    found: dict[str, Inspected] = {}
+    found = {each.id: Inspected(None, (Problem(each.id, each.problem, RENAME),)) for each in dataset.left_out}
+    report(Advanced(WHAT, done=len(found), of=len(dataset.cases)))
+    to_read = [case for case in dataset.cases if case.id not in found]
     function = partial(inspect_case, dataset=dataset.model_copy(update={"cases": ()}), stats_folder=stats_folder)
-    for case, inspected in _inspected(dataset, stats_folder, workers or allowed_cores(), function):
+    for case, inspected in _inspected(dataset, to_read, stats_folder, workers or allowed_cores(), function):
         found[case.id] = inspected
         report(Advanced(WHAT, done=len(found), of=len(dataset.cases), note=case.id))
     report(Finished(WHAT))
@@ -113,7 +116,7 @@ def inspect(
     left_out = tuple(LeftOut(id=problem.case, problem=problem.what) for problem in blocking)
     stats = tuple(_stats_of(found[case.id]) for case in good)
     dimension = 2 if all(each.full_shape_voxels[0] == 1 for each in stats) else 3
-    update = {"cases": good, "left_out": (*dataset.left_out, *left_out), "dimension": dimension}
+    update = {"cases": good, "left_out": left_out, "dimension": dimension}
     return dataset.model_copy(update=update), stats
 
 
@@ -170,11 +173,11 @@ def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
 
 
 def _inspected(
-    dataset: Dataset, stats_folder: Path, workers: int, function: partial[Inspected]
+    dataset: Dataset, cases: Sequence[Case], stats_folder: Path, workers: int, function: partial[Inspected]
 ) -> Iterator[tuple[Case, Inspected]]:
     """Cases whose statistics are still true are hashed here in threads, without starting a process; others are read."""
-    known = [case for case in dataset.cases if case_stats_file(stats_folder, case.id).is_file()]
-    unknown = [case for case in dataset.cases if not case_stats_file(stats_folder, case.id).is_file()]
+    known = [case for case in cases if case_stats_file(stats_folder, case.id).is_file()]
+    unknown = [case for case in cases if not case_stats_file(stats_folder, case.id).is_file()]
     if known:
         with ThreadPoolExecutor(workers) as pool:
             for case, stats in zip(known, pool.map(partial(_known, dataset, stats_folder), known), strict=True):
@@ -222,7 +225,8 @@ def _channel(dataset: Dataset, number: int) -> str:
 def _image_problems(case: Case, dataset: Dataset, image_CZYX: np.ndarray) -> Iterator[Problem]:
     if len(image_CZYX) != len(dataset.channels):
         channels = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
-        yield Problem(case.id, f"{case.images[0]} has {len(image_CZYX)} channel(s) instead of {channels}.")
+        what = f"{case.images[0]} has {len(image_CZYX)} channel(s) instead of {channels}."
+        yield Problem(case.id, what, "Save every image with the same channels.")
     for number, channel_ZYX in enumerate(image_CZYX):
         if not (np.isfinite(channel_ZYX.min()) and np.isfinite(channel_ZYX.max())):  # min and max pass NaN on
             count = int(np.count_nonzero(~np.isfinite(channel_ZYX)))
@@ -251,7 +255,7 @@ def _difference(image: Geometry, label: Geometry) -> str:
     for field in ("spacing_mm", "direction", "origin"):
         one, other = getattr(image, field), getattr(label, field)
         if len(one) != len(other) or not np.allclose(one, other, rtol=1e-4, atol=1e-4):
-            shown = [tuple(round(value, 4) for value in values) for values in (other, one)]
+            shown = [tuple(round(value, 4) + 0.0 for value in values) for values in (other, one)]
             return f"{field} of the label map is {shown[0]}, of the image {shown[1]}"
     return "the label map lies on another grid than the image"
 
@@ -262,7 +266,10 @@ def _empty(stats: CaseStats) -> Iterator[Problem]:
 
 
 def _no_foreground_at_all(dataset: Dataset, found: dict[str, Inspected]) -> list[Problem]:
+    """Cases that would pass are problems when none of them has any foreground."""
     stats = [found[case.id].stats for case in dataset.cases]
-    if any(each is None or any(each.class_voxels[1:]) for each in stats):
+    measured = [each for each in stats if each is not None]
+    if any(any(each.class_voxels[1:]) for each in measured):
         return []
-    return [Problem(case.id, "its label map has no foreground, like all others.") for case in dataset.cases]
+    what, fix = "its label map has no foreground, like all others.", "Are these the right files?"
+    return [Problem(each.id, what, fix) for each in measured]

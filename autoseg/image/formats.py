@@ -226,6 +226,8 @@ def _read_with_itk(path: Path) -> np.ndarray:
 
 def _unreadable(path: Path, error: RuntimeError) -> UserError:
     last_line = str(error).strip().splitlines()[-1]
+    if "Unable to determine ImageIO reader" in last_line:
+        return UserError(f"{path}: its content is not that of a {ending_of(path)} file.", fix=DAMAGED)
     reason = re.sub(r"^.*?(?:ITK ERROR|sitk::ERROR): (?:\w+\(0x[0-9a-f]+\): )?", "", last_line).strip(" .")
     fix = "Save it as grey or RGB." if "Unknown PixelType" in reason else DAMAGED
     return UserError(f"{path}: this image cannot be read ({reason}).", fix=fix)

@@ -5,7 +5,7 @@ A loss takes logits (B, K, Z, Y, X) or (B, K, Y, X) in any floating type and tar
 class indices, -1 = ignore, and returns a scalar in float32 (float64 for float64 logits).
 A spec names a loss and its options: "dice_ce" or "dice_focal:gamma=2,alpha=0.25"; several numbers are joined by "/".
 Class weights are such numbers, or the name of the rule that makes them of the data: see `with_weights`.
-To add a loss: write the function in one of the `losses_*` files (or a sum of two here) and one line in `LOSSES`.
+To add a loss: write the function in one of the `losses_*` files and one line in `LOSSES`.
 """
 
 import inspect
@@ -18,143 +18,21 @@ from torch import Tensor
 
 from autoseg.errors import UserError
 from autoseg.network.label_kinds import One, of_classes, of_regions
-from autoseg.network.losses_pixel import (
-    CLASS_WEIGHTS,
-    boundary_weights,
-    ce,
-    ce_of,
-    focal,
-    topk_ce,
-    weighted_ce,
-    weighted_ce_of,
+from autoseg.network.losses_combined import (
+    dice_boundary,
+    dice_ce,
+    dice_cldice,
+    dice_focal,
+    dice_topk,
+    dice_weighted_ce,
 )
-from autoseg.network.losses_region import (
-    boundary,
-    cldice,
-    dice,
-    dice_of,
-    focal_tversky,
-    generalized_dice,
-    tversky,
-)
-from autoseg.network.losses_sums import Reduce, alone, class_sums
+from autoseg.network.losses_pixel import CLASS_WEIGHTS, ce, focal, topk_ce, weighted_ce
+from autoseg.network.losses_region import boundary, cldice, dice, focal_tversky, generalized_dice, tversky
+from autoseg.network.losses_sums import Reduce, alone
 
 Value = float | int | bool | str | tuple[float, ...]
 Supervised = Callable[..., Tensor]
 """Of logits (list, highest resolution first, or one tensor), target, and perhaps a table of what was annotated."""
-
-# ------------------------------------------------------------------------------------------------ sums of two losses
-
-
-def dice_ce(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    batch_dice: bool = False,
-    background: bool = False,
-    squared: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + ce_weight * `ce`, from one softmax (Isensee et al. 2021). Range [0, inf)."""
-    sums = class_sums(logits, target, square=squared)
-    region = dice_of(sums, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + ce_weight * ce_of(sums, reduce=reduce)
-
-
-def dice_weighted_ce(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    class_weights: Sequence[float] | None = None,
-    border: float = 10.0,
-    sigma: float = 3.0,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + ce_weight * `weighted_ce`, from one softmax. Range [0, inf)."""
-    weight = boundary_weights(target, border, sigma)
-    sums = class_sums(logits, target, weight=weight)
-    region = dice_of(sums, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + ce_weight * weighted_ce_of(sums, target, weight, class_weights, reduce)
-
-
-def dice_focal(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    focal_weight: float = 1.0,
-    gamma: float = 2.0,
-    alpha: float = -1.0,
-    class_weights: Sequence[float] | None = None,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + focal_weight * `focal` (Zhu et al. 2019, AnatomyNet). Range [0, inf)."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    pixel = focal(logits, target, gamma=gamma, alpha=alpha, class_weights=class_weights, reduce=reduce)
-    return dice_weight * region + focal_weight * pixel
-
-
-def dice_topk(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    topk_weight: float = 1.0,
-    k: float = 0.1,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + topk_weight * `topk_ce`. Range [0, inf)."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + topk_weight * topk_ce(logits, target, k=k, reduce=reduce)
-
-
-def dice_boundary(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    boundary_weight: float = 0.01,
-    radius: int = 16,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + boundary_weight * `boundary` (Kervadec et al. 2019). Range from slightly below 0."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + boundary_weight * boundary(logits, target, radius=radius, reduce=reduce)
-
-
-def dice_cldice(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 0.5,
-    cldice_weight: float = 0.5,
-    steps: int = 3,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + cldice_weight * `cldice` (Shit et al. 2021, equation 4). Range [0, 1] with weights 0.5."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + cldice_weight * cldice(logits, target, steps=steps, reduce=reduce)
-
 
 # ------------------------------------------------------------------------------------------------ specs
 

@@ -111,6 +111,7 @@ def ensemble_runs(
         UserError: fewer than two members, one that is not trained, or other channels or labels; nothing is written.
     """
     from autoseg.cases.discover import discover_images
+    from autoseg.cases.exchange import refuse_to_overwrite
     from autoseg.steps.predict import Predictor, segment_cases
 
     members = members_of_runs(runs, configurations)
@@ -128,6 +129,7 @@ def ensemble_runs(
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
     cases, found, written = discover_images(images, len(plan.channels)), [], list[Path]()
+    refuse_to_overwrite(cases, output, plan.file_ending)
     what = "Ensembling"
     report(Started(what, len(cases)))
     with staged(output) as staging:
@@ -163,7 +165,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 def publish(staging: Path, output: Path) -> tuple[Path, ...]:
     """Move every file from `staging` into `output`, each as a whole; returns the label maps among them."""
-    output.mkdir(parents=True, exist_ok=True)
+    store.make_folder(output)
     written = []
     for path in sorted(staging.iterdir()):
         os.replace(path, output / path.name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoseg import store
-from autoseg.cases.discover import read_label_names, read_regions
+from autoseg.cases.description import read_label_names, read_regions
 from autoseg.errors import UserError
 from autoseg.image.formats import read_geometry
 from autoseg.image.labels import grid_difference, label_maps, some

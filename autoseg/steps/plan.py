@@ -6,6 +6,8 @@ from pathlib import Path
 
 from autoseg.cases.discover import discover
 from autoseg.cases.inspect import fingerprint_of, inspect
+from autoseg.cases.split import make_splits
+from autoseg.errors import UserError
 from autoseg.events import Finished, Report, Said, Started, Warned, silent
 from autoseg.layout import Layout
 from autoseg.parallel import allowed_cores
@@ -13,8 +15,8 @@ from autoseg.planning.architecture import preset_named
 from autoseg.planning.checks import check_plan
 from autoseg.planning.plan import make_plan
 from autoseg.planning.wording import GIGABYTE, gigabytes
-from autoseg.records import Budget, Fingerprint, Plan
-from autoseg.store import load, remove_unfinished, save
+from autoseg.records import Budget, Dataset, Fingerprint, Plan
+from autoseg.store import load, record_name, remove_unfinished, save
 
 
 def plan(
@@ -41,14 +43,17 @@ def plan(
         report: receives progress.
 
     Raises:
-        UserError: the data cannot be learned from, or the memory is too small; see cases/inspect.py and planning/.
+        UserError: the data cannot be learned from, `run` is a data set itself, or the memory is too small; see
+            cases/inspect.py and planning/.
     """
     layout = Layout(run)
     preset_named(preset)
-    import_early = threading.Thread(target=import_module, args=("autoseg.network.memory",), daemon=True)
-    import_early.start()  # torch takes two seconds to import; the workers read images meanwhile
+    _refuse_to_overwrite(data, layout)
+    import_early = threading.Thread(target=_import_what_planning_takes, daemon=True)
+    import_early.start()  # three seconds of imports; the workers read images meanwhile
     workers = workers or allowed_cores()
-    dataset, stats = inspect(discover(data, workers), layout.case_stats, workers, report, skip_bad)
+    dataset, stats = inspect(discover(data, workers, report), layout.case_stats, workers, report, skip_bad)
+    _warn_of_too_few(dataset, report)
     fingerprint = fingerprint_of(dataset, stats)
     import_early.join()
     planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
@@ -84,6 +89,21 @@ def checked(run: Path) -> Plan:
     planned = load(Layout(run).plan, Plan)
     check_plan(planned)
     return planned
+
+
+def _import_what_planning_takes() -> None:
+    import_module("autoseg.network.memory")
+    import_module("torch._dynamo.config")  # fake tensors import all of the compiler for its settings
+
+
+def _refuse_to_overwrite(data: Path, layout: Layout) -> None:
+    """Raise UserError where the run's dataset.json would lie among the data or replace that of a data set."""
+    known = layout.dataset.is_file() and record_name(layout.dataset) != Dataset.__name__.lower()
+    if known or layout.root.resolve() == data.resolve():
+        raise UserError(
+            f"{layout.root}: this folder holds a data set, whose dataset.json the run would overwrite.",
+            fix="Choose another folder: -o RUN.",
+        )
 
 
 def _plan_for(
@@ -123,6 +143,14 @@ def _check_simulation(planned: Plan, report: Report) -> None:
         error = 100 * (simulated - measured) / measured
         text = f"simulated {gigabytes(simulated)}, measured {gigabytes(measured)}: {error:+.1f} %"
         report(Said(f"{configuration.name}: {text}"))
+
+
+def _warn_of_too_few(dataset: Dataset, report: Report) -> None:
+    """Say at once what `train` would refuse: cases that cannot be split in two."""
+    try:
+        make_splits(dataset.cases)
+    except UserError as error:
+        report(Warned(f"{error.what} Training needs two; this plan is only to be looked at."))
 
 
 def _warn_of_trained_models(layout: Layout, planned: Plan, report: Report) -> None:

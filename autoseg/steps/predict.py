@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.cases.discover import discover_images
-from autoseg.cases.exchange import Ending, Found, Ready, is_unchanged, read_case, write_case
+from autoseg.cases.exchange import Ending, Found, Ready, is_unchanged, read_case, refuse_to_overwrite, write_case
 from autoseg.cases.predicted import Predicted
 from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
@@ -33,7 +33,7 @@ from autoseg.steps.models import trained_models as trained_models
 from autoseg.steps.predictor import Predictor as Predictor
 from autoseg.steps.predictor import on_grid as on_grid
 from autoseg.steps.slides import segment_slide
-from autoseg.store import load, remove_unfinished, write_text
+from autoseg.store import load, make_folder, remove_unfinished, write_text
 
 WHAT = "predict"
 MOST_READERS = 4
@@ -135,8 +135,9 @@ def predict(
     plan = predictors[0].plan
     _check_classes(wishes, plan)
     cases = _part_of(discover_images(images, len(plan.channels)), part)
+    refuse_to_overwrite(cases, output, plan.file_ending)
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     remove_unfinished(output)
     done = _done(cases, output, predictors[0], wishes, report) if resume else []
     todo = [case for case in cases if case not in done]

@@ -25,12 +25,16 @@ RESUMES = ("no", "yes", "auto", "extend", "restart")
 
 @dataclass(frozen=True)
 class Instead:
-    """What to train instead of the planned configuration of its name, as it is, and where to put it (see `Work`)."""
+    """What to train instead of the planned configuration of its name, and where to put it (see `Work`).
+
+    `keeps_norm`: as it is, even where the batch becomes too small for its norm.
+    """
 
     configuration: Configuration
     folder: Path
     lesson: Lesson | None = None
     is_paced: bool = False
+    keeps_norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def look_up(
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
     return Work(
         run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
-        as_it_is=instead is not None, lesson=lesson, is_paced=instead is not None and instead.is_paced,
+        as_it_is=instead is not None and instead.keeps_norm, lesson=lesson,
+        is_paced=instead is not None and instead.is_paced,
     )  # fmt: skip
 
 
