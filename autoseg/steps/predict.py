@@ -270,25 +270,28 @@ def _compute(
         return Found(np.zeros((0, 0, 0), np.int16), None, ready.inputs)
     if not wishes.probabilities:
         return predictor.compute(ready, None, wishes.uncertainty, progress)
-    prepared, labels = ready.stages[-1], predictor.plan.labels
+    prepared, labels = ready.stages[-1], predictor.plan.outputs
+    background = predictor.plan.labels[0].value if predictor.plan.regions else None
     chosen = [k for k, label in enumerate(labels) if not wishes.classes or label.name in wishes.classes]
+    places = chosen if background is None else [k + 1 for k in chosen]  # regions leave 0 to the background
     height, axes = predictor.slab_height(prepared), predictor.configuration.axes
     before = prepared.box[0][0]
     with writing_probabilities(
         probabilities_file(output, case.id), prepared.geometry, [labels[k].name for k in chosen],
         [labels[k].value for k in chosen], kind=wishes.probabilities, complete=len(chosen) == len(labels),
-        slab=(axes[0], height),
+        slab=(axes[0], height), background=background,
     ) as put:  # fmt: skip
         def put_slab(slab: Slab) -> None:
             start, stop = before + slab.window.start, before + slab.window.stop
             shares = slab.probabilities_KZYX
-            _put_slices(put, prepared, axes, chosen, (start, stop), None if shares is None else shares.numpy()[chosen])
+            found_KZYX = None if shares is None else shares.numpy()[chosen]
+            _put_slices(put, prepared, axes, places, (start, stop), found_KZYX)
 
         found = predictor.compute(ready, put_slab, wishes.uncertainty, progress, height - before % height)
         whole = prepared.geometry.size_voxels[axes[0]]
         for start, stop in ((0, before), (prepared.box[0][1], whole)):
             for each in range(start, stop, height):
-                _put_slices(put, prepared, axes, chosen, (each, min(each + height, stop)), None)
+                _put_slices(put, prepared, axes, places, (each, min(each + height, stop)), None)
     return found
 
 
@@ -319,7 +322,7 @@ def _is_skip(on_error: str) -> bool:
 
 
 def _check_classes(wishes: Wishes, plan: Plan) -> None:
-    names = [label.name for label in plan.labels]
+    names = [output.name for output in plan.outputs]
     if wishes.probabilities and wishes.probabilities not in KINDS:
         raise UserError(
             f"Probabilities cannot be saved as {wishes.probabilities!r}.", fix=f"Choose one of: {', '.join(KINDS)}."

@@ -76,8 +76,9 @@ def look_up(
     named = configuration or default_configuration(plan)
     planned = instead.configuration if instead else configuration_named(plan, named)
     wished = with_options(planned, asked)
-    losses.parse(wished.train.loss)
+    losses.check(wished.train.loss, [output.name for output in plan.outputs], bool(plan.regions))
     class_rates(wished.train, plan)
+    _check_regions(plan, wished, instead)
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, fold)
@@ -106,6 +107,17 @@ def look_up(
         as_it_is=instead is not None and instead.keeps_norm, lesson=lesson,
         is_paced=instead is not None and instead.is_paced,
     )  # fmt: skip
+
+
+def _check_regions(plan: Plan, wished: Configuration, instead: Instead | None) -> None:
+    """Refuse what only classes that exclude each other can be trained with."""
+    if plan.regions and wished.train.sampling == "hard":
+        raise UserError(
+            "Sampling hard follows the error of classes, but this data has regions.",
+            fix="Choose one of foreground, class_balanced, case_balanced.",
+        )
+    if plan.regions and instead is not None and instead.lesson is not None:
+        raise UserError("Networks of regions cannot be distilled yet.")
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
