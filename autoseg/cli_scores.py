@@ -131,6 +131,9 @@ def evaluate(
     configuration: Annotated[
         str | None, typer.Option("--configuration", "-c", help="Of a run: this one. [default: all that are trained]")
     ] = None,
+    cases: Annotated[
+        str | None, typer.Option(help="Score only these, such as case_01,case_07. [default: all]")
+    ] = None,
     no_surface: Annotated[bool, typer.Option("--no-surface", help="Skip the surface distances: faster.")] = False,
     tolerance: Annotated[
         str | None, typer.Option(help="Of the second surface Dice in mm, such as 3 or liver=3,tumour=1. [default: 2]")
@@ -139,6 +142,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score label maps, or the cross-validation of a run. Writes scores.json and scores.csv."""
+    if cases is not None and references is None:
+        raise typer.BadParameter("--cases needs two folders: PRED REF")
     with watched() as report:
         from autoseg.steps import evaluate as step
 
@@ -146,8 +151,8 @@ def evaluate(
         if references is not None:
             scores = {
                 "": step.evaluate(
-                    predictions, references, surface=not no_surface, tolerance_mm=limit_mm, workers=workers,
-                    report=report,
+                    predictions, references, cases=names(cases), surface=not no_surface, tolerance_mm=limit_mm,
+                    workers=workers, report=report,
                 )
             }  # fmt: skip
         else:

@@ -37,6 +37,8 @@ from autoseg.steps.pairs import (
 LESION_CONNECTIVITY = 3
 TOLERANCE_MM = 2.0
 """Of `surface_dice_at_tolerance` where none is asked for; `surface_dice` is always at 1 mm."""
+HEAD_START_SECONDS = 1.0
+"""Scored in this process before there are others, see `parallel.over_cases`."""
 METHOD = "2"
 """Changes when a score is computed in another way, so that older ones are not taken for current."""
 
@@ -198,7 +200,8 @@ def score_pairs(
     if done:
         report(Said(f"{len(done)} of {len(pairs)} cases have not changed since they were scored."))
     jobs = [_Job(pair, scoring) for pair in pairs if pair.id not in done]
-    for job, score in over_cases(_score_file, jobs, workers or allowed_cores(), lambda job: job.pair.id):
+    workers = workers or allowed_cores()
+    for job, score in over_cases(_score_file, jobs, workers, lambda job: job.pair.id, HEAD_START_SECONDS):
         done[job.pair.id] = score
         report(Advanced(what, len(done), len(pairs), job.pair.id))
     report(Finished(what))

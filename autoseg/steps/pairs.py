@@ -49,7 +49,7 @@ def pair_up(
             raise UserError(
                 f"{place} has no label map for {len(missing)} of {len(wanted)} cases that "
                 f"{'are asked for' if cases is not None else f'{there} has'}: {some(missing)}.",
-                fix="Compare folders with the same cases, or name the cases to score.",
+                fix="Compare folders with the same cases, or name those to score: --cases.",
             )
     return tuple(Pair(case, predicted[case], referred[case], drawn.get(case)) for case in sorted(wanted))
 
