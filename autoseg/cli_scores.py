@@ -135,10 +135,16 @@ def evaluate(
     tolerance: Annotated[
         str | None, typer.Option(help="Of the second surface Dice in mm, such as 3 or liver=3,tumour=1. [default: 2]")
     ] = None,
+    speeds: Annotated[
+        bool, typer.Option("--speeds", help="Of a run: also measure what each --speed of predict takes and costs.")
+    ] = False,
+    device: Device = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Score label maps against references, or the cross-validation of a run; writes scores.json and scores.csv."""
+    if speeds and references is not None:
+        raise typer.BadParameter("--speeds goes with a run folder alone")
     with watched() as report:
         from autoseg.steps import evaluate as step
 
@@ -155,6 +161,10 @@ def evaluate(
                 predictions, configuration, surface=not no_surface, tolerance_mm=limit_mm, workers=workers,
                 report=report,
             )  # fmt: skip
+        if speeds:
+            from autoseg.steps.speeds import measure_speeds
+
+            measure_speeds(predictions, configuration, device=device, report=report)
     show_all(scores, as_json)
 
 
