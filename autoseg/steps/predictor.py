@@ -44,7 +44,7 @@ WORTH_A_LINE = 2**28
 
 @dataclass(frozen=True)
 class Speed:
-    """What is given up for time; measured by bench/speed.py."""
+    """What is given up for time; `steps/speeds.py` measures it. The precision is the device's own in all of them."""
 
     mirroring: bool
     overlap: float
