@@ -103,7 +103,7 @@ def with_weights(spec: str, counts: Sequence[Sequence[int]]) -> str:
     else:
         pairs = (CLASS_WEIGHTS[rule](pair) for pair in counts)
         weights = tuple(within / around if around else 1.0 for around, within in pairs)
-    text = "/".join(f"{weight:.4g}" for weight in weights)
+    text = "/".join(f"{min(weight, RANGES['class_weights'][1]):.4g}" for weight in weights)
     others = [part for part in spec.partition(":")[2].split(",") if part.strip() and "class_weights" not in part]
     return f"{parsed.name}:{','.join([*others, f'class_weights={text}'])}"
 
