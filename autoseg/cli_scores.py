@@ -131,14 +131,25 @@ def evaluate(
     configuration: Annotated[
         str | None, typer.Option("--configuration", "-c", help="Of a run: this one. [default: all that are trained]")
     ] = None,
+    cases: Annotated[
+        str | None, typer.Option(help="Score only these, such as case_01,case_07. [default: all]")
+    ] = None,
     no_surface: Annotated[bool, typer.Option("--no-surface", help="Skip the surface distances: faster.")] = False,
     tolerance: Annotated[
         str | None, typer.Option(help="Of the second surface Dice in mm, such as 3 or liver=3,tumour=1. [default: 2]")
     ] = None,
+    speeds: Annotated[
+        bool, typer.Option("--speeds", help="Of a run: also measure what each --speed of predict takes and costs.")
+    ] = False,
+    device: Device = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Score label maps, or the cross-validation of a run. Writes scores.json and scores.csv."""
+    if cases is not None and references is None:
+        raise typer.BadParameter("--cases needs two folders: PRED REF")
+    if speeds and references is not None:
+        raise typer.BadParameter("--speeds goes with a run folder alone")
     with watched() as report:
         from autoseg.steps import evaluate as step
 
@@ -146,8 +157,8 @@ def evaluate(
         if references is not None:
             scores = {
                 "": step.evaluate(
-                    predictions, references, surface=not no_surface, tolerance_mm=limit_mm, workers=workers,
-                    report=report,
+                    predictions, references, cases=names(cases), surface=not no_surface, tolerance_mm=limit_mm,
+                    workers=workers, report=report,
                 )
             }  # fmt: skip
         else:
@@ -155,6 +166,10 @@ def evaluate(
                 predictions, configuration, surface=not no_surface, tolerance_mm=limit_mm, workers=workers,
                 report=report,
             )  # fmt: skip
+        if speeds:
+            from autoseg.steps.speeds import measure_speeds
+
+            measure_speeds(predictions, configuration, device=device, report=report)
     show_all(scores, as_json)
 
 

@@ -217,6 +217,11 @@ def scores_csv(folder: Path) -> Path:
     return folder / "scores.csv"
 
 
+def speeds_file(folder: Path) -> Path:
+    """What each speed of prediction takes and costs, in the folder `Layout.cross_validation`."""
+    return folder / "speeds.json"
+
+
 def case_stats_file(folder: Path, case: str) -> Path:
     """What the fingerprint knows of `case`, in the folder `Layout.case_stats`."""
     return folder / f"{case}.json"

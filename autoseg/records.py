@@ -26,13 +26,29 @@ class Label(Record):
     value: int
 
 
+class Region(Record):
+    """A union of labels that is segmented as one, such as a whole tumour; regions may overlap.
+
+    `labels` are values in the user's files; `paint` is the value that a predicted label map gets where the region is,
+    over those of the regions before it.
+    """
+
+    name: str
+    labels: Annotated[tuple[int, ...], Field(min_length=1)]
+    paint: int
+
+
 class Case(Record):
-    """One patient image: one file per channel (or one file with all channels), and its label map if there is one."""
+    """One patient image: one file per channel (or one file with all channels), and its label map if there is one.
+
+    `annotated` names the labels (or regions) that somebody drew in it; None is all of them.
+    """
 
     id: str
     images: Annotated[tuple[str, ...], Field(min_length=1)]
     label: str | None = None
     group: str | None = None
+    annotated: tuple[str, ...] | None = None
 
 
 class LeftOut(Record):
@@ -53,6 +69,7 @@ class Dataset(Saved):
     dimension: Literal[2, 3]
     channels: Annotated[tuple[str, ...], Field(min_length=1)]
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    regions: tuple[Region, ...] = ()
     ignore_value: int | None = None
     file_ending: str = ".nii.gz"
     cases: tuple[Case, ...] = ()
@@ -104,6 +121,7 @@ class Fingerprint(Saved):
     dimension: Literal[2, 3]
     channels: tuple[str, ...]
     labels: tuple[Label, ...]
+    regions: tuple[Region, ...] = ()
     ignore_value: int | None = None
     cases: Annotated[tuple[CaseStats, ...], Field(min_length=1)]
     intensities: tuple[Intensities, ...]
@@ -231,6 +249,7 @@ class Plan(Saved):
     dimension: Literal[2, 3]
     channels: tuple[str, ...]
     labels: tuple[Label, ...]
+    regions: tuple[Region, ...] = ()
     ignore_value: int | None = None
     file_ending: str
     intensities: tuple[Intensities, ...]
@@ -243,6 +262,17 @@ class Plan(Saved):
     def classes(self) -> int:
         """Number of classes, background included."""
         return len(self.labels)
+
+    @property
+    def outputs(self) -> tuple[Label, ...]:
+        """What the network has an output for: the labels, background first; or the regions with what they paint."""
+        return tuple(Label(name=each.name, value=each.paint) for each in self.regions) or self.labels
+
+    @property
+    def region_indices(self) -> tuple[tuple[int, ...], ...]:
+        """Label indices of each region."""
+        index = {label.value: k for k, label in enumerate(self.labels)}
+        return tuple(tuple(index[value] for value in region.labels) for region in self.regions)
 
 
 # ------------------------------------------------------------------------------------------------ training and scores

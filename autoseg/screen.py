@@ -281,10 +281,7 @@ def show_comparison(found: "Comparison") -> None:
 def show_study(ended: "Study") -> None:
     """One row per setting, the best first, and the conclusion."""
     field = ended.vary[0].partition("=")[0] if len(ended.vary) == 1 else ""
-    rows = [
-        (setting.name.removeprefix(f"{field}=") if field else setting.name, *_setting_row(setting)[1:])
-        for setting in ended.settings
-    ]
+    rows = [(each.name.removeprefix(f"{field}="), *_setting_row(each)[1:]) for each in ended.settings]
     length = f"{ended.epochs} epochs" if ended.max_seconds is None else duration(ended.max_seconds)
     state = "" if ended.finished else ", not finished"
     what = f"{ended.configuration.name}, fold {ended.fold}"

@@ -22,7 +22,7 @@ class NetworkSpec(Record):
     kind: Literal["plain", "residual"] = "plain"
     dimension: Literal[2, 3]
     in_channels: Positive
-    classes: Annotated[int, Field(ge=2)]
+    classes: Positive
     features: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
     kernels: tuple[tuple[int, ...], ...]

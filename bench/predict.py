@@ -1,8 +1,11 @@
 """40 hippocampus cases from raw files to written label maps: autoseg and nnU-Net with one and the same network.
 
     python bench/predict.py --peer PEER_PYTHON ../shared/peer/nnunet.py [--work FOLDER] [--minutes 5] [--cases 40]
+                            [--trained RUN/models/3d/fold_0]
 
 nnU-Net plans, preprocesses and trains for a few minutes (kept in --work, so that a second run starts with predicting).
+After so few minutes its network is undecided in many places, where rounding decides; with --trained its checkpoint gets
+the weights of a network of the same architecture that autoseg trained longer on other cases of the same data.
 Its model is imported (`autoseg import-nnunet`), so that weights, patch, grid, normalization and mirroring are the same.
 Then both predict the same folder, one after the other, `--times` times. Ours is the whole command, imports included;
 nnU-Net's seconds begin when its libraries are loaded. Printed: seconds, their ratio, and the share of equal voxels.
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--trained", type=Path, help="model folder whose weights nnU-Net's checkpoint gets")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if given.peer:
@@ -51,6 +55,8 @@ def pair(given: argparse.Namespace, work: Path) -> None:
     if not (work / MODEL / "fold_0" / "checkpoint_final.pth").is_file():
         peer("prepare", given.data.resolve(), work)
         peer("fit", work, "--minutes", given.minutes)
+    if given.trained:
+        lend_weights(given.trained, work / MODEL)
     images, run = work / "images", work / "run"
     for folder in (images, run):
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,6 +77,35 @@ def pair(given: argparse.Namespace, work: Path) -> None:
     ratio = statistics.median(ours) / statistics.median(theirs)
     equal = agreement(work / "ours", work / "theirs")
     print(json.dumps({"cases": given.cases, "ratio": ratio} | equal), flush=True)
+
+
+def lend_weights(trained: Path, model: Path) -> None:
+    """Put weights that autoseg trained into nnU-Net's checkpoint; biases that autoseg leaves out become 0."""
+    import torch
+
+    from autoseg.layout import ModelLayout
+    from autoseg.network import checkpoint, nnunet
+    from autoseg.network.unet import UNet
+    from autoseg.records import Run
+    from autoseg.store import load
+
+    network = UNet(load(ModelLayout(trained).run, Run).configuration.network)
+    checkpoint.load_weights(ModelLayout(trained).weights, network)
+    weights = network.state_dict()
+    spec = nnunet.spec_from_nnunet(
+        nnunet.architecture_of(nnunet.read_json(model / "plans.json"), "3d_fullres"), network.spec.in_channels,
+        network.spec.classes,
+    )  # fmt: skip
+    path = model / "fold_0" / "checkpoint_final.pth"
+    theirs = torch.load(path, weights_only=False)  # made by the peer on this machine a moment ago
+    for name, tensor in nnunet.weights_from_nnunet(theirs["network_weights"], spec).items():
+        if name in weights:
+            tensor.copy_(weights[name])  # in place, so that it changes under all the names that it has
+        elif name.endswith(".bias"):
+            tensor.zero_()
+        else:
+            raise SystemExit(f"{trained} lacks {name}")
+    torch.save(theirs, path)
 
 
 def autoseg(*words: object) -> None:

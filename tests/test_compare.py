@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from autoseg import store
@@ -10,7 +11,7 @@ from autoseg.layout import comparison_file, comparison_picture, scores_file
 from autoseg.records import CaseScore, Scores
 from autoseg.scoring import statistics
 from autoseg.scoring.comparison import Comparison, Difference
-from autoseg.steps.compare import _corrected, compare
+from autoseg.steps.compare import _corrected, compare, draw
 
 LABELS = ("organ", "lesion")
 PAIRS = ((0, 1), (0, 2), (1, 2))
@@ -59,7 +60,9 @@ def test_a_real_difference_is_found_where_it_is_and_only_there(tmp_path):
     assert row_of(found, "hd95_mm", "organ").better == "a"
     assert found.ranking == ("a", "b")
     assert found.rank_shares[0][0] > 0.99
-    assert "a beats b in dice of organ by 0.0" in found.conclusion
+    assert found.conclusion.startswith("On 30 cases a beats b in ")
+    assert "dice of organ by 0.0" in found.conclusion
+    assert "of lesion" not in found.conclusion
     assert "may be chance" in found.conclusion
     assert not comparison_file(a).exists()
 
@@ -167,6 +170,39 @@ def test_cases_of_one_patient_are_warned_of(tmp_path):
 def test_record_and_picture_are_written_on_request(tmp_path):
     a, b = save(tmp_path / "run" / "a", drawn(1, (0.05, 0.0))), save(tmp_path / "other" / "a", drawn(2))
     found = compare(a, b, output=tmp_path / "out")
-    assert found.methods == ("run/a", "other/a")
+    assert found.methods == ("run", "other")
     assert store.load(comparison_file(tmp_path / "out"), Comparison) == found
     assert comparison_picture(tmp_path / "out").stat().st_size > 5000
+
+
+def test_methods_are_named_by_the_shortest_parts_of_their_paths_that_differ(tmp_path):
+    models = tmp_path / "run" / "models"
+    folders = [models / name / "validation" for name in ("2d/fold_0", "3d/fold_0", "3d/fold_0.seed_1")]
+    a, b, c = (save(folder, drawn(number)) for number, folder in enumerate(folders))
+    assert compare(a, b).methods == ("2d", "3d")
+    assert compare(b, c).methods == ("fold_0", "fold_0.seed_1")
+    assert compare(a, b, c).methods == ("2d/fold_0", "3d/fold_0", "3d/fold_0.seed_1")
+    assert compare(scores_file(a), scores_file(b)).methods == ("2d", "3d")
+
+
+def test_the_sentence_names_each_pair_of_methods_once(tmp_path):
+    a, b = save(tmp_path / "a", drawn(1, (0.05, 0.05))), save(tmp_path / "b", drawn(2))
+    sentence = compare(a, b).conclusion
+    assert sentence.count("a beats b in") == 1
+    assert ", dice of organ by 0.0" in sentence
+    assert " and hd95_mm of lesion by " in sentence
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_picture_has_room_for_long_names(tmp_path, monkeypatch):
+    """All panels lie beside each other inside the figure, and only the first one has the names."""
+    seen, save_figure = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: seen.append(figure) or save_figure(figure, *a, **k))
+    three = [save(tmp_path / f"a_run_with_a_long_name_{n}" / "x", drawn(n)) for n in range(3)]
+    draw(compare(*three), tmp_path / "picture.png")
+    [figure] = seen
+    boxes = [panel.get_tightbbox().transformed(figure.transFigure.inverted()) for panel in figure.axes]
+    assert len(boxes) == 2
+    assert all(box.x0 >= 0 and box.x1 <= 1 for box in boxes)
+    assert boxes[0].x1 <= boxes[1].x0
+    assert all(panel.get_position().width > 0.15 for panel in figure.axes)

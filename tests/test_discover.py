@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from autoseg.cases.discover import discover, discover_images
 from autoseg.errors import UserError
-from autoseg.records import Label
+from autoseg.records import Label, Region
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -72,10 +72,13 @@ def test_an_nnunet_folder_is_read_and_a_missing_channel_keeps_its_place(tmp_path
     assert dataset.cases[1].images[1] == str(tmp_path / "imagesTr" / "b_0001.nii.gz")
 
 
-def test_regions_are_refused(tmp_path: Path) -> None:
-    decathlon(tmp_path, labels={"background": 0, "whole": [1, 2]})
-    with pytest.raises(UserError, match="regions are not supported yet"):
-        discover(tmp_path)
+def test_one_name_with_several_values_makes_every_name_a_region(tmp_path: Path) -> None:
+    named = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    decathlon(tmp_path, labels=named, regions_class_order=[1, 2])
+    dataset = discover(tmp_path)
+    assert dataset.regions == (Region(name="whole", labels=(1, 2), paint=1), Region(name="core", labels=(2,), paint=2))
+    assert [(label.name, label.value) for label in dataset.labels] == [("background", 0), ("label_1", 1), ("core", 2)]
+    assert dataset.ignore_value == 3
 
 
 def test_photographs_with_masks_of_another_ending_are_matched_by_name(tmp_path: Path) -> None:

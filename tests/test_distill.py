@@ -1,5 +1,6 @@
 """`autoseg distill` on tiny volumes: who may teach, what is stored, what a student leaves behind."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,20 +13,24 @@ from synthetic import write_dataset
 
 from autoseg.cases.cache import open_array, open_case
 from autoseg.errors import UserError
-from autoseg.events import Event, Warned
+from autoseg.events import Event, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
 from autoseg.network import augment
 from autoseg.network.device import Device
 from autoseg.network.distillation import from_8_bits
+from autoseg.network.distributed import ALONE
 from autoseg.network.patches import InMemory
 from autoseg.records import AugmentSpec, Configuration, Dataset, Plan, Run, Splits, TrainSpec
 from autoseg.scoring.distillation import Contestant, Distillation
 from autoseg.steps import distill as step
 from autoseg.steps.batches import Batches
+from autoseg.steps.begin import begin
 from autoseg.steps.models import load_network
+from autoseg.steps.options import Machine, Options
 from autoseg.steps.predict import predict
 from autoseg.steps.teachers import WithTeacher, teachers_named, who_saw
 from autoseg.steps.train import train
+from autoseg.steps.work import Instead, look_up
 from autoseg.store import load, save
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -129,11 +134,50 @@ def test_the_same_command_again_trains_and_teaches_nothing_anew(
 ) -> None:
     run, ended = taught
     monkeypatch.setattr(step, "train_one", lambda *_: pytest.fail("a training was started"))
+    monkeypatch.setattr(step, "validate_fold", lambda *_: pytest.fail("the ensemble was validated again"))
     options = {"epochs": 2, "unlabelled": run.parent / "data" / "imagesTs", "device": "cpu", "workers": 1}
     again = step.distill(run, baseline=True, **options)  # type: ignore[arg-type]
     assert [row.dice for row in again.contestants] == [row.dice for row in ended.contestants]
     with pytest.raises(UserError, match="other values of temperature"):
         step.distill(run, temperature=3.0, **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="for 2 epochs, not 3 epochs"):
+        step.distill(run, **(options | {"epochs": 3}))  # type: ignore[arg-type]
+    assert load(distillation_file(Layout(run).model("3d_student_small", "0").root), Distillation) == again
+
+
+def test_the_ensemble_is_validated_again_once_a_teacher_is_newer(taught: tuple[Path, Distillation]) -> None:
+    run, _ = taught
+    student, cases = Layout(run).model("3d_student_small", "0"), load(Layout(run).splits, Splits).folds[0]
+    together = ModelLayout(student.root.parent / "ensemble" / student.root.name)
+    teachers = teachers_named(run, tiny(), "0", ["seeds"])
+    assert step._newer_scores(together, (*teachers, student), cases) is not None
+    before = teachers[1].weights.stat()
+    os.utime(teachers[1].weights, ns=(before.st_atime_ns, together.scores.stat().st_mtime_ns + 10**9))
+    assert step._newer_scores(together, (*teachers, student), cases) is None
+    os.utime(teachers[1].weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_the_baseline_is_as_long_as_the_student_whatever_is_asked_for_later(
+    taught: tuple[Path, Distillation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(taught[0], copy)
+    shutil.rmtree(Layout(copy).configuration("3d_student_small") / "alone")
+    monkeypatch.setattr(step, "train_one", lambda *given: (_ for _ in ()).throw(UserError(str(given[5]))))
+    with pytest.raises(UserError, match=r"epochs=2, max_seconds=None.*batch_size=2"):
+        step.distill(copy, unlabelled=taught[0].parent / "data" / "imagesTs", baseline=True, device="cpu", workers=1)
+
+
+def test_a_student_whose_batch_becomes_small_changes_its_norm_like_its_teachers(
+    taught: tuple[Path, Distillation], tmp_path: Path
+) -> None:
+    """A study varies the norm as it is asked to; a student, and its baseline, do what `train` does."""
+    network = tiny().network.model_copy(update={"norm": "batch"})
+    own = tiny().model_copy(update={"network": network})
+    for keeps, norm in ((False, "instance"), (True, "batch")):
+        instead = Instead(own, tmp_path / norm, keeps_norm=keeps)
+        work = look_up(taught[0], None, "0", 0, "auto", Options(), Machine("cpu"), ALONE, silent, instead)
+        assert begin(work, Options()).configuration.network.norm == norm
 
 
 def test_a_student_learns_otherwise_than_from_labels_alone(taught: tuple[Path, Distillation]) -> None:
@@ -280,8 +324,20 @@ def test_the_conclusion_says_what_is_kept_and_what_it_costs() -> None:
     assert "ensemble has a Dice of 0.8500, the student 0.8400 (its members in the mean 0.8100)" in said
     assert "5 % of the ensemble's time" in said
     assert "0.8000 (p = 0.003 over cases)" in step.conclude([*rows, row("labels alone", 0.8, 0.1)], 0.003)
+    assert "in the mean 0.8100, p = 0.02 over cases)" in step.conclude(rows, None, 0.02)
     nothing = [row(each.name, None, each.seconds) for each in rows]
     assert step.conclude(nothing, None) == "The student takes 5 % of the ensemble's time per case."
+
+
+def test_the_ensemble_is_tested_against_the_mean_of_its_members() -> None:
+    rng = np.random.default_rng(0)
+    members = [{f"c{n}": float(value) for n, value in enumerate(rng.normal(0.8, 0.01, 10))} for _ in range(3)]
+    mean = step._mean_of(members)
+    assert mean["c4"] == pytest.approx(sum(member["c4"] for member in members) / 3)
+    better = {name: value + 0.01 + 0.001 * n for n, (name, value) in enumerate(mean.items())}
+    assert step._chance(better, mean) == pytest.approx(2 / 2**10)
+    assert step._chance({name: better[name] for name in ("c1", "c2")}, mean) is None
+    assert step._mean_of([*members, {}]) == {}
 
 
 def test_records_of_a_distillation_are_whole_after_a_round_trip(tmp_path: Path) -> None:

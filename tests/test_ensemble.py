@@ -234,6 +234,13 @@ def test_probabilities_come_back_class_by_class(tmp_path):
         write_probabilities(path, iter(probabilities[:2]), GEOMETRY, NAMES)
 
 
+def test_the_output_may_be_the_folder_one_is_in(folders, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert [path.name for path in ensemble(folders, Path())] == ["a.nii.gz", "b.nii.gz"]
+    assert sorted(path.name for path in tmp_path.glob("here*")) == ["here"]
+
+
 def test_files_already_in_the_output_stay_and_what_a_killed_run_left_goes(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.unfinished-1").mkdir()

@@ -404,9 +404,34 @@ def test_specs_are_read_with_their_types() -> None:
     assert isinstance(steps, int)
 
 
+def test_rules_for_class_weights_become_numbers_of_the_data() -> None:
+    assert losses.parse("focal:class_weights=inverse_share").options == {"class_weights": "inverse_share"}
+    counts = [(100, 10, 1, 0)]
+    assert losses.with_weights("weighted_ce", counts) == "weighted_ce:class_weights=0.1/1/10/0"
+    spec = losses.with_weights("dice_weighted_ce:class_weights=inverse_share,border=0", [(4, 1)])
+    assert spec == "dice_weighted_ce:border=0,class_weights=0.4/1.6"
+    assert losses.parse(spec).options == {"border": 0.0, "class_weights": (0.4, 1.6)}
+    assert losses.with_weights("focal:class_weights=effective_number", [(10**6, 10)]).startswith("focal:class_weights=")
+    for same in ("dice_ce", "focal:gamma=1", "weighted_ce:class_weights=1/2/3", "dice:squared=yes"):
+        assert losses.with_weights(same, counts) == same
+    of_regions = losses.with_weights("weighted_ce:class_weights=inverse_share", [(4, 1), (9, 3)])
+    assert of_regions == "weighted_ce:class_weights=4/3"
+    assert losses.parse(losses.with_weights("weighted_ce", [(10**9, 10**9, 1)])).options  # within what may be read
+
+
+@pytest.mark.parametrize("spec", ["weighted_ce:class_weights=1/2/3/4", "dice_focal:gamma=1,class_weights=2"])
+def test_class_weights_of_other_classes_are_refused_with_the_classes(spec: str) -> None:
+    with pytest.raises(UserError, match=r"there are 3 classes.*background, liver, tumour.*median_frequency"):
+        losses.check(spec, ["background", "liver", "tumour"])
+    losses.check("weighted_ce:class_weights=1/2/3", ["background", "liver", "tumour"])
+    losses.check("weighted_ce:class_weights=inverse_share", ["background", "liver", "tumour"])
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
+        ("weighted_ce:class_weights=seldom", "inverse_share, median_frequency, effective_number"),
+        ("weighted_ce:class_weights=-1/2", "from 0 to 1e"),
         ("dicee", "dice_ce, ce, weighted_ce"),
         ("", "dice_ce"),
         ("focal:gama=2", "gamma"),

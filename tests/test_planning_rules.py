@@ -12,7 +12,7 @@ from autoseg.planning.batch import batch_cap, choose_norm
 from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.normalization import KNOWN, RULES, choose_masks, choose_normalization
 from autoseg.planning.spacing import choose_axes, choose_spacing, coarser, median_shape, percentile, transposed
-from autoseg.planning.train import choose_augment, choose_train, sided_labels
+from autoseg.planning.train import choose_augment, choose_sampling, choose_train, sided_labels, tubes
 
 
 def test_target_spacing_is_the_median_per_axis() -> None:
@@ -146,6 +146,25 @@ def test_empty_cases_and_missing_classes_are_counted() -> None:
     assert "posterior in 2" in choice.because
     assert "anterior in 1" in choice.because
     assert "nothing" in choice.because
+
+
+def test_a_class_that_few_cases_have_is_drawn_at_a_rate_of_its_own() -> None:
+    cases = [*alike(19), *alike(1, class_voxels=(10_000, 500, 0))]
+    assert choose_sampling(fingerprint(cases)) == "foreground"
+    cases = [*alike(1), *alike(19, class_voxels=(10_000, 500, 0))]
+    found = fingerprint(cases)
+    assert choose_sampling(found) == "class_balanced"
+    choice = awareness.describe_imbalance(found, choose_train(train().augment, choose_sampling(found)))
+    assert choice.value.endswith("class_balanced")
+    assert "In few cases: posterior (1 of 20)" in choice.because
+    assert choose_sampling(fingerprint(cases[:10])) == "foreground"
+
+
+def test_tubes_are_told_by_their_names() -> None:
+    assert tubes(["hepatic_vessels", "Portal vein", "liver"]) == ("hepatic_vessels", "Portal vein")
+    found = fingerprint(alike(4), classes=("vessel", "tumour"))
+    assert "vessel: tubes" in awareness.describe_imbalance(found, train()).because
+    assert "tubes" not in awareness.describe_imbalance(fingerprint(alike(4)), train()).because
 
 
 def test_imbalance_is_told_with_the_rarest_class() -> None:

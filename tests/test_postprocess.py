@@ -262,6 +262,19 @@ def test_missing_predictions_and_unknown_labels_are_named(tmp_path):
         postprocess_learn(run, workers=1)
 
 
+def test_a_bad_file_among_good_ones_leaves_the_output_as_it_was(tmp_path):
+    run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(6)])
+    postprocess_learn(run, workers=1)
+    write_labels(tmp_path / "labels" / "case_05.nii.gz", np.full((10, 24, 24), 7, np.int32), GEOMETRY)
+    for output in (tmp_path / "out", tmp_path / "labels"):
+        before = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
+        with pytest.raises(UserError, match=r"case_05\.nii\.gz: values 7 are not among"):
+            postprocess_apply(run, tmp_path / "labels", output, workers=1)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == before
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
 def test_folds_of_other_seeds_are_not_mixed_in(tmp_path):
     run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(2)])
     other = ModelLayout(Layout(run).model("3d", "0", seed=3).root).validation

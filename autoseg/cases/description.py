@@ -1,12 +1,12 @@
-"""The dataset.json of a data set, as the Decathlon and nnU-Net write it: names of channels and labels."""
+"""The dataset.json of a data set, as Decathlon and nnU-Net write it: channels, labels, regions, what was annotated."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from autoseg.errors import UserError
-from autoseg.records import Label
+from autoseg.records import Case, Label, Region
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
@@ -35,8 +35,9 @@ def channel_names(description: Mapping[str, Any]) -> tuple[str, ...]:
 def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[Label, ...], int | None]:
     """Labels, background first and the others by value, and the value of 'ignore' if there is one.
 
-    `labels` may map values to names (Decathlon) or names to values (nnU-Net). Raises UserError for regions (several
-    values per name), values that are no whole numbers, and two names for one value.
+    `labels` may map values to names (Decathlon) or names to values (nnU-Net); values that occur only in regions
+    (several values for a name) are named by their number. Raises UserError for values that are no whole numbers, and
+    two names for one value.
     """
     named = description.get("labels")
     if not isinstance(named, Mapping):
@@ -46,10 +47,7 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
     found: list[Label] = []
     for key, entry in named.items():
         if isinstance(entry, list):
-            raise UserError(
-                f"{where}: label {key!r} has several values {entry}: regions are not supported yet.",
-                fix="Give each class one value.",
-            )
+            continue
         by_value = _is_number(key) and isinstance(entry, str)
         name, value = (entry, key) if by_value else (key, entry)
         if not _is_number(value):
@@ -58,6 +56,8 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
             )
         found.append(Label(name=str(name), value=int(value)))
     values = [label.value for label in found]
+    members = {value for region in read_regions(description, where) for value in region.labels}
+    found += [Label(name=f"label_{value}", value=value) for value in sorted(members - set(values))]
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise UserError(f"{where}: label value {twice[0]} has two names.", fix="Name each value once.")
     ignored = next((label.value for label in found if label.name.lower() == "ignore"), None)
@@ -68,6 +68,59 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
     if not foreground:
         raise UserError(f"{where}: it names no label beside the background.", fix="Name at least one class.")
     return (background, *foreground), ignored
+
+
+def read_regions(description: Mapping[str, Any], where: str) -> tuple[Region, ...]:
+    """The regions of a dataset.json (nnU-Net's way): every name is one as soon as one name has several values.
+
+    'regions_class_order' says what each region but the background paints in a label map, in the order of their names.
+    Raises UserError where it is missing or does not fit.
+    """
+    named = description.get("labels")
+    entries = dict(named) if isinstance(named, Mapping) else {}
+    if not any(isinstance(entry, list) for entry in entries.values()):
+        return ()
+    regions = {
+        str(name): tuple(entry) if isinstance(entry, list) else (entry,)
+        for name, entry in entries.items()
+        if str(name).lower() != "ignore" and entry not in (0, [0], "0")
+    }
+    wrong = [name for name, values in regions.items() if not values or not all(type(v) is int for v in values)]
+    if wrong:
+        raise UserError(f"{where}: region {wrong[0]!r} is no list of whole numbers.", fix="Mend the file.")
+    order, known = description.get("regions_class_order"), sorted({v for values in regions.values() for v in values})
+    fits = isinstance(order, list) and len(order) == len(regions) and all(value in known for value in order)
+    if not fits or order is None:
+        raise UserError(
+            f"{where}: the regions {', '.join(regions)} need 'regions_class_order' with {len(regions)} of the values "
+            f"{', '.join(map(str, known))}{'' if order is None else f', not {order}'}.",
+            fix="It says what each region paints in a label map, the later ones over the earlier.",
+        )
+    return tuple(
+        Region(name=name, labels=values, paint=paint)
+        for (name, values), paint in zip(regions.items(), order, strict=True)
+    )
+
+
+def with_annotated(
+    folder: Path, description: Mapping[str, Any], cases: tuple[Case, ...], outputs: Sequence[Label | Region]
+) -> tuple[Case, ...]:
+    """What was annotated in each case, where 'annotated' in dataset.json says so: {case: [names]}, others have all."""
+    given = description.get("annotated") or {}
+    where, names, known = folder / "dataset.json", [each.name for each in outputs], {case.id for case in cases}
+    if not isinstance(given, Mapping) or not all(isinstance(each, list) for each in given.values()):
+        raise UserError(f"{where}: 'annotated' must map cases to lists of names.", fix='For example {"a": ["liver"]}.')
+    for case, drawn in given.items():
+        if case not in known:
+            raise UserError(f"{where}: 'annotated' names {case!r}, but there is no such case.", fix="Mend the file.")
+        if unknown := [name for name in drawn if name not in names]:
+            raise UserError(
+                f"{where}: 'annotated' of {case} names {unknown[0]!r}, which nothing is called.",
+                fix=f"Choose among {', '.join(names)}.",
+            )
+    return tuple(
+        case.model_copy(update={"annotated": tuple(given[case.id])}) if case.id in given else case for case in cases
+    )
 
 
 def _is_number(value: object) -> bool:

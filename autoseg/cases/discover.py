@@ -15,7 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from autoseg.cases.description import channel_names, read_description, read_label_names
+from autoseg.cases.description import (
+    channel_names,
+    read_description,
+    read_label_names,
+    read_regions,
+    with_annotated,
+)
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started, silent
 from autoseg.image.formats import (
@@ -75,7 +81,7 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
         workers: processes for reading label values where none are named; None takes all allowed cores.
 
     Raises:
-        UserError: no accepted layout, no case, no label map at all, regions as labels, or a broken dataset.json.
+        UserError: no accepted layout, no case, no label map at all, or a broken dataset.json.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -102,11 +108,14 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
         labels, ignore_value = read_label_names(description or {}, str(folder / "dataset.json"))
     else:
         labels, ignore_value = _labels_found(folder, cases, workers or allowed_cores(), report), None
+    regions = read_regions(description or {}, str(folder / "dataset.json")) if named else ()
+    cases = with_annotated(folder, description or {}, cases, regions or labels[1:])
     return Dataset(
         name=str((description or {}).get("name") or folder.name),
         dimension=_dimension(cases),
         channels=channel_names(description or {}) or _default_channels(cases),
         labels=labels,
+        regions=regions,
         ignore_value=ignore_value,
         file_ending=_ending_for_results(cases),
         cases=cases,

@@ -18,6 +18,7 @@ from autoseg.image.crop import insert
 from autoseg.image.formats import read_image, write_labels
 from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
+from autoseg.image.volume import Geometry
 from autoseg.layout import entropy_file, mutual_file, prediction_file, prediction_record
 from autoseg.records import Case, Configuration, Plan, Rule
 from autoseg.store import save
@@ -83,6 +84,7 @@ def read_case(plan: Plan, configurations: Sequence[Configuration], case: Case, _
     if is_slide(case.images):
         return Ready((), inputs)
     volume = read_image([Path(path) for path in case.images])
+    _refuse_other_dimension(volume.geometry, plan.dimension, case)
     return Ready(tuple(prepare(volume, None, plan, each, case.id) for each in configurations), inputs)
 
 
@@ -117,6 +119,21 @@ def on_file_grid(values_ZYX: np.ndarray, prepared: Prepared, axes: tuple[int, in
     size = prepared.geometry.size_voxels
     whole_ZYX = insert(values_ZYX, prepared.box, tuple(size[axis] for axis in axes), 0)
     return np.ascontiguousarray(whole_ZYX.transpose(np.argsort(axes)))
+
+
+def _refuse_other_dimension(geometry: Geometry, planned: int, case: Case) -> None:
+    slices = geometry.size_voxels[0]
+    if planned == 3 and geometry.dimension == 2:
+        raise UserError(f"{case.id}: a 2D image, but the plan was made for 3D.", fix="Leave this case out.")
+    if planned == 2 and slices > 1:
+        raise UserError(f"{case.id}: {slices} slices, but the plan was made for 2D.", fix="Save each slice by itself.")
+
+
+def refuse_folder_of_images(images: Path, output: Path) -> None:
+    """Raise UserError where label maps would lie among the images: they would replace them, or be taken for some."""
+    folder = images.parent if images.is_file() else images
+    if output.resolve() == folder.resolve():
+        raise UserError(f"{output}: the images lie there.", fix="Write the label maps to another folder.")
 
 
 def without_image(prepared: Prepared) -> Prepared:

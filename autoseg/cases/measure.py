@@ -71,6 +71,7 @@ def fingerprint_of(dataset: Dataset, stats: Sequence[CaseStats], source: str = "
         dimension=dataset.dimension,
         channels=dataset.channels,
         labels=dataset.labels,
+        regions=dataset.regions,
         ignore_value=dataset.ignore_value,
         cases=tuple(each.model_copy(update={"intensity_sample": ()}) for each in stats),
         intensities=tuple(_pooled(stats, channel) for channel in range(len(dataset.channels))),

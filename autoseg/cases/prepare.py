@@ -124,11 +124,16 @@ def restore(
     return np.ascontiguousarray(whole_ZYX.transpose(np.argsort(axes)))
 
 
-def restore_probabilities(probabilities_KZYX: np.ndarray, prepared: Prepared, axes: Voxels3) -> np.ndarray:
-    """The same for class probabilities on the cropped grid; what was cropped away is background with probability 1."""
+def restore_probabilities(
+    probabilities_KZYX: np.ndarray, prepared: Prepared, axes: Voxels3, regions: bool = False
+) -> np.ndarray:
+    """The same for class probabilities on the cropped grid; what was cropped away is background with probability 1.
+
+    Regions have no background: there all of them have probability 0.
+    """
     full = _transposed(prepared.geometry.size_voxels, axes)
     whole_KZYX = insert(probabilities_KZYX, prepared.box, full, 0)
-    if whole_KZYX is not probabilities_KZYX:
+    if whole_KZYX is not probabilities_KZYX and not regions:
         whole_KZYX[0] = insert(probabilities_KZYX[0], prepared.box, full, 1)
     return np.ascontiguousarray(whole_KZYX.transpose(0, *(1 + axis for axis in np.argsort(axes))))
 

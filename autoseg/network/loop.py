@@ -76,13 +76,17 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Batch:
-    """One augmented batch on the device: image (B, C, ...), labels (B, ...), its cases, and seconds it took to come."""
+    """One augmented batch on the device: image (B, C, ...), labels (B, ...), its cases, and seconds it took to come.
+
+    `annotated` is a bool table (B, K) of what somebody drew in each sample's case; None where that is everything.
+    """
 
     image: Tensor
     labels: Tensor
     cases: tuple[str, ...]
     wait_seconds: float
     augment_seconds: float
+    annotated: Tensor | None = None
 
 
 def device_of(state: TrainState, device: Device) -> Device:
@@ -187,7 +191,8 @@ def _learn(
     network = state.network if compiled is None else compiled
     value = step(
         network, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
-        state.scaler, pieces=pieces, team=team, buffers=running_statistics(state.network), lap=sums.watch.lap,
+        state.scaler, extra=() if batch.annotated is None else (batch.annotated,), pieces=pieces, team=team,
+        buffers=running_statistics(state.network), lap=sums.watch.lap,
     )  # fmt: skip
     if pieces is not None and pieces.count > state.pieces:
         state.pieces = pieces.count

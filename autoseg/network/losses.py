@@ -4,144 +4,35 @@ Legend: B batch, K class (0 = background), Z Y X voxels (2D: Y X).
 A loss takes logits (B, K, Z, Y, X) or (B, K, Y, X) in any floating type and target (B, Z, Y, X) or (B, Y, X) of integer
 class indices, -1 = ignore, and returns a scalar in float32 (float64 for float64 logits).
 A spec names a loss and its options: "dice_ce" or "dice_focal:gamma=2,alpha=0.25"; several numbers are joined by "/".
-To add a loss: write the function in one of the `losses_*` files (or a sum of two here) and one line in `LOSSES`.
+Class weights are such numbers, or the name of the rule that makes them of the data: see `with_weights`.
+To add a loss: write the function in one of the `losses_*` files and one line in `LOSSES`.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from autoseg.errors import UserError
-from autoseg.network.losses_pixel import boundary_weights, ce, ce_of, focal, topk_ce, weighted_ce, weighted_ce_of
-from autoseg.network.losses_region import (
-    boundary,
-    cldice,
-    dice,
-    dice_of,
-    focal_tversky,
-    generalized_dice,
-    tversky,
+from autoseg.network.label_kinds import One, of_classes, of_regions
+from autoseg.network.losses_combined import (
+    dice_boundary,
+    dice_ce,
+    dice_cldice,
+    dice_focal,
+    dice_topk,
+    dice_weighted_ce,
 )
-from autoseg.network.losses_sums import Reduce, alone, class_sums
+from autoseg.network.losses_pixel import CLASS_WEIGHTS, ce, focal, topk_ce, weighted_ce
+from autoseg.network.losses_region import boundary, cldice, dice, focal_tversky, generalized_dice, tversky
+from autoseg.network.losses_sums import Reduce, alone
 
-Value = float | int | bool | tuple[float, ...]
-Supervised = Callable[[list[Tensor] | Tensor, Tensor], Tensor]
-
-# ------------------------------------------------------------------------------------------------ sums of two losses
-
-
-def dice_ce(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    batch_dice: bool = False,
-    background: bool = False,
-    squared: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + ce_weight * `ce`, from one softmax (Isensee et al. 2021). Range [0, inf)."""
-    sums = class_sums(logits, target, square=squared)
-    region = dice_of(sums, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + ce_weight * ce_of(sums, reduce=reduce)
-
-
-def dice_weighted_ce(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    class_weights: Sequence[float] | None = None,
-    border: float = 10.0,
-    sigma: float = 3.0,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + ce_weight * `weighted_ce`, from one softmax. Range [0, inf)."""
-    weight = boundary_weights(target, border, sigma)
-    sums = class_sums(logits, target, weight=weight)
-    region = dice_of(sums, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + ce_weight * weighted_ce_of(sums, target, weight, class_weights, reduce)
-
-
-def dice_focal(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    focal_weight: float = 1.0,
-    gamma: float = 2.0,
-    alpha: float = -1.0,
-    class_weights: Sequence[float] | None = None,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + focal_weight * `focal` (Zhu et al. 2019, AnatomyNet). Range [0, inf)."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    pixel = focal(logits, target, gamma=gamma, alpha=alpha, class_weights=class_weights, reduce=reduce)
-    return dice_weight * region + focal_weight * pixel
-
-
-def dice_topk(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    topk_weight: float = 1.0,
-    k: float = 0.1,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + topk_weight * `topk_ce`. Range [0, inf)."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + topk_weight * topk_ce(logits, target, k=k, reduce=reduce)
-
-
-def dice_boundary(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    boundary_weight: float = 0.01,
-    radius: int = 16,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + boundary_weight * `boundary` (Kervadec et al. 2019). Range from slightly below 0."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + boundary_weight * boundary(logits, target, radius=radius, reduce=reduce)
-
-
-def dice_cldice(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    dice_weight: float = 0.5,
-    cldice_weight: float = 0.5,
-    steps: int = 3,
-    batch_dice: bool = False,
-    background: bool = False,
-    smooth: float = 1e-5,
-    reduce: Reduce = alone,
-) -> Tensor:
-    """dice_weight * `dice` + cldice_weight * `cldice` (Shit et al. 2021, equation 4). Range [0, 1] with weights 0.5."""
-    region = dice(logits, target, batch_dice=batch_dice, background=background, smooth=smooth, reduce=reduce)
-    return dice_weight * region + cldice_weight * cldice(logits, target, steps=steps, reduce=reduce)
-
+Value = float | int | bool | str | tuple[float, ...]
+Supervised = Callable[..., Tensor]
+"""Of logits (list, highest resolution first, or one tensor), target, and perhaps a table of what was annotated."""
 
 # ------------------------------------------------------------------------------------------------ specs
 
@@ -181,14 +72,54 @@ def options_of(name: str) -> dict[str, Value | None]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in NOT_IN_SPECS}
 
 
+def check(spec: str, outputs: Sequence[str], has_regions: bool = False) -> None:
+    """Raise UserError for a spec that is wrong, or whose class weights are not one per output.
+
+    Args:
+        outputs: names of the classes, background first; or of the regions.
+    """
+    weights = parse(spec).options.get("class_weights")
+    if isinstance(weights, tuple) and len(weights) != len(outputs):
+        kind = "regions" if has_regions else "classes"
+        raise UserError(
+            f"Loss {spec}: class_weights has {len(weights)} number(s), but there are {len(outputs)} {kind}.",
+            fix=f"Give one for each of {', '.join(outputs)}, joined by /, or one of {', '.join(CLASS_WEIGHTS)}.",
+        )
+
+
+def with_weights(spec: str, counts: Sequence[Sequence[int]]) -> str:
+    """The spec with numbers in place of a rule for class weights; "weighted" losses that name none take `USUAL_RULE`.
+
+    Args:
+        counts: the voxels of every class, background first; or (outside, inside) of every region, whose weight then is
+            that of a voxel inside, if one outside counts 1.
+    """
+    parsed = parse(spec)
+    rule = parsed.options.get("class_weights", USUAL_RULE if parsed.name in WEIGHTED else None)
+    if not isinstance(rule, str):
+        return spec
+    if len(counts) == 1:
+        weights = CLASS_WEIGHTS[rule](counts[0])
+    else:
+        pairs = (CLASS_WEIGHTS[rule](pair) for pair in counts)
+        weights = tuple(within / around if around else 1.0 for around, within in pairs)
+    text = "/".join(f"{min(weight, RANGES['class_weights'][1]):.4g}" for weight in weights)
+    others = [part for part in spec.partition(":")[2].split(",") if part.strip() and "class_weights" not in part]
+    return f"{parsed.name}:{','.join([*others, f'class_weights={text}'])}"
+
+
 def _value(name: str, option: str, text: str, default: Value | None) -> Value:
     low, high = RANGES[option]
     wanted = "yes or no" if isinstance(default, bool) else f"a number from {low:g} to {high:g}"
+    if default is None:
+        wanted = f"one number per class from {low:g} to {high:g}, joined by /, or one of {', '.join(CLASS_WEIGHTS)}"
     wrong = UserError(f"Loss {name}: {option}={text} is not possible.", fix=f"Give {wanted}.")
     if isinstance(default, bool):
         if text.lower() not in YES_NO:
             raise wrong
         return YES_NO[text.lower()]
+    if text in CLASS_WEIGHTS and default is None:
+        return text
     try:
         numbers = tuple(float(each) for each in text.split("/"))
     except ValueError:
@@ -203,7 +134,8 @@ def _value(name: str, option: str, text: str, default: Value | None) -> Value:
 
 
 def _listed(known: dict[str, Value | None]) -> str:
-    shown = {option: "one number per class, joined by /" if d is None else d for option, d in known.items()}
+    several = f"one number per class, joined by /, or {', '.join(CLASS_WEIGHTS)}"
+    shown = {option: several if d is None else d for option, d in known.items()}
     return ", ".join(f"{option} ({default})" for option, default in shown.items())
 
 
@@ -217,6 +149,7 @@ def build(
     class_weights: Sequence[float] | None = None,
     reduce: Reduce = alone,
     lowest_weight: float = 0.0,
+    regions: Sequence[Sequence[int]] = (),
 ) -> Supervised:
     """The loss of all outputs of a network: sum_i w_i loss(logits_i, target_i), computed in full precision.
 
@@ -230,24 +163,47 @@ def build(
         reduce: adds a tensor over the processes that share a batch, with gradient.
         lowest_weight: share of the lowest output before scaling, as a factor of its weight; distributed training that
             needs a gradient for every parameter gives a tiny positive number.
-    Returns a function of (logits: list, highest resolution first, or one tensor; target (B, Z, Y, X) or (B, Y, X)).
+        regions: label indices that each output is made of, where outputs are regions that may overlap; class weights
+            are then one per region. See network/label_kinds.py.
+    Returns a function of (logits: list, highest resolution first, or one tensor; target (B, Z, Y, X) or (B, Y, X);
+    where some classes or regions were not annotated in some samples, a bool table (B, K) that says which were).
+    A rule for class weights that `with_weights` has not replaced counts as none.
     """
     parsed = parse(spec)
     function = LOSSES[parsed.name]
     known = inspect.signature(function).parameters
     plan = {"batch_dice": batch_dice, "class_weights": class_weights, "reduce": reduce}
-    options = {name: value for name, value in plan.items() if name in known} | parsed.options
+    given = {name: value for name, value in parsed.options.items() if not isinstance(value, str)}
+    options: dict[str, object] = {**{name: value for name, value in plan.items() if name in known}, **given}
+    one = _one(function, options, regions)
 
-    def supervised(logits: list[Tensor] | Tensor, target: Tensor) -> Tensor:
+    def supervised(logits: list[Tensor] | Tensor, target: Tensor, annotated_BK: Tensor | None = None) -> Tensor:
         outputs = [logits] if isinstance(logits, Tensor) else logits
         total = torch.zeros((), device=target.device)
         with torch.autocast(target.device.type, enabled=False):
             for output, weight in zip(outputs, supervision_weights(len(outputs), lowest_weight), strict=True):
                 if weight > 0:
-                    total = total + weight * function(output, shrunk(target, tuple(output.shape[2:])), **options)
+                    total = total + weight * one(output, shrunk(target, tuple(output.shape[2:])), annotated_BK)
         return total
 
     return supervised
+
+
+def _one(
+    function: Callable[..., Tensor], options: dict[str, object], regions: Sequence[Sequence[int]]
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The loss of one output of the network."""
+    if not regions:
+        return partial(of_classes, partial(function, **options))
+    weights = options.pop("class_weights", None)
+    if isinstance(weights, Sequence) and len(weights) != len(regions):
+        raise UserError(f"class_weights has {len(weights)} numbers, but there are {len(regions)} regions.")
+
+    def loss_of(number: int) -> One:
+        own = {"class_weights": (1.0, weights[number])} if isinstance(weights, Sequence) else {}
+        return partial(function, **options, **own)
+
+    return partial(of_regions, loss_of, regions)
 
 
 def supervision_weights(outputs: int, lowest_weight: float = 0.0) -> tuple[float, ...]:
@@ -272,6 +228,10 @@ def shrunk(target: Tensor, shape: tuple[int, ...]) -> Tensor:
             target = target.index_select(axis, torch.tensor(places, device=target.device))
     return target
 
+
+WEIGHTED = ("weighted_ce", "dice_weighted_ce")
+USUAL_RULE = "median_frequency"
+"""What class weights these losses take where the spec names none."""
 
 NOT_IN_SPECS = ("reduce", "batch_dice")
 """Keyword arguments that the plan or the training sets, not the spec."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from statistics import median
 
+from autoseg.planning.train import few_cases_with, tubes
 from autoseg.planning.wording import millimetres, percent, some
 from autoseg.records import Choice, Fingerprint, Millimetres3, TrainSpec
 
@@ -35,6 +36,8 @@ def describe_imbalance(fingerprint: Fingerprint, train: TrainSpec) -> Choice:
     everything = max(1, sum(totals))
     found = [(totals[k], label.name) for k, label in enumerate(fingerprint.labels) if k and totals[k]]
     value = f"{train.loss}, {percent(train.foreground_share)} of the patches on foreground"
+    if train.sampling != "foreground":
+        value += f", {train.sampling}"
     if not found:
         return Choice(field="data.imbalance", value=value, because="no foreground voxel was counted.")
     (least, rarest), (most, commonest) = min(found), max(found)
@@ -47,7 +50,15 @@ def describe_imbalance(fingerprint: Fingerprint, train: TrainSpec) -> Choice:
     if most > UNEVEN_FACTOR * least:
         because += f" {commonest} is {most / least:.0f} times larger than {rarest}."
     if least < RARE_SHARE * everything:
-        because += f" {rarest} is rare: if its Dice stays low, raise foreground_share in plan.json to 0.66."
+        because += (
+            f" {rarest} is rare: if its Dice stays low, raise foreground_share in plan.json to 0.66, or compare losses "
+            "that follow hard voxels: autoseg study RUN --vary loss=dice_ce,dice_focal,dice_topk."
+        )
+    if few := few_cases_with(fingerprint):
+        named = some([f"{name} ({count} of {len(fingerprint.cases)})" for name, count in few.items()])
+        because += f" In few cases: {named}; so a class is drawn first, and then a case that has it."
+    if named := some(tubes([label.name for label in fingerprint.labels[1:]])):
+        because += f" {named}: tubes by their name; what keeps them whole is found by --vary loss=dice_ce,dice_cldice."
     return Choice(field="data.imbalance", value=value, because=because)
 
 

@@ -79,10 +79,10 @@ def _check_configuration(configuration: Configuration, plan: Plan) -> None:
     if min(spacing) <= 0 or (configuration.dimension == 3 and len(spacing) < 3):
         raise UserError(f"Configuration {name}: spacing_mm is {configuration.spacing_mm}, but has to be above zero.")
     inputs = channels + (plan.classes - 1 if configuration.previous else 0)
-    if configuration.network.in_channels != inputs or configuration.network.classes != plan.classes:
+    if configuration.network.in_channels != inputs or configuration.network.classes != len(plan.outputs):
         raise UserError(
             f"Configuration {name}: the network has {configuration.network.in_channels} input channels and "
-            f"{configuration.network.classes} classes, the data {inputs} and {plan.classes}.",
+            f"{configuration.network.classes} outputs, the data {inputs} and {len(plan.outputs)}.",
         )
     if unsafe := strided_to_one(configuration.network.strides, configuration.patch_voxels):
         least = 2 * prod(stride[-1] for stride in configuration.network.strides)

@@ -12,7 +12,7 @@ from autoseg.planning.cost import training_operations
 from autoseg.planning.patch import LEAST_STAGES, patch_chain
 from autoseg.planning.search import CLOSE_ENOUGH, SMALLEST_BATCH, Draft, Fit, Patch, Readings, fit
 from autoseg.planning.topology import SMALLEST_EDGE, Topology, choose_topology
-from autoseg.planning.train import Sided, choose_augment, choose_train
+from autoseg.planning.train import Sampling, Sided, choose_augment, choose_train
 from autoseg.planning.wording import device, gigabytes, millimetres, voxels
 from autoseg.records import Choice, Configuration, Memory, Millimetres3, Resampling, Voxels3
 
@@ -39,6 +39,9 @@ class Shared:
     device: str
     base_features: int = BASE_FEATURES
     most_operations: float = inf
+    sampling: Sampling = "foreground"
+    outputs: int = 0
+    """Of the network where they are regions; 0 where they are the classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ def quick_enough(chain: tuple[Patch, ...], draft: Draft, most_operations: float)
 def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) -> Configuration:
     topology = choose_topology(grid.patch_spacing_mm, patch)
     augment, _ = choose_augment(patch, shared.axes, shared.sided)
-    spacing = grid.spacing_mm
+    spacing, outputs = grid.spacing_mm, shared.outputs or shared.classes
     inputs = shared.channels + (shared.classes - 1 if grid.previous else 0)
     return Configuration(
         name=grid.name,
@@ -136,8 +139,8 @@ def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) ->
         mask_for_normalization=shared.masks,
         resampling=Resampling(),
         batch_dice=grid.batch_dice,
-        network=network_spec(shared.preset.kind, inputs, shared.classes, topology, batch_size, shared.base_features),
-        train=choose_train(augment),
+        network=network_spec(shared.preset.kind, inputs, outputs, topology, batch_size, shared.base_features),
+        train=choose_train(augment, shared.sampling),
         memory=Memory(source=shared.source, peak_bytes=0),
         previous=grid.previous,
     )

@@ -11,7 +11,7 @@ from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_
 from autoseg.planning.normalization import choose_masks, choose_normalization
 from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patch, Readings, once
 from autoseg.planning.spacing import choose_axes, choose_spacing, describe_shape, median_shape, transposed
-from autoseg.planning.train import describe_train, sided_labels
+from autoseg.planning.train import choose_sampling, describe_train, sided_labels
 from autoseg.planning.wording import device, gigabytes, some
 from autoseg.records import Budget, Choice, Configuration, Fingerprint, Millimetres3, Plan, TrainSpec
 
@@ -61,6 +61,7 @@ def make_plan(
         dimension=fingerprint.dimension,
         channels=fingerprint.channels,
         labels=fingerprint.labels,
+        regions=fingerprint.regions,
         ignore_value=fingerprint.ignore_value,
         file_ending=file_ending,
         intensities=fingerprint.intensities,
@@ -166,6 +167,8 @@ def _shared(
         device=budget.device,
         base_features=choose_base_features(budget.device, budget.precision),
         most_operations=most_operations(budget.device, budget.precision),
+        sampling=choose_sampling(fingerprint),
+        outputs=len(fingerprint.regions),
     )
     return shared, (Choice(field="preset", value=preset, because=chosen.because), *normalization_choices, masks_choice)
 

@@ -6,14 +6,19 @@ Axes: rotations and mirror axes are those of the patch (Z Y X, or Y X in 2D), af
 import re
 from collections.abc import Sequence
 from math import degrees, pi
+from typing import Literal
 
 from autoseg.planning.wording import some
-from autoseg.records import AugmentSpec, Choice, TrainSpec, Voxels3
+from autoseg.records import AugmentSpec, Choice, Fingerprint, TrainSpec, Voxels3
 
 IN_PLANE_BEYOND = 3.0
 """A patch this many times longer than its first axis is turned in the plane only."""
 SQUARE_UP_TO = 1.5
 """A 2D patch is turned freely as long as its axes differ by at most this factor."""
+FEW_CASES, ENOUGH_CASES = 0.1, 20
+"""A class in fewer cases than this share is drawn at a rate of its own, where there are so many cases."""
+TUBES = ("vessel", "artery", "arteries", "vein", "airway", "bronch", "aorta", "nerve", "ureter")
+Sampling = Literal["foreground", "class_balanced", "case_balanced", "hard"]
 Sided = tuple[int, str]
 """A label that tells a side, behind the file axis (0 Z, 1 Y, 2 X) it tells it of."""
 
@@ -28,9 +33,29 @@ def choose_augment(
     return augment, (rotation_choice, mirror_choice)
 
 
-def choose_train(augment: AugmentSpec) -> TrainSpec:
+def choose_train(augment: AugmentSpec, sampling: Sampling = "foreground") -> TrainSpec:
     """The training of every configuration; commands may override it."""
-    return TrainSpec(augment=augment)
+    return TrainSpec(augment=augment, sampling=sampling)
+
+
+def choose_sampling(fingerprint: Fingerprint) -> Sampling:
+    """`class_balanced` where some class is in few cases: any case would be drawn for it as rarely as these are."""
+    return "class_balanced" if few_cases_with(fingerprint) else "foreground"
+
+
+def few_cases_with(fingerprint: Fingerprint) -> dict[str, int]:
+    """Classes that fewer than `FEW_CASES` of the cases have, and how many these are; none in a small data set."""
+    total = len(fingerprint.cases)
+    found = {
+        label.name: sum(case.class_voxels[k] > 0 for case in fingerprint.cases)
+        for k, label in enumerate(fingerprint.labels)
+    }
+    return {name: count for name, count in found.items() if 0 < count < FEW_CASES * total and total >= ENOUGH_CASES}
+
+
+def tubes(names: Sequence[str]) -> tuple[str, ...]:
+    """Labels whose names tell of tubes."""
+    return tuple(name for name in names if any(word.startswith(TUBES) for word in _words(name)))
 
 
 def describe_train(train: TrainSpec) -> tuple[Choice, ...]:

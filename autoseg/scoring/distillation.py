@@ -23,8 +23,9 @@ class Distillation(Saved):
 
     `seen` names teachers that learned from validation cases of the fold: then the scores are better than they ought to
     be.
-    `p_value` is Wilcoxon's over cases, student against labels alone, None where not tested. The seconds are a mean of
-    `timed_cases`, all contestants in one process, one after the other on each case.
+    `p_value` is Wilcoxon's over cases, student against labels alone, `p_ensemble` that of the ensemble against the mean
+    of its members; None where not tested. The seconds are a mean of `timed_cases`, all contestants in one process, one
+    after the other on each case.
     """
 
     student: str
@@ -40,4 +41,5 @@ class Distillation(Saved):
     device: str = ""
     contestants: tuple[Contestant, ...] = ()
     p_value: float | None = None
+    p_ensemble: float | None = None
     conclusion: str = ""

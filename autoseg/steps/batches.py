@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autoseg.network import augment
 from autoseg.network.device import Device, channels_last_format
 from autoseg.network.distributed import ALONE, Team, add_up, share
+from autoseg.network.label_kinds import Outputs
 from autoseg.network.loop import Batch
 from autoseg.network.patches import Place, Sampling, Source, draw_places, gather, generator_of
 from autoseg.network.patches_on_device import OnDevice, gather_on_device
@@ -43,11 +44,14 @@ class Batches:
         team: the processes that share every batch. All draw the whole batch, and each reads and augments its samples.
         teachers: the last channels of the training cases, one per class, are what teachers say; the labels of a batch
             then hold them, moved like the image, see network/distillation.py.
+        regions: label indices of each output of the network, where these are regions.
+        annotated: per case of which somebody drew only a part, whether that holds each output.
     """
 
     def __init__(
         self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device,
         workers: int | None, team: Team = ALONE, class_rates: tuple[float, ...] = (), teachers: bool = False,
+        regions: tuple[tuple[int, ...], ...] = (), annotated: Mapping[str, tuple[bool, ...]] | None = None,
     ) -> None:  # fmt: skip
         train = configuration.train
         self._patch = configuration.patch_voxels
@@ -59,6 +63,7 @@ class Batches:
         self._cases_with: dict[str, frozenset[int]] = {}
         self._drawn: Counter[str] = Counter()
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
+        self._outputs, self._annotated = Outputs(classes, regions), annotated or {}
         self._device, self._team, self._teachers = device, team, teachers
         self._format = channels_last_format(configuration.dimension)
         self._ahead = min(MOST_AHEAD, workers or own_cores())
@@ -98,18 +103,29 @@ class Batches:
             result_labels = torch.cat((result_labels.unsqueeze(1).float(), said), 1)
         cases = tuple(ids[place.case] for place in places)
         result = result.contiguous(memory_format=self._format)
-        return Batch(result, result_labels, cases, waited, time.perf_counter() - start - waited)
+        spent = time.perf_counter() - start - waited
+        return Batch(result, result_labels, cases, waited, spent, self._annotated_in(cases))
+
+    def _annotated_in(self, cases: Sequence[str]) -> Tensor | None:
+        """(B, K) bool: what was drawn in these cases; None where nothing was left out in any case of the data set."""
+        if not self._annotated:
+            return None
+        everything = (True,) * (self._outputs.foreground + (not self._outputs.regions))
+        rows = [self._annotated.get(case, everything) for case in cases]
+        return torch.tensor(rows, device=self._device.torch_device)
 
     @torch.no_grad()
     def validation_dice(
-        self, network: nn.Module, sources: Sequence[Source], steps: int, device: Device | None = None
-    ) -> list[float]:
-        """Dice per foreground class over patches of unseen cases, pooled; NaN for a class that is in none of them.
+        self, network: nn.Module, sources: Sequence[Source], steps: int, device: Device | None = None,
+        ids: Sequence[str] = (),
+    ) -> list[float]:  # fmt: skip
+        """Dice per foreground class (or region) over patches of unseen cases, pooled; NaN for one in none of them.
 
         Pooled over patches, so it is no substitute for the scores of whole images; it steers the best checkpoint. The
-        patches are the same in every epoch; a team shares them. `device` may say another precision.
+        patches are the same in every epoch; a team shares them. `device` may say another precision, `ids` which cases
+        these are, where some were annotated in part.
         """
-        totals = torch.zeros(3, self._classes, device=self._device.torch_device)
+        totals = torch.zeros(3, self._outputs.foreground, device=self._device.torch_device)
         for number in share(self._team, range(max(1, round(steps * VALIDATION_SHARE)))):
             places = draw_places(sources, self._validation, number, VALIDATION)
             image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places))
@@ -117,13 +133,13 @@ class Batches:
             if self._cascade:
                 inputs = torch.cat((inputs[:, :-1], _one_hot(inputs[:, -1].to(torch.int16), self._classes)), 1)
             with (device or self._device).autocast():
-                found = network(inputs.contiguous(memory_format=self._format)).argmax(1)
-            for k in range(1, self._classes):
-                is_found, is_true = (found == k) & (target >= 0), target == k
+                logits = network(inputs.contiguous(memory_format=self._format))
+            annotated_BK = self._annotated_in([ids[place.case] for place in places]) if ids else None
+            for k, (is_found, is_true) in enumerate(self._outputs.masks(logits, target, annotated_BK)):
                 totals[0, k] += (is_found & is_true).sum()
                 totals[1, k] += is_found.sum()
                 totals[2, k] += is_true.sum()
-        both, found_sum, true_sum = add_up(self._team, totals)[:, 1:].cpu()
+        both, found_sum, true_sum = add_up(self._team, totals).cpu()
         dice = torch.where(true_sum > 0, 2 * both / (found_sum + true_sum), torch.nan)
         return [float(value) for value in dice]
 

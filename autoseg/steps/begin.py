@@ -6,8 +6,15 @@ import torch
 
 from autoseg import __version__, store
 from autoseg.events import Said
-from autoseg.records import Run
-from autoseg.steps.options import Options, fit_to_time, seconds_per_sample, with_options, with_suited_norm
+from autoseg.records import Fingerprint, Run
+from autoseg.steps.options import (
+    Options,
+    fit_to_time,
+    seconds_per_sample,
+    with_class_weights,
+    with_options,
+    with_suited_norm,
+)
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.work import Work
 
@@ -42,6 +49,9 @@ def _fresh(work: Work, asked: Options) -> Run:
     if not work.as_it_is:
         configuration, note = with_suited_norm(configuration)
         notes += [note] if note else []
+    seen = store.load(work.layout.fingerprint, Fingerprint) if work.layout.fingerprint.is_file() else None
+    configuration, note = with_class_weights(configuration, work.plan, seen)
+    notes += [note] if note else []
     for note in notes:
         work.report(Said(note))
     return Run(

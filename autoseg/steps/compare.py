@@ -24,6 +24,8 @@ from autoseg.steps.pairs import dataset_near
 
 FOREGROUND, VOLUME = "foreground", "reference_mm3"
 DEFAULT_METRICS = ("dice", "surface_dice", "hd95_mm")
+MOST_NAMED = 12
+"""Real differences that the conclusion names one by one."""
 
 
 def compare(
@@ -87,35 +89,46 @@ def conclude(rows: Sequence[Difference], methods: Sequence[str], cases: int) -> 
     too_few = f"; {untested} could not be tested for lack of cases" if untested else ""
     if not real:
         return f"No difference between {' and '.join(methods)} on {cases} cases is more than chance{too_few}."
-    parts = []
-    for row in real[:12]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in real[:MOST_NAMED]:
         worse = row.second if row.better == row.first else row.first
         size = f"{abs(row.difference or 0.0):.4g} (p = {row.p_wilcoxon_holm:.2g})"
-        parts.append(f"{row.better} beats {worse} in {row.metric} of {row.label} by {size}")
-    more = f", and {len(real) - 12} more" if len(real) > 12 else ""
+        found.setdefault((str(row.better), worse), []).append(f"{row.metric} of {row.label} by {size}")
+    parts = [f"{better} beats {worse} in {_listed(what)}" for (better, worse), what in found.items()]
+    more = f"; and {len(real) - MOST_NAMED} more are real" if len(real) > MOST_NAMED else ""
     chance = len(rows) - len(real) - untested
     rest = f"; the other {chance} differences may be chance" if chance else ""
-    return f"On {cases} cases {', '.join(parts)}{more}{rest}{too_few}."
+    return f"On {cases} cases {'; '.join(parts)}{more}{rest}{too_few}."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def draw(found: Comparison, path: Path) -> None:
-    """Save a picture of all differences with their intervals, one panel per metric, real ones in colour."""
+    """Save a picture of all differences with their intervals, one panel per metric, real ones in colour.
+
+    The panels share their rows (class and pair of methods), which are named at the left.
+    """
     from matplotlib.figure import Figure
 
-    count = max(sum(row.metric == metric for row in found.differences) for metric in found.metrics)
-    figure = Figure(figsize=(4.5 * len(found.metrics) + 2.5, 1.2 + 0.3 * count), layout="constrained")
-    panels = figure.subplots(1, len(found.metrics), squeeze=False)[0]
-    for panel, metric in zip(panels, found.metrics, strict=True):
-        rows = [row for row in found.differences if row.metric == metric and row.difference is not None][::-1]
+    by_metric = {metric: [row for row in found.differences if row.metric == metric] for metric in found.metrics}
+    names = [f"{row.label}: {row.first} - {row.second}" for row in by_metric[found.metrics[0]]]
+    width, height = 3.5 * len(found.metrics) + 0.5 + 0.08 * max(map(len, names)), 1.2 + 0.3 * len(names)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(1, len(found.metrics), squeeze=False, sharey=True)[0]
+    for panel, (metric, rows) in zip(panels, by_metric.items(), strict=True):
         for place, row in enumerate(rows):
-            middle = row.difference or 0.0
-            low, high = (row.low, row.high) if row.low is not None and row.high is not None else (middle, middle)
+            if row.difference is None:
+                continue
+            low, high = (row.difference if end is None else end for end in (row.low, row.high))
             colour = "tab:blue" if row.better else "0.6"
             panel.plot([low, high], [place, place], color=colour)
-            panel.plot([middle], [place], "o", color=colour)
-        panel.set_yticks(range(len(rows)), [f"{row.label}: {row.first} - {row.second}" for row in rows])
+            panel.plot([row.difference], [place], "o", color=colour)
         panel.axvline(0.0, color="black", linewidth=0.8)
         panel.set_xlabel(f"{metric}, {'higher' if BETTER[metric] > 0 else 'lower'} is better")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
     with store.replacing(path, path.suffix) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -217,7 +230,10 @@ def _read(path: Path) -> Scores:
 
 
 def _names(scores: Sequence[Path], names: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the methods: those given, else the shortest ends of the paths that tell them apart."""
+    """Names of the methods: those given, else the shortest parts of the paths that tell them apart.
+
+    What all paths end in says nothing: models/2d/fold_0/validation and models/3d/fold_0/validation are 2d and 3d.
+    """
     if names is not None:
         if len(names) != len(scores) or len(set(names)) != len(names):
             raise UserError(f"{len(names)} names for {len(scores)} sets of scores.", fix="Give different names to all.")
@@ -225,8 +241,11 @@ def _names(scores: Sequence[Path], names: Sequence[str] | None) -> tuple[str, ..
     folders = [path if path.is_dir() else path.parent / path.stem for path in (each.resolve() for each in scores)]
     if len(set(folders)) < len(folders):
         raise UserError("The same scores are given twice.", fix="Compare different sets of scores.")
-    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
-        ends = tuple("/".join(folder.parts[-parts:]) for folder in folders)
+    paths = [folder.parts for folder in folders]
+    while len({parts[-1] for parts in paths}) == 1 and min(map(len, paths)) > 2:
+        paths = [parts[:-1] for parts in paths]
+    for count in range(1, max(map(len, paths)) + 1):
+        ends = tuple("/".join(parts[-count:]) for parts in paths)
         if len(set(ends)) == len(ends):
             return ends
     return tuple(str(folder) for folder in folders)

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,10 +73,10 @@ def distill(
         student: of `planning.student.SIZES`.
         configuration: the teachers'; None takes "3d", else "2d".
         fold: the student's; "all" learns from every case and is scored on none.
-        epochs, max_seconds: length of the student's training, and again of the baseline's.
+        epochs, max_seconds: length of the student's training, without what its teachers need to look at the cases.
         temperature, labels_weight: of `network.distillation.distilling`.
         unlabelled: folder of images; of these the student learns what the teachers say.
-        baseline: also train the student's network on the labels alone, for as long.
+        baseline: also train the student's network on the labels alone, for as long and in batches as large.
 
     Raises:
         UserError: no such teachers, another grid, or a student of this name that was begun otherwise.
@@ -106,10 +106,9 @@ def distill(
     alone = ModelLayout(model.root.parent / "alone" / model.root.name)
     machine = Machine(device, workers)
     try:
-        record = _trained(run, fold, seed, asked, machine, Instead(own, model.root, lesson), report)
+        record = _trained(run, fold, seed, asked, machine, Instead(own, model.root, lesson, keeps_norm=False), report)
         if baseline:
-            same = Options(epochs, max_seconds, batch_size=record.configuration.batch_size)
-            _trained(run, fold, seed, same, machine, Instead(own, alone.root), report)
+            _trained(run, fold, seed, _as_long_as(record), machine, Instead(own, alone.root, keeps_norm=False), report)
     except Interrupted as stopped:
         raise Interrupted(_again(run, planned.name, begun, student, teachers, asked, unlabelled, baseline)) from stopped
     used = pick(device)
@@ -134,8 +133,11 @@ def _called(model: ModelLayout, run: Path) -> str:
 
 
 def _begin(begun: Distillation, model: ModelLayout, report: Report) -> None:
-    """Write down how the student learns; raises UserError where it was begun in another way."""
-    file = distillation_file(model.root)
+    """Write down how the student learns; raises UserError where it was begun in another way.
+
+    A table that is there already stays until there is a new one.
+    """
+    file, there = distillation_file(model.root), False
     settled = ("teachers", "temperature", "labels_weight", "unlabelled")
     if file.is_file() and model.run.is_file():
         before = store.load(file, Distillation)
@@ -145,12 +147,14 @@ def _begin(begun: Distillation, model: ModelLayout, report: Report) -> None:
                 f"{model.root}: this student was begun with other values of {', '.join(differing)}.",
                 fix="Give another --seed, or remove that folder.",
             )
+        there = bool(before.contestants)
     if begun.seen:
         report(Warned(
             f"{', '.join(begun.seen)} learned from validation cases of fold {begun.fold}, so the student's scores "
             "there are better than on new images; teachers of the same fold (--from seeds) did not."
         ))  # fmt: skip
-    store.save(file, begun)
+    if not there:
+        store.save(file, begun)
 
 
 def _add_to_plan(layout: Layout, plan: Plan, own: Configuration, choice: object, report: Report) -> None:
@@ -190,14 +194,31 @@ def _prepare(cases: Sequence[Case], plan: Plan, planned: Configuration, layout: 
 def _trained(
     run: Path, fold: str, seed: int, asked: Options, machine: Machine, instead: Instead, report: Report
 ) -> Run:
-    """A training that goes on where it was stopped; a finished one is not done again."""
+    """A training that goes on where it was stopped; a finished one is not done again, and must be as long as asked."""
     model = ModelLayout(instead.folder)
     if model.run.is_file() and (fold == "all" or model.scores.is_file()):
         record = store.load(model.run, Run)
         if record.finished:
+            if (done := _length(_as_long_as(record))) != (_length(asked) or done):
+                raise UserError(
+                    f"{model.root}: this network was trained already, for {done}, not {_length(asked)}.",
+                    fix="Give that length or another --seed, or remove that folder.",
+                )
             report(Said(f"{model.root}: trained already."))
             return record
     return train_one(run, None, fold, seed, "auto", asked, machine, ALONE, report, instead)
+
+
+def _as_long_as(record: Run) -> Options:
+    """The options that give another training the same length and batch size."""
+    return Options(record.configuration.train.epochs, record.max_seconds, batch_size=record.configuration.batch_size)
+
+
+def _length(asked: Options) -> str:
+    """Length in words; "" where none was asked for."""
+    if asked.max_seconds is not None:
+        return f"{asked.max_seconds:g} s"
+    return "" if asked.epochs is None else f"{asked.epochs} epochs"
 
 
 def _again(
@@ -230,7 +251,9 @@ def _players(
     scores = None
     if cases.validation:
         together = ModelLayout(student.root.parent / "ensemble" / student.root.name)
-        scores = validate_fold(run, together, planned, networks, cases, dataset, plan, device, report)
+        scores = _newer_scores(together, (*teachers, student), cases)
+        if scores is None:
+            scores = validate_fold(run, together, planned, networks, cases, dataset, plan, device, report)
     players.append(Player(f"ensemble of {len(networks)}", networks, scores))
     players.append(Player("student", (load_network(student, device),), _scores(student, cases)))
     if alone is not None:
@@ -242,6 +265,13 @@ def _scores(model: ModelLayout, cases: Fold) -> Scores | None:
     """What a network scored on exactly these cases, if it was scored on them."""
     scores = store.load(model.scores, Scores) if model.scores.is_file() else None
     return scores if scores and {case.id for case in scores.cases} == set(cases.validation) else None
+
+
+def _newer_scores(model: ModelLayout, than: Sequence[ModelLayout], cases: Fold) -> Scores | None:
+    """What was scored after all of these networks were trained; the student's may be another's whose folder is gone."""
+    scores = _scores(model, cases)
+    trained = max(each.weights.stat().st_mtime_ns for each in than)
+    return scores if scores and model.scores.stat().st_mtime_ns >= trained else None
 
 
 def _compared(
@@ -268,11 +298,14 @@ def _compared(
         report(Advanced("time", number + 1, len(names), name))
     report(Finished("time"))
     rows = tuple(_row(player, float(each), planned) for player, each in zip(players, seconds, strict=True))
-    chance = _chance({player.name: player.scores for player in players})
+    by_name = {player.name: _dice(player.scores) for player in players}
+    members = [_dice(player.scores) for player in players[: len(begun.teachers)]]
+    chance = _chance(by_name["student"], by_name.get("labels alone", {}))
+    gain = _chance(_dice(players[len(begun.teachers)].scores), _mean_of(members))
     return begun.model_copy(
         update={
             "contestants": rows, "timed_cases": len(names), "device": device.name, "p_value": chance,
-            "conclusion": conclude(rows, chance),
+            "p_ensemble": gain, "conclusion": conclude(rows, chance, gain),
         }
     )  # fmt: skip
 
@@ -288,19 +321,29 @@ def _row(player: Player, seconds: float, planned: Configuration) -> Contestant:
     )  # fmt: skip
 
 
-def _chance(scores: dict[str, Scores | None]) -> float | None:
-    """P value of student against labels alone, over cases; None where one is missing or cases are too few."""
-    student, alone = scores.get("student"), scores.get("labels alone")
-    if student is None or alone is None:
-        return None
-    values = [{case.id: overlap.mean(case.values["dice"]) for case in each.cases} for each in (student, alone)]
-    pairs = [(values[0][name], values[1][name]) for name in values[0]]
-    differences = np.array([one - other for one, other in pairs if one is not None and other is not None])
+def _dice(scores: Scores | None) -> dict[str, float]:
+    """The mean Dice over the foreground of every case that has one."""
+    means = {case.id: overlap.mean(case.values["dice"]) for case in (scores.cases if scores else ())}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _mean_of(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The members' mean per case; empty where a member has no scores."""
+    common = set.intersection(*(set(member) for member in members))
+    return {name: float(np.mean([member[name] for member in members])) for name in common}
+
+
+def _chance(one: Mapping[str, float], other: Mapping[str, float]) -> float | None:
+    """P value of Wilcoxon's test over the cases that both have; None where they are too few."""
+    differences = np.array([one[name] - other[name] for name in sorted(set(one) & set(other))])
     return statistics.wilcoxon(differences) if differences.size >= statistics.FEWEST else None
 
 
-def conclude(rows: Sequence[Contestant], chance: float | None) -> str:
-    """One or two sentences: what the ensemble gains, what the student keeps of it, and what it costs."""
+def conclude(rows: Sequence[Contestant], chance: float | None, gain: float | None = None) -> str:
+    """One or two sentences: what the ensemble gains, what the student keeps of it, and what it costs.
+
+    `chance` and `gain` are the P values of student against labels alone and of the ensemble against its members' mean.
+    """
     by_name = {row.name: row for row in rows}
     student = by_name["student"]
     together = next(row for row in rows if row.name.startswith("ensemble of "))
@@ -309,7 +352,8 @@ def conclude(rows: Sequence[Contestant], chance: float | None) -> str:
     parts = [f"the student takes {100 * share:.0f} % of the ensemble's time per case"]
     if student.dice is not None and together.dice is not None:
         apart = f"{together.dice:.4f}, the student {student.dice:.4f}"
-        mean = f" (its members in the mean {sum(members) / len(members):.4f})" if members else ""
+        tested = "" if gain is None else f", p = {gain:.2g} over cases"
+        mean = f" (its members in the mean {sum(members) / len(members):.4f}{tested})" if members else ""
         parts.insert(0, f"The ensemble has a Dice of {apart}{mean}")
     sentence = "; ".join(parts)
     alone = by_name.get("labels alone")

@@ -4,10 +4,8 @@ Where all folders hold probabilities their mean is taken (unweighted unless aske
 Networks may work on different grids (2D and 3D of one run, two runs): they meet on the grid of the image.
 """
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import numpy as np
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
-from autoseg.image.formats import ending_of
 from autoseg.layout import agreement_file, prediction_file, probabilities_file
 from autoseg.records import Postprocessing
 from autoseg.scoring.comparison import Agreeing, Agreement
@@ -32,6 +29,7 @@ from autoseg.steps.members import (
 )
 from autoseg.steps.pairs import Pair
 from autoseg.steps.postprocess import apply_to_file
+from autoseg.steps.staging import publish, staged
 
 
 def ensemble(
@@ -149,28 +147,6 @@ def ensemble_runs(
     report(Finished(what))
     say_agreement(names, found, output, report)
     return tuple(written)
-
-
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` for what is not finished; it goes at the end, with those of killed processes."""
-    for stale in output.parent.glob(f"{output.name}{store.TEMPORARY}-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    staging = output.with_name(f"{output.name}{store.TEMPORARY}-{os.getpid()}")
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def publish(staging: Path, output: Path) -> tuple[Path, ...]:
-    """Move every file from `staging` into `output`, each as a whole; returns the label maps among them."""
-    store.make_folder(output)
-    written = []
-    for path in sorted(staging.iterdir()):
-        os.replace(path, output / path.name)
-        written.append(output / path.name)
-    return tuple(path for path in written if ending_of(path))
 
 
 def say_agreement(members: Sequence[str], found: Sequence[Overlaps], output: Path, report: Report) -> Agreement:

@@ -22,7 +22,7 @@ from autoseg.image.formats import read_labels
 from autoseg.image.labels import labels_found, some, to_indices
 from autoseg.layout import Layout, scores_csv, scores_file
 from autoseg.parallel import allowed_cores, over_cases
-from autoseg.records import CaseScore, Dataset, Label, Scores, Splits
+from autoseg.records import CaseScore, Dataset, Label, Region, Scores, Splits
 from autoseg.scoring import overlap, surface
 from autoseg.steps.pairs import (
     Pair,
@@ -37,18 +37,24 @@ from autoseg.steps.pairs import (
 LESION_CONNECTIVITY = 3
 TOLERANCE_MM = 2.0
 """Of `surface_dice_at_tolerance` where none is asked for; `surface_dice` is always at 1 mm."""
+HEAD_START_SECONDS = 1.0
+"""Scored in this process before there are others, see `parallel.over_cases`."""
 METHOD = "2"
 """Changes when a score is computed in another way, so that older ones are not taken for current."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How pairs are scored; `tolerance_mm` is one for all foreground labels, or one for each in their order."""
+    """How pairs are scored; `tolerance_mm` is one for all foreground labels, or one for each in their order.
+
+    Where there are `regions`, these get scores instead of the labels.
+    """
 
     labels: tuple[Label, ...]
     ignore_value: int | None
     surface: bool
     tolerance_mm: float | tuple[float, ...] = TOLERANCE_MM
+    regions: tuple[Region, ...] = ()
 
     @property
     def tolerances_mm(self) -> tuple[float, ...]:
@@ -59,7 +65,14 @@ class Scoring:
     @property
     def classes(self) -> tuple[Label, ...]:
         """What gets scores, background first."""
-        return self.labels
+        named = tuple(Label(name=region.name, value=region.paint) for region in self.regions)
+        return (self.labels[0], *named) if named else self.labels
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...] | None:
+        """Label indices that each region is made of; None where there are no regions."""
+        index = {label.value: k for k, label in enumerate(self.labels)}
+        return tuple(tuple(index[value] for value in region.labels) for region in self.regions) or None
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,9 @@ def evaluate(
         labels = known.labels if known else labels_found([pair.reference for pair in pairs], ignore_value)
     if ignore_value is None and known is not None:
         ignore_value = known.ignore_value
-    scoring = Scoring(labels, ignore_value, surface, tolerances(tolerance_mm, labels))
+    regions = known.regions if known is not None and labels == known.labels else ()
+    scoring = Scoring(labels, ignore_value, surface, regions=regions)
+    scoring = replace(scoring, tolerance_mm=tolerances(tolerance_mm, scoring.classes))
     folder = predictions if output is None else output
     scored = score_pairs(pairs, scoring, workers, report, scored_before(folder))
     return save_scores(scored, scoring, predictions, references, folder)
@@ -185,7 +200,8 @@ def score_pairs(
     if done:
         report(Said(f"{len(done)} of {len(pairs)} cases have not changed since they were scored."))
     jobs = [_Job(pair, scoring) for pair in pairs if pair.id not in done]
-    for job, score in over_cases(_score_file, jobs, workers or allowed_cores(), lambda job: job.pair.id):
+    workers = workers or allowed_cores()
+    for job, score in over_cases(_score_file, jobs, workers, lambda job: job.pair.id, HEAD_START_SECONDS):
         done[job.pair.id] = score
         report(Advanced(what, len(done), len(pairs), job.pair.id))
     report(Finished(what))
@@ -201,16 +217,20 @@ def score_case(
     with_surface: bool = True,
     tolerance_mm: float | Sequence[float] = TOLERANCE_MM,
     annotated: Sequence[int] | None = None,
+    members: Sequence[Sequence[int]] | None = None,
 ) -> CaseScore:
     """Score one case from two maps of label indices (negative in the reference: not annotated).
 
     Args:
         tolerance_mm: of `surface_dice_at_tolerance`, one for all foreground classes or one for each.
         annotated: label indices that somebody drew in this reference; the others have no scores. None is all.
+        members: label indices that each region is made of; then the regions are scored, and counted by `annotated`,
+            instead of the labels. None: there are no regions.
     """
     voxel_mm3 = float(np.prod(spacing_mm))
     flat, rows = prediction_ZYX.shape[0] == 1, list[dict[str, float | None]]()
-    for k, (predicted_ZYX, referred_ZYX) in enumerate(class_masks(prediction_ZYX, reference_ZYX, classes), 1):
+    masks_of = class_masks(prediction_ZYX, reference_ZYX, classes, members)
+    for k, (predicted_ZYX, referred_ZYX) in enumerate(masks_of, 1):
         masks = (predicted_ZYX & referred_ZYX, predicted_ZYX, referred_ZYX)
         counts = overlap.Counts(*(int(np.count_nonzero(mask)) for mask in masks))
         row = {name: score(counts, voxel_mm3) for name, score in overlap.METRICS.items()}
@@ -224,17 +244,23 @@ def score_case(
 
 
 def class_masks(
-    prediction_ZYX: np.ndarray, reference_ZYX: np.ndarray, classes: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    prediction_ZYX: np.ndarray, reference_ZYX: np.ndarray, classes: int,
+    members: Sequence[Sequence[int]] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """For each foreground class its two bool masks, cropped to the box that holds both; empty where neither has it.
 
-    Voxels that nobody annotated (reference below 0) are background in both.
+    With `members`, for each region: the union of these classes. Voxels that nobody annotated (reference below 0) are
+    background in both.
     """
     inside = bounding_box((prediction_ZYX != 0) | (reference_ZYX != 0)) or (slice(0, 0),) * 3
     prediction_ZYX, reference_ZYX = prediction_ZYX[inside], reference_ZYX[inside]
     if reference_ZYX.size and reference_ZYX.min() < 0:
         prediction_ZYX = np.where(reference_ZYX < 0, 0, prediction_ZYX)
         reference_ZYX = np.maximum(reference_ZYX, 0)
+    if members is not None:
+        for own in members:
+            yield np.isin(prediction_ZYX, own), np.isin(reference_ZYX, own)
+        return
     boxes = [ndimage.find_objects(each, classes - 1) for each in (prediction_ZYX, reference_ZYX)]
     for k in range(1, classes):
         box = _around(boxes[0][k - 1], boxes[1][k - 1])
@@ -276,7 +302,7 @@ def scoring_of(
     dataset: Dataset, surface: bool = True, tolerance_mm: float | Mapping[str, float] = TOLERANCE_MM
 ) -> Scoring:
     """How the cases of a data set are scored."""
-    scoring = Scoring(dataset.labels, dataset.ignore_value, surface)
+    scoring = Scoring(dataset.labels, dataset.ignore_value, surface, regions=dataset.regions)
     return replace(scoring, tolerance_mm=tolerances(tolerance_mm, scoring.classes))
 
 
@@ -325,6 +351,7 @@ def _score_file(job: _Job) -> CaseScore:
     predicted_ZYX, _ = read_labels(pair.prediction)
     referred_ZYX, geometry = read_labels(pair.reference)
     drawn = None if pair.annotated is None else set(pair.annotated)
+    names = [each.name for each in scoring.classes]
     scored = score_case(
         pair.id,
         to_indices(predicted_ZYX, scoring.labels, None, str(pair.prediction)),
@@ -333,7 +360,8 @@ def _score_file(job: _Job) -> CaseScore:
         len(scoring.labels),
         scoring.surface,
         scoring.tolerances_mm,
-        None if drawn is None else [k for k, label in enumerate(scoring.classes) if label.name in drawn],
+        None if drawn is None else [k for k, name in enumerate(names) if name in drawn],
+        scoring.members,
     )
     return scored.model_copy(update={"content": content})
 

@@ -27,7 +27,7 @@ from autoseg.steps.batches import Batches
 from autoseg.steps.boards import board
 from autoseg.steps.curves import draw_curves
 from autoseg.steps.finetune import donor_of, freeze, load_donor, names_of, short_list, take_over
-from autoseg.steps.options import class_rates, resume_command, with_drawn_shares
+from autoseg.steps.options import annotated_outputs, class_rates, resume_command, with_drawn_shares
 from autoseg.steps.stopping import stop_requests
 from autoseg.steps.teachers import Lesson
 from autoseg.steps.work import Work
@@ -97,9 +97,14 @@ def _state(work: Work, record: Run, network: nn.Module) -> TrainState:
     return state
 
 
-def loss_of(configuration: Configuration, reduce: Pieces, lesson: Lesson | None = None) -> Supervised:
+def loss_of(
+    configuration: Configuration, reduce: Pieces, lesson: Lesson | None = None,
+    regions: tuple[tuple[int, ...], ...] = (),
+) -> Supervised:  # fmt: skip
     """What the network of a configuration is trained with; a lesson adds what its teachers say."""
-    loss = losses.build(configuration.train.loss, batch_dice=configuration.batch_dice, reduce=reduce)
+    loss = losses.build(
+        configuration.train.loss, batch_dice=configuration.batch_dice, reduce=reduce, regions=regions
+    )
     if lesson is None:
         return loss
     return distilling(loss, lesson.temperature, lesson.labels_weight, reduce=reduce)
@@ -111,6 +116,7 @@ def batches_of(work: Work, record: Run) -> Batches:
     return Batches(
         configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers,
         work.team, class_rates(configuration.train, plan), teachers=work.lesson is not None,
+        regions=plan.region_indices, annotated=annotated_outputs(work.dataset, plan),
     )  # fmt: skip
 
 
@@ -156,17 +162,17 @@ def _fit(
     """Run the loop; False when it was stopped."""
     configuration, team = record.configuration, work.team
     pieces = Pieces(adding(team), state.pieces)
-    learned = [sources[case] for case in work.cases.train]
-    held_out = [sources[case] for case in work.cases.validation] or learned
+    learned, seen = [sources[case] for case in work.cases.train], work.cases.validation or work.cases.train
+    held_out = [sources[case] for case in seen]
     with stop_requests() as asked, batches_of(work, record) as batches:
 
         def validate(epoch: int) -> Sequence[float]:
             device = device_of(state, work.device)
-            return batches.validation_dice(state.network, held_out, state.steps_per_epoch, device)
+            return batches.validation_dice(state.network, held_out, state.steps_per_epoch, device, seen)
 
         return fit(
             state, configuration.train, Length(configuration.train.epochs, record.max_seconds), work.device,
-            loss_of(configuration, pieces, work.lesson),
+            loss_of(configuration, pieces, work.lesson, work.plan.region_indices),
             lambda step: batches.draw(learned, work.cases.train, step, state.history), validate, save,
             asked, work.report, compiled, pieces=pieces, team=team, capacity=capacity,
             about_epoch=batches.drawn_shares,

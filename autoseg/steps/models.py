@@ -9,7 +9,8 @@ from torch import nn
 from autoseg.errors import UserError
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, unet
-from autoseg.network.device import Device, channels_last
+from autoseg.network.device import Device
+from autoseg.network.ready import ready
 from autoseg.records import Configuration, Plan, Run
 from autoseg.scoring.selection import selected
 from autoseg.store import load
@@ -21,10 +22,7 @@ def load_network(model: ModelLayout, device: Device) -> nn.Module:
     """The trained network of a model folder, ready to predict on `device`."""
     network = unet.build(load(model.run, Run).configuration.network)
     checkpoint.load_weights(model.weights, network)
-    network = network.to(device.torch_device).eval()
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    return channels_last(network, network.spec.dimension)
+    return ready(network, network.spec.dimension, device)
 
 
 def trained_models(

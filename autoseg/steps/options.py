@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from autoseg.errors import UserError
-from autoseg.network import sampling
+from autoseg.network import losses, sampling
 from autoseg.network.device import Device
 from autoseg.planning.batch import choose_norm
-from autoseg.records import Configuration, Plan, Run, TrainSpec
+from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
 
 STEPS_WANTED = 1000
 """With a time limit the batch shrinks until about this many steps fit: fewer, however large, do not converge."""
@@ -110,6 +110,53 @@ def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
         return configuration, ""
     note = f"Instance norm instead of batch norm: {configuration.batch_size} samples are too few for batch statistics."
     return configuration.model_copy(update={"network": network.model_copy(update={"norm": "instance"})}), note
+
+
+def annotated_outputs(dataset: Dataset, plan: Plan) -> dict[str, tuple[bool, ...]]:
+    """Per case of which only a part was drawn: for each output of the network, whether it was; the background always.
+
+    Raises UserError for names that no output has, as after an edit.
+    """
+    names = [output.name for output in plan.outputs]
+    found = {}
+    for case in dataset.cases:
+        if case.annotated is not None:
+            if unknown := set(case.annotated) - set(names):
+                fix = f"Choose among {', '.join(names)}."
+                raise UserError(f"{case.id}: annotated is {sorted(unknown)[0]!r}, which nothing is called.", fix=fix)
+            background = () if plan.regions else names[:1]
+            found[case.id] = tuple(name in (*case.annotated, *background) for name in names)
+    return found
+
+
+def with_class_weights(
+    configuration: Configuration, plan: Plan, fingerprint: Fingerprint | None
+) -> tuple[Configuration, str]:
+    """The loss with class weights made of the data's class shares, where it asks for a rule; and a note or "".
+
+    Raises UserError where there is no fingerprint to make them of.
+    """
+    spec = configuration.train.loss
+    if losses.with_weights(spec, [(1, 1)] * len(plan.regions or (1,))) == spec:
+        return configuration, ""
+    if fingerprint is None:
+        raise UserError(
+            f"Loss {spec} makes its class weights of the fingerprint, which this run lacks.",
+            fix="Give them as numbers: class_weights=1/2/..., background first.",
+        )
+    voxels = class_voxels(fingerprint)
+    counts = [voxels]
+    if plan.regions:
+        within = [sum(voxels[k] for k in indices) for indices in plan.region_indices]
+        counts = [(sum(voxels) - each, each) for each in within]
+    weighted = losses.with_weights(spec, counts)
+    train = configuration.train.model_copy(update={"loss": weighted})
+    return configuration.model_copy(update={"train": train}), f"Loss {weighted}: class weights from the class shares."
+
+
+def class_voxels(fingerprint: Fingerprint) -> tuple[int, ...]:
+    """Voxels of every label index in all cases, background first."""
+    return tuple(sum(case.class_voxels[k] for case in fingerprint.cases) for k in range(len(fingerprint.labels)))
 
 
 def class_rates(train: TrainSpec, plan: Plan) -> tuple[float, ...]:

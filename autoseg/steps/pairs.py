@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoseg import store
+from autoseg.cases.description import read_label_names, read_regions
 from autoseg.errors import UserError
 from autoseg.image.formats import read_geometry
 from autoseg.image.labels import grid_difference, label_maps, some
@@ -38,7 +39,7 @@ def pair_up(
     predicted, drawn = label_maps(predictions), dict[str, tuple[str, ...] | None]()
     if known is not None and (references.is_file() or Layout(references).dataset.is_file()) and known.cases:
         referred = {case.id: Path(case.label) for case in known.cases if case.label is not None}
-        drawn = {case.id: getattr(case, "annotated", None) for case in known.cases}
+        drawn = {case.id: case.annotated for case in known.cases}
     else:
         referred = label_maps(references)
     wanted = set(predicted) | set(referred) if cases is None else set(cases)
@@ -48,7 +49,7 @@ def pair_up(
             raise UserError(
                 f"{place} has no label map for {len(missing)} of {len(wanted)} cases that "
                 f"{'are asked for' if cases is not None else f'{there} has'}: {some(missing)}.",
-                fix="Compare folders with the same cases, or name the cases to score.",
+                fix="Compare folders with the same cases, or name those to score: --cases.",
             )
     return tuple(Pair(case, predicted[case], referred[case], drawn.get(case)) for case in sorted(wanted))
 
@@ -103,7 +104,7 @@ def validated_folds(run: Path, name: str) -> tuple[str, ...]:
 
 def pair_of(case: Case, prediction: Path) -> Pair:
     """A case of a data set with its predicted label map; where only some labels were drawn, these."""
-    return Pair(case.id, prediction, Path(str(case.label)), getattr(case, "annotated", None))
+    return Pair(case.id, prediction, Path(str(case.label)), case.annotated)
 
 
 def check_grids(pairs: Sequence[Pair]) -> None:
@@ -124,7 +125,7 @@ def dataset_near(references: Path) -> Dataset | None:
     """The labels of a data set: of a run, or of a `dataset.json` in or beside the folder of references.
 
     Reads autoseg's own file and those of the Decathlon and of nnU-Net (of which only labels are taken). None when there
-    is no such file, or it names regions (lists of values) instead of labels.
+    is no such file.
     """
     places = [references] if references.is_file() else [Layout(references).dataset, Layout(references.parent).dataset]
     for path in places:
@@ -137,6 +138,12 @@ def dataset_near(references: Path) -> Dataset | None:
         if isinstance(content, dict) and "autoseg" in content:
             return store.parse(content, Dataset, str(path))
         if isinstance(content, dict) and isinstance(content.get("labels"), dict):
+            if regions := read_regions(content, str(path)):
+                labels, ignore = read_label_names(content, str(path))
+                name = path.parent.name
+                return Dataset(
+                    name=name, dimension=3, channels=("",), labels=labels, regions=regions, ignore_value=ignore
+                )
             return _foreign(content["labels"], path)
     return None
 

@@ -27,12 +27,15 @@ from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Dataset, Label, Postprocessing, Rule
 from autoseg.scoring import statistics
 from autoseg.steps.pairs import Pair, check_grids, validation_pairs
+from autoseg.steps.staging import publish, staged
 
 Result = TypeVar("Result")
 
 ACTIONS = ("drop_small", "keep_largest")
 """Tried for the joined foreground, too."""
 ALL_ACTIONS = (*ACTIONS, "drop_volume", "fill_holes")
+HEAD_START_SECONDS = 1.0
+"""Worked in this process before there are others, see `parallel.over_cases`."""
 VOLUMES_MM3 = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 """Candidates of `drop_volume`."""
 
@@ -274,11 +277,11 @@ def postprocess_apply(
 
     Args:
         rules: the rules, or the run folder whose `postprocess.json` holds them.
-        output: folder for the label maps, written whole or not at all one by one; may be `predictions` itself.
+        output: folder for the label maps, which appear in it when all are done; may be `predictions` itself.
         labels: names and values of the labels; None takes those of the run (needed when `rules` is no run folder).
 
     Raises:
-        UserError: nothing was learned yet, no label maps, or a value that no label has.
+        UserError: nothing was learned yet, no label maps, or a value that no label has; nothing is written then.
     """
     if isinstance(rules, Path):
         labels = labels or store.load(Layout(rules).dataset, Dataset).labels
@@ -289,9 +292,10 @@ def postprocess_apply(
         if rule.label is not None:
             index_of(rule.label, labels)
     paths = label_maps(predictions)
-    pairs = tuple(Pair(case, path, output / path.name) for case, path in paths.items())
-    _over(pairs, partial(apply_to_file, rules=rules.rules, labels=labels), "Post-processing", workers, report)
-    return tuple(pair.reference for pair in pairs)
+    with staged(output) as staging:
+        pairs = tuple(Pair(case, path, staging / path.name) for case, path in paths.items())
+        _over(pairs, partial(apply_to_file, rules=rules.rules, labels=labels), "Post-processing", workers, report)
+        return publish(staging, output)
 
 
 def describe(rule: Rule) -> str:
@@ -317,8 +321,8 @@ def _over(
 ) -> list[Result]:
     """`function(pair)` over all pairs in parallel, in their order."""
     report(Started(what, len(pairs)))
-    done = {}
-    for pair, result in over_cases(function, pairs, workers or allowed_cores(), lambda pair: pair.id):
+    done, workers = {}, workers or allowed_cores()
+    for pair, result in over_cases(function, pairs, workers, lambda pair: pair.id, HEAD_START_SECONDS):
         done[pair.id] = result
         report(Advanced(what, len(done), len(pairs), pair.id))
     report(Finished(what))

@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.cases.discover import discover_images
-from autoseg.cases.exchange import Ending, Found, Ready, is_unchanged, read_case, refuse_to_overwrite, write_case
+from autoseg.cases.exchange import (
+    Ending,
+    Found,
+    Ready,
+    is_unchanged,
+    read_case,
+    refuse_folder_of_images,
+    write_case,
+)
 from autoseg.cases.predicted import Predicted
 from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
@@ -115,6 +123,7 @@ def predict(
     Raises:
         UserError: no images, no trained network, an unreadable file, or a killed worker; files written before stay.
     """
+    refuse_folder_of_images(images, output)
     more = bool(classes or save_uncertainty or resume or part or speed != "accurate" or on_error != "stop")
     if configuration is None and _takes_pair(run, more, report):
         from autoseg.steps import select  # which imports this file
@@ -135,23 +144,22 @@ def predict(
     plan = predictors[0].plan
     _check_classes(wishes, plan)
     cases = _part_of(discover_images(images, len(plan.channels)), part)
-    refuse_to_overwrite(cases, output, plan.file_ending)
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     make_folder(output)
     remove_unfinished(output)
-    done = _done(cases, output, predictors[0], wishes, report) if resume else []
-    todo = [case for case in cases if case not in done]
+    done = _done(cases, output, predictors[0], wishes, report) if resume else set()
+    todo = [case for case in cases if case.id not in done]
     written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
-    paths = {case.id: prediction_file(output, case.id, plan.file_ending) for case in done}
+    paths = {name: prediction_file(output, name, plan.file_ending) for name in done}
     paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
     if save_uncertainty:
         _flag(output, report)
     return tuple(paths[case.id] for case in cases)
 
 
-def _done(cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report) -> list[Case]:
-    """The cases whose prediction is there and as it would be made now."""
-    done = [case for case in cases if _is_done(case, output, predictor, wishes)]
+def _done(cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report) -> set[str]:
+    """The ids of cases whose prediction is there and as it would be made now."""
+    done = {case.id for case in cases if _is_done(case, output, predictor, wishes)}
     if done:
         report(Said(f"{len(done)} of {len(cases)} cases are done already."))
     return done
@@ -262,25 +270,28 @@ def _compute(
         return Found(np.zeros((0, 0, 0), np.int16), None, ready.inputs)
     if not wishes.probabilities:
         return predictor.compute(ready, None, wishes.uncertainty, progress)
-    prepared, labels = ready.stages[-1], predictor.plan.labels
+    prepared, labels = ready.stages[-1], predictor.plan.outputs
+    background = predictor.plan.labels[0].value if predictor.plan.regions else None
     chosen = [k for k, label in enumerate(labels) if not wishes.classes or label.name in wishes.classes]
+    places = chosen if background is None else [k + 1 for k in chosen]  # regions leave 0 to the background
     height, axes = predictor.slab_height(prepared), predictor.configuration.axes
     before = prepared.box[0][0]
     with writing_probabilities(
         probabilities_file(output, case.id), prepared.geometry, [labels[k].name for k in chosen],
         [labels[k].value for k in chosen], kind=wishes.probabilities, complete=len(chosen) == len(labels),
-        slab=(axes[0], height),
+        slab=(axes[0], height), background=background,
     ) as put:  # fmt: skip
         def put_slab(slab: Slab) -> None:
             start, stop = before + slab.window.start, before + slab.window.stop
             shares = slab.probabilities_KZYX
-            _put_slices(put, prepared, axes, chosen, (start, stop), None if shares is None else shares.numpy()[chosen])
+            found_KZYX = None if shares is None else shares.numpy()[chosen]
+            _put_slices(put, prepared, axes, places, (start, stop), found_KZYX)
 
         found = predictor.compute(ready, put_slab, wishes.uncertainty, progress, height - before % height)
         whole = prepared.geometry.size_voxels[axes[0]]
         for start, stop in ((0, before), (prepared.box[0][1], whole)):
             for each in range(start, stop, height):
-                _put_slices(put, prepared, axes, chosen, (each, min(each + height, stop)), None)
+                _put_slices(put, prepared, axes, places, (each, min(each + height, stop)), None)
     return found
 
 
@@ -311,7 +322,7 @@ def _is_skip(on_error: str) -> bool:
 
 
 def _check_classes(wishes: Wishes, plan: Plan) -> None:
-    names = [label.name for label in plan.labels]
+    names = [output.name for output in plan.outputs]
     if wishes.probabilities and wishes.probabilities not in KINDS:
         raise UserError(
             f"Probabilities cannot be saved as {wishes.probabilities!r}.", fix=f"Choose one of: {', '.join(KINDS)}."

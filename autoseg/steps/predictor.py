@@ -44,7 +44,7 @@ WORTH_A_LINE = 2**28
 
 @dataclass(frozen=True)
 class Speed:
-    """What is given up for time; measured by bench/speed.py."""
+    """What is given up for time; `steps/speeds.py` measures it. The precision is the device's own in all of them."""
 
     mirroring: bool
     overlap: float
@@ -209,7 +209,8 @@ class Predictor:
         ending = Ending(self.plan, self.configuration, self.rules, Path())
         shares = None
         if with_probabilities:
-            shares = restore_probabilities(np.concatenate(collected, 1), prepared, axes)
+            regions = bool(self.plan.regions)
+            shares = restore_probabilities(np.concatenate(collected, 1), prepared, axes, regions)
         images = [
             None if each is None else on_file_grid(each, prepared, axes).astype(np.float32) / PERMILLE
             for each in (found.entropy_ZYX, found.mutual_ZYX)
@@ -248,11 +249,15 @@ class Predictor:
     def wanted(self, probabilities: bool, uncertainty: bool) -> Wanted:
         """What is to be made of the scores of these networks."""
         several = len(self._networks) > 1
-        return Wanted(not several, probabilities, uncertainty, uncertainty and several)
+        index = {label.value: k for k, label in enumerate(self.plan.labels)}
+        paints = tuple(index[region.paint] for region in self.plan.regions)
+        kind = "sigmoid" if paints else "softmax"
+        return Wanted(not several, probabilities, uncertainty, uncertainty and several, kind, paints)
 
     def scorer(self, wanted: Wanted) -> Scorer:
         """What the sliding window sums up."""
-        return Scorer(self._networks, self.plan.classes, self.device, mutual=wanted.mutual)
+        outputs = len(self.plan.outputs)
+        return Scorer(self._networks, outputs, self.device, mutual=wanted.mutual, activation=wanted.activation)
 
     def _blocks(self, image_CZYX: torch.Tensor, wanted: Wanted, progress: Progress | None) -> Iterator[torch.Tensor]:
         scorer, axes = self.scorer(wanted), len(self.configuration.patch_voxels)

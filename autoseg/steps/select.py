@@ -21,10 +21,11 @@ from autoseg.records import Case, CaseScore, Dataset, Postprocessing
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.selection import Candidate, Selection
 from autoseg.steps.combine import mean_of_probabilities
-from autoseg.steps.ensemble import ensemble_runs, staged
+from autoseg.steps.ensemble import ensemble_runs
 from autoseg.steps.evaluate import Scoring, score_pairs, scoring_of, summary
 from autoseg.steps.members import trained_configurations
 from autoseg.steps.pairs import check_grids, pair_of, validated_folds
+from autoseg.steps.staging import staged
 
 if TYPE_CHECKING:
     from autoseg.steps.predict import Predictor

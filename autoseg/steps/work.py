@@ -25,12 +25,16 @@ RESUMES = ("no", "yes", "auto", "extend", "restart")
 
 @dataclass(frozen=True)
 class Instead:
-    """What to train instead of the planned configuration of its name, as it is, and where to put it (see `Work`)."""
+    """What to train instead of the planned configuration of its name, and where to put it (see `Work`).
+
+    `keeps_norm`: as it is, even where the batch becomes too small for its norm.
+    """
 
     configuration: Configuration
     folder: Path
     lesson: Lesson | None = None
     is_paced: bool = False
+    keeps_norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ def look_up(
     named = configuration or default_configuration(plan)
     planned = instead.configuration if instead else configuration_named(plan, named)
     wished = with_options(planned, asked)
-    losses.parse(wished.train.loss)
+    losses.check(wished.train.loss, [output.name for output in plan.outputs], bool(plan.regions))
     class_rates(wished.train, plan)
+    _check_regions(plan, wished, instead)
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, fold)
@@ -99,8 +104,20 @@ def look_up(
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
     return Work(
         run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
-        as_it_is=instead is not None, lesson=lesson, is_paced=instead is not None and instead.is_paced,
+        as_it_is=instead is not None and instead.keeps_norm, lesson=lesson,
+        is_paced=instead is not None and instead.is_paced,
     )  # fmt: skip
+
+
+def _check_regions(plan: Plan, wished: Configuration, instead: Instead | None) -> None:
+    """Refuse what only classes that exclude each other can be trained with."""
+    if plan.regions and wished.train.sampling == "hard":
+        raise UserError(
+            "Sampling hard follows the error of classes, but this data has regions.",
+            fix="Choose one of foreground, class_balanced, case_balanced.",
+        )
+    if plan.regions and instead is not None and instead.lesson is not None:
+        raise UserError("Networks of regions cannot be distilled yet.")
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:

@@ -1,0 +1,33 @@
+"""A folder of results that appear only when they are done: they are written beside it first."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from autoseg import store
+from autoseg.image.formats import ending_of
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder beside `output` for what is not finished; it goes at the end, with those of killed processes."""
+    output = output.resolve()  # the name of "." is empty
+    for stale in output.parent.glob(f"{output.name}{store.TEMPORARY}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = output.with_name(f"{output.name}{store.TEMPORARY}-{os.getpid()}")
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, output: Path) -> tuple[Path, ...]:
+    """Move every file from `staging` into `output`, each as a whole; returns the label maps among them."""
+    store.make_folder(output)
+    written = []
+    for path in sorted(staging.iterdir()):
+        os.replace(path, output / path.name)
+        written.append(output / path.name)
+    return tuple(path for path in written if ending_of(path))

@@ -1,0 +1,43 @@
+"""cases/exchange.py: images that do not fit the plan and folders that cannot be written to are refused in words."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from planned import a_configuration, a_plan
+
+from autoseg.cases.exchange import read_case, refuse_folder_of_images
+from autoseg.errors import UserError
+from autoseg.records import Case
+
+
+def an_image(path: Path, shape: tuple[int, ...]) -> Case:
+    sitk.WriteImage(sitk.GetImageFromArray(np.arange(np.prod(shape), dtype=np.int16).reshape(shape)), str(path))
+    return Case(id="case_7", images=(str(path),))
+
+
+def test_a_flat_image_is_no_image_for_a_3d_plan(tmp_path: Path) -> None:
+    configuration = a_configuration()
+    with pytest.raises(UserError, match="case_7: a 2D image, but the plan was made for 3D"):
+        read_case(a_plan(configuration), (configuration,), an_image(tmp_path / "flat.nii.gz", (9, 10)))
+    assert read_case(a_plan(configuration), (configuration,), an_image(tmp_path / "thin.nii.gz", (1, 9, 10))).stages
+
+
+def test_a_stack_is_no_image_for_a_2d_plan(tmp_path: Path) -> None:
+    configuration = a_configuration(dimension=2, name="2d", spacing_mm=(None, 1.0, 1.0))
+    plan = a_plan(configuration, dimension=2)
+    with pytest.raises(UserError, match="case_7: 4 slices, but the plan was made for 2D"):
+        read_case(plan, (configuration,), an_image(tmp_path / "stack.nii.gz", (4, 9, 10)))
+    for shape in ((1, 9, 10), (9, 10)):
+        assert read_case(plan, (configuration,), an_image(tmp_path / "one.nii.gz", shape)).stages
+
+
+def test_label_maps_do_not_go_among_the_images(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.nii.gz").touch()
+    for given in (images, images / "a.nii.gz"):
+        with pytest.raises(UserError, match="the images lie there"):
+            refuse_folder_of_images(given, tmp_path / "other" / ".." / "images")
+    refuse_folder_of_images(images, images / "below")
