@@ -147,14 +147,15 @@ def try_compile(
 ) -> Callable[[torch.Tensor], Any] | None:
     """The compiled network, tried on one batch of `shape` (B, C, ...); None, with one line why, if that fails.
 
-    The trial changes nothing: weights and running statistics are put back, gradients dropped.
+    The trial changes nothing: weights and running statistics are put back, gradients dropped. It runs in the modes
+    that the modules are in, and on a batch laid out as those of a training, else the first step would compile again.
     """
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     compiled = torch.compile(network)
     try:
-        network.train()
+        image = torch.zeros(shape, device=device.torch_device)
         with device.autocast():
-            outputs = compiled(torch.zeros(shape, device=device.torch_device))
+            outputs = compiled(image.contiguous(memory_format=channels_last_format(len(shape) - 2)))
         sum(each.float().mean() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
     except Exception as error:  # noqa: BLE001  compilers fail in many ways, and the eager network does the same work
         report(Warned(f"torch.compile failed ({type(error).__name__}); training goes on without it, more slowly."))
