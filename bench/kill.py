@@ -4,14 +4,16 @@ Run: python bench/kill.py [DATA] [--times 10] [--stages plan,preprocess,train] [
 Per stage the command first runs undisturbed, for its seconds. Then, so many times: it starts in a fresh copy of what it
 needs, the whole process group gets SIGKILL at a random moment (seeded) within those seconds, and the same command runs
 again, undisturbed. It has to succeed, every file in the run folder has to open as what its name says, and no file under
-construction may be left. Training validates on two cases only, so that the kills hit all of its phases and a run
-takes seconds. Prints a row per kill and ends with exit code 1 when any of this failed.
+construction may be left; a training has to go on with every epoch that it had announced as done. Training validates on
+two cases only, so that the kills hit all of its phases and a run takes seconds. Prints a row per kill; ends with exit
+code 1 when any of this failed.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -94,6 +96,18 @@ def leave_few_for_validation(run: Path, cases: int) -> None:
     save(path, splits.model_copy(update={"folds": folds}))
 
 
+def lost_epochs(before: str, after: str) -> list[str]:
+    """What the killed training had announced as done and the next one did not go on from; `before`, `after`: output."""
+    announced = re.findall(r"epoch (\d+)/\d+\s+step (\d+)/(\d+)", before)
+    if not announced or "trained already" in after:
+        return []
+    epoch, inside, of = map(int, announced[-1])
+    done = epoch if inside == of else epoch - 1
+    kept = re.search(r"Going on at epoch (\d+)", after)
+    begun = int(kept[1]) - 1 if kept else 0
+    return [f"{done} epochs were done, {begun} are left"] if begun < done else []
+
+
 def problems_in(run: Path) -> list[str]:
     """Every file of a run folder that does not open, and every one that is not finished."""
     found = []
@@ -157,7 +171,7 @@ def kill_once(stage: str, template: Path, data: Path, at_seconds: float, options
     killed = execute(words, at_seconds)
     left = [path for path in run.rglob("*") if path.is_file()]
     again = execute(words)
-    problems = problems_in(run)
+    problems = problems_in(run) + (lost_epochs(killed.output, again.output) if stage == "train" else [])
     if killed.code not in (None, 0):
         problems.append(f"ended with code {killed.code} before it was killed: {killed.output[-300:]}")
     if again.code != 0:

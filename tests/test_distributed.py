@@ -76,8 +76,8 @@ def test_torchrun_trains_to_the_weights_and_scores_of_one_process(planned: Path)
     shutil.copytree(planned, alone)
     record = train(alone, configuration="3d", device="cpu", precision="fp32", workers=1)
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    options = ["-m", "autoseg", "train", str(planned), "-c", "3d", "--device", "cpu", "--precision", "fp32"]
-    options += ["--workers", "1"]
+    options = ["-m", "autoseg", "train", str(planned), "-c", "3d", "--workers", "1"]
+    options += ["--device", "cpu", "--precision", "fp32"]
     ended = subprocess.run(words + options, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("3d, fold 0: finished") == 1

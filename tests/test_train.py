@@ -224,6 +224,24 @@ def test_a_finished_training_is_extended_by_epochs_and_not_to_fewer(run: Path) -
     assert (record.steps, record.configuration.train.epochs, record.finished) == (2 * STEPS, 2, True)
 
 
+def test_an_unfinished_training_is_not_extended_to_less_than_it_has(run: Path) -> None:
+    with pytest.raises(Interrupted):
+        start(run, epochs=9, report=at_step(2 * STEPS, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(UserError, match="--extend-to 2: 2 epochs are done already"):
+        start(run, resume="extend", epochs=2)
+    assert not load(Layout(run).model("3d", "0").run, Run).finished
+
+
+def test_a_damaged_state_is_told_before_anything_is_written(run: Path) -> None:
+    start(run, epochs=1)
+    model = Layout(run).model("3d", "0")
+    model.resume_tensors.write_bytes(b"")
+    before = files_in(run)
+    with pytest.raises(UserError, match=r"resume\.safetensors: no valid safetensors file"):
+        start(run, resume="auto", epochs=2)
+    assert files_in(run) == before
+
+
 def test_a_plan_that_changed_under_a_training_is_refused(run: Path) -> None:
     start(run, epochs=1)
     plan = load(Layout(run).plan, Plan)
@@ -310,9 +328,18 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(run: Path
     said: list[Event] = []
     assert start(run, resume="auto", epochs=1, report=said.append).finished
     assert not [event for event in said if isinstance(event, Warned)]
-    record = start(run, resume="auto", report=said.append)
-    assert record.steps == STEPS
+    record = start(run, resume="auto", epochs=2, report=said.append)
+    assert record.steps == 2 * STEPS
     assert [event for event in said if isinstance(event, Said) and "Going on" in event.text]
+
+
+@pytest.mark.parametrize("resume", ["auto", "yes"])
+def test_a_finished_training_is_kept_as_it_is(trained: Path, resume: str) -> None:
+    before, said = files_in(trained), []
+    record = start(trained, resume=resume, report=said.append)
+    assert said == [Said("3d, fold 0, seed 0: trained already.")]
+    assert record == load(Layout(trained).model("3d", "0").run, Run)
+    assert files_in(trained) == before
 
 
 def test_a_training_that_is_there_is_not_overwritten_by_accident(trained: Path) -> None:
@@ -357,6 +384,18 @@ def test_stopping_in_validation_keeps_the_training(run: Path) -> None:
     assert model.weights.read_bytes() == weights
 
 
+def test_sigterm_in_validation_ends_like_ctrl_c(run: Path) -> None:
+    def stop_validation(event: Event) -> None:
+        if isinstance(event, Started) and event.what == "validate":
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="--resume"):
+        start(run, epochs=1, report=stop_validation)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert Layout(run).model("3d", "0").weights.is_file()
+
+
 def test_ctrl_c_ends_with_code_130_and_the_command_that_goes_on(run: Path) -> None:
     words = [sys.executable, "-m", "autoseg", "train", run, "-c", "3d", "--epochs", "100000", "--device", "cpu"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -380,6 +419,16 @@ def test_the_command_that_goes_on_names_what_it_needs() -> None:
     assert resume_command(run, "2d", "all", 3) == "autoseg train 'a run' -c 2d -f all --seed 3 --resume"
     asked = Options(epochs=5, max_seconds=90.0, learning_rate=0.01)
     assert resume_command(run, "3d", "0", 0, "auto", asked).endswith("--epochs 5 --max-time 90 --lr 0.01 --resume auto")
+
+
+def test_compiling_takes_of_the_time_that_was_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object) -> None:
+        time.sleep(0.6)
+
+    monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
+    monkeypatch.setattr("autoseg.steps.learn.try_compile", slow)
+    record = start(run, max_seconds=0.5)
+    assert (record.steps, record.seconds > 0.6) == (0, True)
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,21 +66,33 @@ def save_state(path: Path, state: TrainState) -> None:
     _write(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, about)
 
 
+def read_numbers(path: Path) -> dict[str, Any]:
+    """The counters of a saved training state, without its tensors. Raises UserError as `load_state`."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.", fix="Has this network been trained?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    _check_version(path, about)
+    return dict(json.loads(about["numbers"]))
+
+
 def load_state(path: Path, state: TrainState) -> None:
     """Put a saved training state into `state`, which holds the same network and optimizer.
 
     Raises UserError when the file is missing, damaged, of another version or of another network.
     """
     tensors, about = _read(path)
-    if about.get("version") != str(STATE_VERSION) or about.get("autoseg") != "training state":
-        raise UserError(f"{path}: not a training state this version can continue.", fix="Train without --resume.")
+    _check_version(path, about)
     network = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
     try:
         state.network.load_state_dict(network)
     except RuntimeError as error:
         raise UserError(
             f"{path}: this training used another network than the plan has now.",
-            fix="Train without --resume, or bring the old plan back.",
+            fix="Start anew with --restart, or bring the old plan back.",
         ) from error
     optimizer = state.optimizer.state_dict()
     weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
@@ -97,6 +110,15 @@ def load_state(path: Path, state: TrainState) -> None:
         setattr(state, name, value)
     state.scaler.load_state_dict(json.loads(about["scaler"]))
     state.history = json.loads(about["history"])
+
+
+def _check_version(path: Path, about: Mapping[str, str]) -> None:
+    if about.get("version") != str(STATE_VERSION) or about.get("autoseg") != "training state":
+        raise UserError(f"{path}: not a training state this version can continue.", fix="Start anew with --restart.")
+
+
+def _damaged(path: Path, error: SafetensorError) -> UserError:
+    return UserError(f"{path}: no valid safetensors file ({error}).", fix="Train again, or restore it.")
 
 
 def _laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor:
@@ -126,4 +148,4 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path}: no valid safetensors file ({error}).", fix="Train again, or restore it.") from error
+        raise _damaged(path, error) from error

@@ -129,13 +129,14 @@ def channels_last_format(dimension: int) -> torch.memory_format:
     return torch.channels_last_3d if dimension == 3 else torch.channels_last
 
 
-COMPILE_SECONDS = {"cuda": 90.0, "cpu": 120.0}
-"""What compiling a training step takes, and what of a step it saves at least (docs/benchmarks.md)."""
+COMPILE_SECONDS = {"cuda": 90.0}
+"""What compiling a training step takes, and below what of a step it saves at least. CPUs are left out on purpose: the
+eager step is the faster one there (docs/decisions/training-on-a-cpu.md)."""
 COMPILE_SAVES = 0.2
 
 
 def pays_to_compile(device: Device, seconds_left: float | None) -> bool:
-    """Whether `torch.compile` earns back its time: not in fp32 on CPUs, where convolutions are all of the step."""
+    """Whether `torch.compile` earns back its time in the seconds that are left (None: nobody knows how many)."""
     cost = COMPILE_SECONDS.get(device.torch_device.type)
     if cost is None or sys.platform == "win32" or device.precision == "fp32":
         return False
@@ -147,14 +148,15 @@ def try_compile(
 ) -> Callable[[torch.Tensor], Any] | None:
     """The compiled network, tried on one batch of `shape` (B, C, ...); None, with one line why, if that fails.
 
-    The trial changes nothing: weights and running statistics are put back, gradients dropped.
+    The trial changes nothing: weights and running statistics are put back, gradients dropped. It runs in the modes
+    that the modules are in, and on a batch laid out as those of a training, else the first step would compile again.
     """
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     compiled = torch.compile(network)
     try:
-        network.train()
+        image = torch.zeros(shape, device=device.torch_device)
         with device.autocast():
-            outputs = compiled(torch.zeros(shape, device=device.torch_device))
+            outputs = compiled(image.contiguous(memory_format=channels_last_format(len(shape) - 2)))
         sum(each.float().mean() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
     except Exception as error:  # noqa: BLE001  compilers fail in many ways, and the eager network does the same work
         report(Warned(f"torch.compile failed ({type(error).__name__}); training goes on without it, more slowly."))

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from autoseg.parallel import torchrun_setting
+
 IMPATIENT_SECONDS = 2.0
 """torchrun hands a Ctrl-C on that its processes have got already; a second signal counts only after this time."""
 
@@ -30,9 +32,33 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         elif time.monotonic() - first_at > IMPATIENT_SECONDS:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(remember, signal.SIGINT, signal.SIGTERM):
         yield asked.is_set
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt inside the block, as Ctrl-C does: schedulers send it, and all is left tidy.
+
+    Without effect in any thread but the main one, and among the processes of torchrun: one that waits for the others
+    would not come to it.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or torchrun_setting("WORLD_SIZE", 1) > 1:
+        yield
+        return
+    with _handled(stop, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

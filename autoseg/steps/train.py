@@ -20,8 +20,9 @@ from autoseg.steps.options import Machine, Options, resume_command
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import default_configuration
 from autoseg.steps.sources import sources_of
+from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import Instead, Work, look_up, warn_of_restart
+from autoseg.steps.work import Instead, Work, look_up, trained_already, warn_of_restart
 
 
 def train(
@@ -59,7 +60,7 @@ def train(
         max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
         resume: "no" starts a training and refuses to overwrite one, "restart" overwrites it; "yes" goes on where it
             stopped (an error if there is none), "auto" does so or starts it; "extend" goes on to a larger `epochs` or
-            `max_seconds`.
+            `max_seconds`. One that came to its end is kept as it is unless other options are asked for.
         epochs, max_seconds, loss, batch_size, learning_rate, sampling: None takes what is planned, or what the training
             that is resumed had. Sampling is "mode" or "mode:class=rate,share=..."; see network/sampling.py.
         precision: "bf16", "fp16" or "fp32"; None takes what the device multiplies fastest.
@@ -121,6 +122,7 @@ def train_seeds(
     return tuple(ended)
 
 
+@ended_by_sigterm()
 def train_one(
     run: Path, configuration: str | None, fold: str, seed: int, resume: str, asked: Options, machine: Machine,
     team: Team, report: Report, instead: Instead | None = None,
@@ -129,6 +131,9 @@ def train_one(
     with first_goes_first(team):
         work = look_up(run, configuration, fold, seed, resume, asked, machine, team, report, instead)
         warn_of_restart(work, resume)
+    if (ended := trained_already(work, asked)) is not None:
+        report(Said(f"{work.planned.name}, fold {fold}, seed {seed}: trained already."))
+        return ended
     set_up(work.device, deterministic=bool(asked.deterministic))
     if work.planned.previous is not None and not is_trained(work.layout, work.planned.previous, fold):
         asked = _train_previous(work, asked)

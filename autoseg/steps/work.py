@@ -1,14 +1,16 @@
 """One network to train: which one, from which cases, on what machine. Looked up once, before anything is written."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autoseg import store
 from autoseg.cases.split import make_splits
 from autoseg.errors import UserError
 from autoseg.events import Report, Warned
 from autoseg.layout import Layout, ModelLayout
-from autoseg.network import losses
+from autoseg.network import checkpoint, losses
 from autoseg.network.device import Device, pick
 from autoseg.network.distributed import Team, own_device
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Splits
@@ -90,7 +92,7 @@ def look_up(
     before = store.load(model.run, Run) if continues else None
     if before is not None:
         _check_unchanged(before, planned, plan, asked, layout.plan)
-        _check_extension(before, resume, asked)
+        _check_extension(checkpoint.read_numbers(model.resume_tensors), resume, asked)
         wished = with_options(before.configuration, asked)
     elif asked.init is not None:
         donor_of(asked.init, planned.name, fold, seed, model)
@@ -154,16 +156,27 @@ def _continues(model: ModelLayout, resume: str) -> bool:
     return there and resume != "restart"
 
 
-def _check_extension(before: Run, resume: str, asked: Options) -> None:
-    """Refuse an extension to less than what is done."""
+def trained_already(work: Work, asked: Options) -> Run | None:
+    """The record of a training that came to its end, scores included, if nothing else than that is asked for."""
+    if not work.continues:
+        return None
+    record = store.load(work.model.run, Run)
+    longer = asked.max_seconds is not None and asked.max_seconds != record.max_seconds
+    if not record.finished or longer or with_options(record.configuration, asked) != record.configuration:
+        return None
+    return record if work.model.scores.is_file() or not work.cases.validation else None
+
+
+def _check_extension(done: Mapping[str, Any], resume: str, asked: Options) -> None:
+    """Refuse an extension to less than what is `done`, the counters of the saved state."""
     if resume != "extend":
         return
-    epochs = before.steps // max(1, before.configuration.train.steps_per_epoch)
+    epochs, seconds = done["epoch"], done["seconds"]
     if asked.epochs is not None and asked.epochs <= epochs:
         raise UserError(f"--extend-to {asked.epochs}: {epochs} epochs are done already.", fix="Give a larger number.")
-    if asked.max_seconds is not None and asked.max_seconds <= before.seconds:
+    if asked.max_seconds is not None and asked.max_seconds <= seconds:
         raise UserError(
-            f"--extend-to {asked.max_seconds:g}s: {before.seconds:.0f} s are done already.", fix="Give a longer time."
+            f"--extend-to {asked.max_seconds:g}s: {seconds:.0f} s are done already.", fix="Give a longer time."
         )
 
 
