@@ -9,7 +9,7 @@ from autoseg.errors import UserError
 from autoseg.events import Report, Warned
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import losses
-from autoseg.network.device import Device, pick
+from autoseg.network.device import Device, pick, slow_convolutions
 from autoseg.network.distributed import Team, own_device
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Splits
 from autoseg.steps.finetune import donor_of
@@ -97,6 +97,8 @@ def look_up(
             fix=f"Start at most {wished.batch_size}, or give a larger --batch-size.",
         )
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
+    if warning := slow_convolutions(device):
+        report(Warned(warning))
     return Work(
         run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
         as_it_is=instead is not None, lesson=lesson, is_paced=instead is not None and instead.is_paced,
