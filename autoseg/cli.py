@@ -60,6 +60,10 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print every decision with its reason; also of a run planned before.")
     ] = False,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(help="Change a planned run, such as 3d.patch_voxels=48,64,48; repeatable.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check the data, take its fingerprint, plan the networks."""
@@ -68,8 +72,11 @@ def plan(
 
         if (data is None) == (fingerprint is None):
             raise UserError("Planning needs either a data folder or --fingerprint.")
-        if data is not None and run is None and Layout(data).plan.is_file():
-            made = step.checked(data)
+        is_planned = data is not None and run is None and Layout(data).plan.is_file()
+        if edit and not is_planned:
+            raise UserError("--edit changes the plan of a run.", fix="Name its folder alone: autoseg plan RUN.")
+        if data is not None and is_planned:
+            made = step.edited(data, edit, report) if edit else step.checked(data)
         elif data is not None and run is None:
             raise UserError("Where shall the run be written?", fix="Name a folder: -o RUN.")
         elif data is not None and run is not None:

@@ -171,7 +171,7 @@ def parse(content: object, kind: type[AnySaved], where: str) -> AnySaved:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or name
-        raise UserError(f"{where}: field {field}: {first['msg']}.") from error
+        raise UserError(f"{where}: field {field}: {first['msg'].removeprefix('Value error, ')}.") from error
 
 
 def dump(content: object, indent: int = 0) -> str:

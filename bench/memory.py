@@ -126,13 +126,17 @@ def plans_within_budget(device: Device) -> bool:
         plan = load(file, Plan)
         if plan.budget.total_bytes not in {gigabytes << 30 for gigabytes in BUDGETS_GB}:
             continue
+        if plan.budget.budget_bytes > total:
+            print(f"{file.parent.name}/{file.name}: not tried, this card has {total / MIB:.0f} MiB", flush=True)
+            continue
         for planned in plan.configurations:
+            torch.cuda.reset_accumulated_memory_stats(card)
             torch.cuda.set_per_process_memory_fraction((plan.budget.budget_bytes - CONTEXT_BYTES) / total, card)
             try:
                 held = device_peaks(planned, device, STEPS)[1] + context_bytes(card)
                 retries = torch.cuda.memory_stats(card)["num_alloc_retries"]
                 fits = held <= plan.budget.budget_bytes
-                said = f"{held / MIB:9.1f} of {plan.budget.budget_bytes / MIB:9.1f} MiB, {retries} retries so far"
+                said = f"{held / MIB:9.1f} of {plan.budget.budget_bytes / MIB:9.1f} MiB, {retries} retries"
             except torch.cuda.OutOfMemoryError:
                 fits, said = False, "out of memory"
             finally:

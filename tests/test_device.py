@@ -23,6 +23,7 @@ from autoseg.network.device import (
     pays_to_compile,
     pick,
     set_up,
+    slow_convolutions,
     try_compile,
 )
 from autoseg.records import NetworkSpec
@@ -235,3 +236,24 @@ def test_trying_the_compiled_network_leaves_no_trace(monkeypatch: pytest.MonkeyP
     assert not network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(weight.grad is None for weight in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("version", "cudnn", "device", "precision", "warns"),
+    [
+        ("2.9.1+cu128", 91002, "cuda", "bf16", True),
+        ("2.9.0", None, "cuda", "fp16", True),
+        ("2.9.1", 91501, "cuda", "bf16", False),
+        ("2.9.1", 91002, "cuda", "fp32", False),
+        ("2.9.1", 91002, "cpu", "bf16", False),
+        ("2.10.0", 91002, "cuda", "bf16", False),
+    ],
+)
+def test_a_torch_without_cudnn_for_half_precision_is_named(
+    monkeypatch: pytest.MonkeyPatch, version: str, cudnn: int | None, device: str, precision: str, warns: bool
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    found = slow_convolutions(Device(torch.device(device), precision))
+    assert (found is not None) == warns
+    assert found is None or version in found

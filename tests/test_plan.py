@@ -1,5 +1,6 @@
 """`autoseg plan` on small data sets, without a GPU."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,10 @@ from fingerprints import alike, fingerprint
 from synthetic import write_dataset
 
 from autoseg.errors import UserError
-from autoseg.events import Warned
+from autoseg.events import Said, Warned
 from autoseg.layout import Layout
 from autoseg.records import Dataset, Fingerprint, Plan
-from autoseg.steps.plan import checked, from_fingerprint, plan
+from autoseg.steps.plan import checked, edited, from_fingerprint, plan
 from autoseg.store import load, save
 
 
@@ -87,3 +88,33 @@ def test_a_run_never_takes_the_place_of_a_data_set(tmp_path: Path) -> None:
             plan(data, run, memory="2GB", workers=1)
     assert (listed / "dataset.json").read_text() == before
     assert not (plain / "dataset.json").exists()
+
+
+def test_an_edit_is_saved_with_the_memory_it_needs(tmp_path: Path) -> None:
+    save(tmp_path / "fingerprint.json", fingerprint(alike(30, shape=(1, 40, 40)), dimension=2))
+    made = from_fingerprint(tmp_path / "fingerprint.json", tmp_path / "run", memory="4GB")
+    [before] = made.configurations
+    events: list = []
+    changes = [f"2d.batch_size={2 * before.batch_size}"]
+    changed = edited(tmp_path / "run", changes, events.append)
+    [after] = changed.configurations
+    assert checked(tmp_path / "run") == changed
+    assert after.batch_size == 2 * before.batch_size
+    assert before.memory.peak_bytes < after.memory.peak_bytes
+    assert {choice.field: choice for choice in changed.choices}["2d.memory"].because == "simulated after the edit."
+    assert not events
+    edited(tmp_path / "run", ["2d.batch_size=100000"], events.append)
+    assert "more than the budget of 3.75 GB" in events[0].text
+
+
+def test_memory_and_device_together_check_the_simulation(tmp_path: Path) -> None:
+    save(tmp_path / "fingerprint.json", fingerprint(alike(3, shape=(1, 24, 24)), dimension=2))
+    events: list = []
+    from_fingerprint(tmp_path / "fingerprint.json", memory="1GB", device="cpu", report=events.append)
+    [said] = [event.text for event in events if isinstance(event, Said) and "simulated" in event.text]
+    found = re.fullmatch(r"2d at batch 2: simulated .* MB, measured .* MB: ([+-]\d+\.\d) %", said)
+    assert found is not None
+    assert abs(float(found[1])) <= 5.0
+    events.clear()
+    from_fingerprint(tmp_path / "fingerprint.json", device="cpu", report=events.append)
+    assert not [event for event in events if isinstance(event, Said) and "simulated" in event.text]

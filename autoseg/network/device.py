@@ -83,6 +83,24 @@ def _cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def slow_convolutions(device: Device) -> str | None:
+    """What to say of a torch that computes 3D convolutions in half precision without cuDNN; None where all is well.
+
+    torch 2.9 leaves cuDNN out before 9.15, whose results were wrong (pytorch #163539, #166122).
+    """
+    if not device.is_cuda or device.precision == "fp32" or not str(torch.__version__).startswith("2.9."):
+        return None
+    if (torch.backends.cudnn.version() or 0) >= REPAIRED_CUDNN:
+        return None
+    return (
+        f"torch {torch.__version__} computes 3D convolutions in {device.precision} without cuDNN: about four times "
+        "slower, and with more memory. Install another version of torch."
+    )
+
+
+REPAIRED_CUDNN = 91500
+
+
 def set_up(device: Device, deterministic: bool = False) -> None:
     """Prepare this process once before the first tensor: threads, allocator, convolution search.
 

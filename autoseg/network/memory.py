@@ -39,6 +39,8 @@ CPU_HEAP = 1.66
 fp32, with and without device.keep_freed_memory, for 40x56x40, 16x64x64 and 128x128 (glibc 2.36); the largest counts."""
 CPU_MOST_BYTES = 8 * GIB
 """Budget of a CPU when nothing is asked for: this, or half of the memory the process may use if that is less."""
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Where it is not torch's allocator that runs out: kernels loaded late, handles of cuDNN and cuBLAS."""
 WARM_STEPS = 2
 MEASURED_STEPS = 2
 
@@ -109,8 +111,9 @@ def allowed_ram_bytes() -> int:
 
 def _budget(device: str, total: int, budget: int, driver: str = "", precision: str = "") -> Budget:
     if budget <= 0:
+        name = "a CUDA card" if device == "cuda" else device
         raise UserError(
-            f"{_text(total)} on {device} leaves nothing to train with after {_text(RESERVE_BYTES)} in reserve"
+            f"{_text(total)} on {name} leaves nothing to train with after {_text(RESERVE_BYTES)} in reserve"
             " and what other processes hold.",
             fix="Free memory on the device or give more with --memory.",
         )
@@ -121,7 +124,7 @@ def _budget(device: str, total: int, budget: int, driver: str = "", precision: s
 
 
 def _text(size: int) -> str:
-    return f"{size / GIB:.2f} GB"
+    return f"{size / GIB:.2f} GB" if size >= GIB / 10 else f"{size / MIB:.3g} MB"
 
 
 # ------------------------------------------------------------------------------------------------ bytes of a step
@@ -167,23 +170,26 @@ def compare(configuration: Configuration, device: Device) -> tuple[int, int]:
 def measure_on_device(configuration: Configuration, device: Device) -> int:
     """Bytes this process holds on a CUDA card while it trains: what its allocator reserves at most, and the context.
 
-    A step that does not fit gives a number above the card's size. Memory of other processes is no part of it. The step
-    runs eager; compiled, it is expected to need less.
+    A step that does not fit gives what the simulation says it needs, and in any case more than the card has: searches
+    go on from such a number, where the card's size would tell them nothing. Memory of other processes is no part of
+    it. The step runs eager; compiled, it is expected to need less.
     """
     card = device.torch_device
     try:
         return device_peaks(configuration, device)[1] + context_bytes(card)
-    except torch.cuda.OutOfMemoryError:
-        pass
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not _ran_out(error):
+            raise
     _clean(card)  # until here the error held what the step had got
-    return torch.cuda.mem_get_info(card)[1] + CONTEXT_BYTES
+    beyond = torch.cuda.mem_get_info(card)[1] + CONTEXT_BYTES
+    return max(beyond, needed_bytes(simulation.replay(configuration, device.precision, "cuda")))
 
 
 def device_peaks(configuration: Configuration, device: Device, steps: int = MEASURED_STEPS) -> tuple[int, int]:
     """(allocated, reserved) bytes at the peak of `steps` warm training steps on a CUDA card, workspaces included.
 
     Warm-up steps search for algorithms and make the optimizer's state; their peak is forgotten. No memory stays.
-    Raises torch.cuda.OutOfMemoryError when a step does not fit.
+    Raises torch.OutOfMemoryError, or a RuntimeError of CUDA's libraries (`OUT_OF_MEMORY`), when a step does not fit.
     """
     card = device.torch_device
     set_up(device)
@@ -203,6 +209,10 @@ def device_peaks(configuration: Configuration, device: Device, steps: int = MEAS
     finally:
         del step
         _clean(card)
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _clean(card: torch.device) -> None:

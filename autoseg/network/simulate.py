@@ -180,6 +180,8 @@ def replay(configuration: Configuration, precision: str, device_type: str = "cud
         stack.enter_context(_few_pieces(device_type))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if device_type == "cuda":
+            stack.enter_context(_layouts_of_cuda())
         if device_type == "cuda" and precision != "fp32":
             stack.enter_context(_CudaCasts())
         live = stack.enter_context(LiveBytes())
@@ -224,6 +226,22 @@ def _few_pieces(device_type: str) -> Iterator[None]:
     finally:
         losses_sums._pieces = whole
         losses_sums.PIECE.update(sizes)
+
+
+@contextmanager
+def _layouts_of_cuda() -> Iterator[None]:
+    """Let convolutions put out channels-last wherever their input or weights are, as cuDNN does.
+
+    Fake tensors ask which library this machine's CPU would take, and of those only oneDNN has cuDNN's rule
+    (cudnn_conv_suggest_memory_format and mkldnn_conv_use_channels_last in aten's ConvUtils.h). A CPU without bf16 takes
+    another for half precision, and the reading would depend on the machine.
+    """
+    select = torch._C._select_conv_backend
+    torch._C._select_conv_backend = lambda *_, **__: torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._select_conv_backend = select
 
 
 # ------------------------------------------------------------------------------------------------ CUDA's allocator

@@ -20,7 +20,7 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
             all_or_some = "all" if len(thin) == len(fingerprint.cases) else f"{len(thin)} of {len(fingerprint.cases)}"
             raise UserError(
                 f"The data set is 3D, but {all_or_some} images have a single slice: {some(thin)}.",
-                fix="Train 2D images as a data set of their own, or leave these cases out with --skip-bad.",
+                fix="Train 2D images as a data set of their own, and move them out of this one.",
             )
     elif len(single) < len(fingerprint.cases):
         total = len(fingerprint.cases)
@@ -78,6 +78,7 @@ def _check_configuration(configuration: Configuration, plan: Plan) -> None:
     spacing = [each for each in configuration.spacing_mm if each is not None]
     if min(spacing) <= 0 or (configuration.dimension == 3 and len(spacing) < 3):
         raise UserError(f"Configuration {name}: spacing_mm is {configuration.spacing_mm}, but has to be above zero.")
+    _check_axes(configuration)
     inputs = channels + (plan.classes - 1 if configuration.previous else 0)
     if configuration.network.in_channels != inputs or configuration.network.classes != len(plan.outputs):
         raise UserError(
@@ -90,4 +91,18 @@ def _check_configuration(configuration: Configuration, plan: Plan) -> None:
             f"Configuration {name}: stage {unsafe[0]} would leave a single voxel on the last axis of the patch, which "
             "some processors compute wrongly in bf16.",
             fix=f"Make the last axis of patch_voxels at least {least}, or its stride in that stage 1.",
+        )
+
+
+def _check_axes(configuration: Configuration) -> None:
+    name, mirrored = configuration.name, configuration.train.augment.mirror_axes
+    if sorted(configuration.axes) != [0, 1, 2]:
+        raise UserError(
+            f"Configuration {name}: axes is {configuration.axes}, but has to name each axis of the files once.",
+            fix="Write 0, 1 and 2 in the order the patch shall have, such as [2, 0, 1].",
+        )
+    if not set(mirrored) <= set(range(configuration.dimension)):
+        raise UserError(
+            f"Configuration {name}: mirror_axes is {mirrored}, but the patch has {configuration.dimension} axes.",
+            fix=f"Choose from {', '.join(map(str, range(configuration.dimension)))}.",
         )

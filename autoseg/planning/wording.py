@@ -6,8 +6,8 @@ GIGABYTE = 2**30
 
 
 def gigabytes(size_bytes: float) -> str:
-    """E.g. "4.68 GB", or "0.02 GB" for 20 MB."""
-    return f"{size_bytes / GIGABYTE:.2f} GB"
+    """E.g. "4.68 GB", or "20 MB"."""
+    return f"{size_bytes / GIGABYTE:.2f} GB" if size_bytes >= GIGABYTE / 10 else f"{size_bytes / 2**20:.3g} MB"
 
 
 def voxels(shape: Sequence[int]) -> str:

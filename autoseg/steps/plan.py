@@ -1,6 +1,7 @@
 """`autoseg plan`: look at the data once, decide everything, and write down why."""
 
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from autoseg.layout import Layout
 from autoseg.parallel import allowed_cores
 from autoseg.planning.architecture import preset_named
 from autoseg.planning.checks import check_plan
+from autoseg.planning.edit import edit
 from autoseg.planning.plan import make_plan
+from autoseg.planning.search import SMALLEST_BATCH
 from autoseg.planning.wording import GIGABYTE, gigabytes
-from autoseg.records import Budget, Dataset, Fingerprint, Plan
+from autoseg.records import Budget, Choice, Configuration, Dataset, Fingerprint, Memory, Plan
 from autoseg.store import load, record_name, remove_unfinished, save
 
 
@@ -91,6 +94,45 @@ def checked(run: Path) -> Plan:
     return planned
 
 
+def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
+    """Change fields of a run's plan, such as "3d.patch_voxels=48,64,48", read what steps need now, and save it.
+
+    Raises UserError for changes that a plan cannot have; see planning/edit.py. More memory than the budget only warns.
+    """
+    layout = Layout(run)
+    before = load(layout.plan, Plan)
+    after = edit(before, changes)
+    old = {each.name: (each.network, each.patch_voxels, each.batch_size) for each in before.configurations}
+    configurations = tuple(
+        each if (each.network, each.patch_voxels, each.batch_size) == old.get(each.name)
+        else _read_again(each, before.budget, report)
+        for each in after.configurations
+    )  # fmt: skip
+    told = {f"{each.name}.memory": each.memory for each in configurations if each not in after.configurations}
+    choices = tuple(
+        Choice(field=each.field, value=gigabytes(told[each.field].peak_bytes), because="simulated after the edit.")
+        if each.field in told else each
+        for each in after.choices
+    )  # fmt: skip
+    after = after.model_copy(update={"configurations": configurations, "choices": choices})
+    _warn_of_trained_models(layout, after, report)
+    save(layout.plan, after)
+    return after
+
+
+def _read_again(configuration: Configuration, budget: Budget, report: Report) -> Configuration:
+    """The configuration with the memory that its step needs, simulated for the device of the plan."""
+    from autoseg.network.memory import measurer
+
+    kind = budget.device.partition(":")[0]  # without a number it is simulated, so the card need not be here
+    measure, source = measurer(budget.model_copy(update={"device": kind}))
+    peak = measure(configuration)
+    if peak > budget.budget_bytes:
+        needs = f"needs {gigabytes(peak)}, more than the budget of {gigabytes(budget.budget_bytes)}"
+        report(Warned(f"Configuration {configuration.name} as edited {needs}."))
+    return configuration.model_copy(update={"memory": Memory(source=source, peak_bytes=peak)})
+
+
 def _import_what_planning_takes() -> None:
     import_module("autoseg.network.memory")
     import_module("torch._dynamo.config")  # fake tensors import all of the compiler for its settings
@@ -109,16 +151,19 @@ def _refuse_to_overwrite(data: Path, layout: Layout) -> None:
 def _plan_for(
     fingerprint: Fingerprint, memory: str | None, device: str | None, preset: str, file_ending: str, report: Report
 ) -> Plan:
+    from autoseg.network.device import pick, slow_convolutions
     from autoseg.network.memory import measurer
 
     report(Started("planning"))
     budget = _budget(memory, device, preset)
     measure, source = measurer(budget)
+    if source == "measured" and (warning := slow_convolutions(pick(budget.device))):
+        report(Warned(warning))
     planned = make_plan(
         fingerprint, budget, measure, source=source, preset=preset, file_ending=file_ending, report=report
     )
     report(Finished("planning"))
-    if memory is not None and source == "measured":
+    if memory is not None and device is not None:
         _check_simulation(planned, report)
     return planned
 
@@ -134,15 +179,22 @@ def _budget(memory: str | None, device: str | None, preset: str) -> Budget:
 
 
 def _check_simulation(planned: Plan, report: Report) -> None:
-    """Say how far the simulation is from the measurement, for each configuration planned on a real card."""
+    """Say how far the simulation is from the measurement, for each configuration planned for a device that is here.
+
+    On a CPU a batch of two is enough to tell: memory grows in step with the batch, and a full one may take minutes.
+    """
     from autoseg.network.device import pick
     from autoseg.network.memory import compare
 
+    device = pick(planned.budget.device)
+    if device.torch_device.type not in ("cuda", "cpu"):
+        return
     for configuration in planned.configurations:
-        simulated, measured = compare(configuration, pick(planned.budget.device))
+        batch = configuration.batch_size if device.is_cuda else min(SMALLEST_BATCH, configuration.batch_size)
+        simulated, measured = compare(configuration.model_copy(update={"batch_size": batch}), device)
         error = 100 * (simulated - measured) / measured
         text = f"simulated {gigabytes(simulated)}, measured {gigabytes(measured)}: {error:+.1f} %"
-        report(Said(f"{configuration.name}: {text}"))
+        report(Said(f"{configuration.name} at batch {batch}: {text}"))
 
 
 def _warn_of_too_few(dataset: Dataset, report: Report) -> None:

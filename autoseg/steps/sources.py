@@ -15,7 +15,7 @@ from autoseg.steps.work import Work
 RAM_SHARE = 0.25
 """Preprocessed cases are kept in RAM while they need less than this share of it, unless a limit was asked for."""
 DEVICE_SHARE = 0.25
-"""Of what is free on a GPU: the plan counts on the rest."""
+"""Of what is free on a GPU, and never what the planned step needs."""
 
 
 def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
@@ -28,7 +28,8 @@ def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
     limit = _limit_bytes(work)
     need = sum(bytes_of(case) for case in opened.values())
     sources: dict[str, Source] = {}
-    if configuration.previous is None and work.lesson is None and need <= min(_device_bytes(work), limit):
+    alone = configuration.previous is None and work.lesson is None
+    if alone and need <= min(_device_bytes(work, configuration), limit):
         where = work.device.torch_device
         for name, case in opened.items():
             image_CZYX, labels_ZYX = case.read()
@@ -73,10 +74,11 @@ def _limit_bytes(work: Work) -> float:
     return RAM_SHARE * allowed_ram_bytes() / work.team.size
 
 
-def _device_bytes(work: Work) -> float:
+def _device_bytes(work: Work, configuration: Configuration) -> float:
     if not work.device.is_cuda:
         return 0.0
-    return DEVICE_SHARE * torch.cuda.mem_get_info(work.device.torch_device)[0]
+    free = torch.cuda.mem_get_info(work.device.torch_device)[0]
+    return max(0.0, min(DEVICE_SHARE * free, free - configuration.memory.peak_bytes))
 
 
 def _with_previous(

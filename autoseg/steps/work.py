@@ -11,7 +11,7 @@ from autoseg.errors import UserError
 from autoseg.events import Report, Warned
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, losses
-from autoseg.network.device import Device, pick
+from autoseg.network.device import Device, pick, slow_convolutions
 from autoseg.network.distributed import Team, own_device
 from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Splits
 from autoseg.steps.finetune import donor_of
@@ -104,6 +104,8 @@ def look_up(
             fix=f"Start at most {wished.batch_size}, or give a larger --batch-size.",
         )
     device = pick(own_device(machine.device), asked.precision or (before and before.asked_precision) or None)
+    if warning := slow_convolutions(device):
+        report(Warned(warning))
     return Work(
         run, plan, planned, dataset, fold, seed, cases, model, continues, device, machine, team, report,
         as_it_is=instead is not None and instead.keeps_norm, lesson=lesson,
