@@ -1,5 +1,6 @@
 """The commands. Each parses its options and calls one function of `steps/`, imported only then: `--help` stays fast."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -328,7 +329,15 @@ for command in app.registered_commands:
 
 def main() -> None:
     """Entry point of the `autoseg` command."""
-    app(with_resume_value(sys.argv[1:]))
+    try:
+        app(with_resume_value(sys.argv[1:]))
+    except SystemExit as ending:
+        lanes = sys.modules.get("autoseg.lanes")
+        if lanes is None or not lanes.left_behind():
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ending.code if isinstance(ending.code, int) else 1)
 
 
 @app.callback(invoke_without_command=True)

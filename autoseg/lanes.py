@@ -26,6 +26,9 @@ Item = TypeVar("Item")
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4.0
 """How long workers of the last stage may still finish what they have when something else failed."""
+LEAVE_SECONDS = 3.0
+"""How long threads that are told to give up are waited for."""
+THREAD_NAME = "lane"
 STALL_SECONDS = 3600.0
 """A worker that has not answered for so long is given up."""
 
@@ -76,12 +79,13 @@ def side_by_side(
     name: Callable[[Item], str],
     stop_at_failure: bool = True,
     preload: Sequence[str] = (),
+    give_up: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Item, Any] | Failure[Item]]:
     """Yield (item, result of the last stage) as items come out, or the `Failure` of those that do not.
 
     With `stop_at_failure` the first failure raises its error, named and with its own traceback, after what is being
-    finished in the last stage was yielded; all workers are gone then. `preload` names modules that worker processes
-    need.
+    finished in the last stage was yielded; all workers are gone then, but for threads that do not heed `give_up`, which
+    is called before the workers are let go early (see `left_behind`). `preload` names modules that worker processes need.
     """
     flow = _Flow(stages, name)
     flow.queues = [deque() for _ in stages]
@@ -100,8 +104,19 @@ def side_by_side(
                 yield outcome
         ended = True
     finally:
+        if not ended:
+            give_up()
+        until = time.monotonic() + LEAVE_SECONDS
         for worker in (each for group in flow.workers for each in group):
-            worker.end(kindly=ended)
+            worker.end(ended, until)
+
+
+def left_behind() -> bool:
+    """Whether threads of an ended work are still in the middle of something.
+
+    An interpreter that ends meanwhile would be aborted: Python stops such a thread inside of torch, which C++ forbids.
+    """
+    return any(thread.name == THREAD_NAME and thread.is_alive() for thread in threading.enumerate())
 
 
 def named_error(error: Exception, doing: str, name: str, trace: str = "") -> Exception:
@@ -156,7 +171,7 @@ def _collect(flow: _Flow) -> Iterator[tuple[Any, Any] | Failure]:
         if not good or not worker.alive():
             place = flow.workers[number].index(worker)
             if not worker.alive() or time.monotonic() - since >= stage.stall_seconds:
-                worker.end(kindly=False)
+                worker.end(False, time.monotonic())
                 flow.workers[number][place] = worker.again()
         if not good:
             yield Failure(item, stage.doing, named_error(result, stage.doing, name, trace))
@@ -228,7 +243,7 @@ class _Process:
             )
         return UserError(f"{name}: the process {doing} it ended with exit code {code}.")
 
-    def end(self, kindly: bool) -> None:
+    def end(self, kindly: bool, until: float) -> None:
         """Let the process go, and kill it where it does not."""
         self.line.close()
         if not kindly:
@@ -248,7 +263,7 @@ class _Thread:
         self.work: tuple[Any, Any] | None = None
         self.outcome: tuple[bool, Any, str] | None = None
         self.wake = threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self.thread.start()
 
     def again(self) -> "_Thread":
@@ -280,12 +295,11 @@ class _Thread:
         """A thread answers whatever happens, unless the interpreter is ending."""
         return UserError(f"{name}: the thread {doing} it ended without an answer.")
 
-    def end(self, kindly: bool) -> None:
-        """Let the thread go; it is not waited for where it may be in the middle of something."""
+    def end(self, kindly: bool, until: float) -> None:
+        """Let the thread go; where it is in the middle of something, it is waited for `until` then."""
         self.work = None
         self.wake.release()
-        if kindly:
-            self.thread.join(2.0)
+        self.thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         while True:

@@ -33,6 +33,15 @@ def test_a_stack_is_no_image_for_a_2d_plan(tmp_path: Path) -> None:
         assert read_case(plan, (configuration,), an_image(tmp_path / "one.nii.gz", shape)).stages
 
 
+def test_an_image_with_nan_is_refused_before_normalizing_spreads_it(tmp_path: Path) -> None:
+    array_ZYX = np.ones((4, 5, 6), np.float32)
+    array_ZYX[1, 2, 3], array_ZYX[0] = np.inf, np.nan
+    sitk.WriteImage(sitk.GetImageFromArray(array_ZYX), str(tmp_path / "a.nii.gz"))
+    configuration = a_configuration()
+    with pytest.raises(UserError, match=r"case_7: channel 0 has 31 voxel\(s\) that are NaN or infinite"):
+        read_case(a_plan(configuration), (configuration,), Case(id="case_7", images=(str(tmp_path / "a.nii.gz"),)))
+
+
 def test_label_maps_do_not_go_among_the_images(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()

@@ -193,3 +193,29 @@ def test_no_process_stays_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="three"):
         list(flow)
     assert not multiprocessing.active_children()
+
+
+def test_threads_are_told_to_give_up_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that ends while a thread is inside of torch is aborted."""
+    given_up, ended, deaf = threading.Event(), threading.Event(), threading.Event()
+
+    def compute(item: int, _: object) -> None:
+        given_up.wait(20)
+        time.sleep(0.3)
+        ended.set()
+
+    def fail_second(item: int, _: object) -> int:
+        if item:
+            raise ValueError("two")
+        return item
+
+    before, behind = Stage("reading", (fail_second,)), Stage("writing", (lambda item, _: item,))
+    with pytest.raises(ValueError, match="two"):
+        list(side_by_side(range(2), (before, Stage("predicting", (compute,)), behind), named, give_up=given_up.set))
+    assert ended.is_set()
+    assert not lanes.left_behind()
+    monkeypatch.setattr(lanes, "LEAVE_SECONDS", 0.2)
+    with pytest.raises(ValueError, match="two"):
+        list(side_by_side(range(2), (before, Stage("predicting", (lambda item, _: deaf.wait(30),)), behind), named))
+    assert lanes.left_behind()
+    deaf.set()

@@ -18,7 +18,7 @@ from autoseg.image.crop import insert
 from autoseg.image.formats import read_image, write_labels
 from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
-from autoseg.image.volume import Geometry
+from autoseg.image.volume import Geometry, Volume
 from autoseg.layout import entropy_file, mutual_file, prediction_file, prediction_record
 from autoseg.records import Case, Configuration, Plan, Rule
 from autoseg.store import save
@@ -85,6 +85,7 @@ def read_case(plan: Plan, configurations: Sequence[Configuration], case: Case, _
         return Ready((), inputs)
     volume = read_image([Path(path) for path in case.images])
     _refuse_other_dimension(volume.geometry, plan.dimension, case)
+    refuse_not_finite(volume, case.id)
     return Ready(tuple(prepare(volume, None, plan, each, case.id) for each in configurations), inputs)
 
 
@@ -127,6 +128,17 @@ def _refuse_other_dimension(geometry: Geometry, planned: int, case: Case) -> Non
         raise UserError(f"{case.id}: a 2D image, but the plan was made for 3D.", fix="Leave this case out.")
     if planned == 2 and slices > 1:
         raise UserError(f"{case.id}: {slices} slices, but the plan was made for 2D.", fix="Save each slice by itself.")
+
+
+def refuse_not_finite(volume: Volume, case: str) -> None:
+    """Raise UserError where a voxel is NaN or infinite: normalizing would spread it over the whole image."""
+    for number, channel_ZYX in enumerate(volume.array_CZYX):
+        if not (np.isfinite(channel_ZYX.min()) and np.isfinite(channel_ZYX.max())):  # min and max pass NaN on
+            count = int(np.count_nonzero(~np.isfinite(channel_ZYX)))
+            raise UserError(
+                f"{case}: channel {number} has {count} voxel(s) that are NaN or infinite.",
+                fix="Give them a value, such as that of the air around.",
+            )
 
 
 def refuse_folder_of_images(images: Path, output: Path) -> None:

@@ -195,7 +195,7 @@ def segment_cases(
     report(Started(WHAT, of=len(cases)))
     flow = side_by_side(
         largest_first(cases, predictors[0]), _stages(predictors, output, wishes, len(cases), abandoned),
-        lambda case: case.id, not wishes.skip_failed, PRELOAD,
+        lambda case: case.id, not wishes.skip_failed, PRELOAD, abandoned.set,
     )  # fmt: skip
     try:
         for outcome in flow:

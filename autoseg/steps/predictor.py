@@ -14,7 +14,16 @@ import SimpleITK as sitk
 import torch
 from torch import nn
 
-from autoseg.cases.exchange import PERMILLE, Ending, Found, Ready, finished, on_file_grid, without_image
+from autoseg.cases.exchange import (
+    PERMILLE,
+    Ending,
+    Found,
+    Ready,
+    finished,
+    on_file_grid,
+    refuse_not_finite,
+    without_image,
+)
 from autoseg.cases.prepare import Prepared, prepare, restore, restore_probabilities, to_indices
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
@@ -196,7 +205,8 @@ class Predictor:
     def segment(
         self, volume: Volume, with_probabilities: bool = False, case: str = "the image", uncertainty: bool = False
     ) -> Segmentation:
-        """Segment one image that has been read; see `Segmentation`."""
+        """Segment one image that has been read; see `Segmentation`. Raises UserError where it holds NaN."""
+        refuse_not_finite(volume, case)
         ready = Ready(tuple(prepare(volume, None, self.plan, each, case) for each in self.stages), ())
         collected: list[np.ndarray] = []
 
