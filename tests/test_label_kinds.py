@@ -151,7 +151,7 @@ def trained(place: Path, data: Path, **options: object) -> tuple[Path, ModelLayo
         kernels=((3, 3), (3, 3)), encoder_blocks=(1, 1), decoder_blocks=(1,),
     )  # fmt: skip
     augment = AugmentSpec(rotation_rad=(0.0,), rotation_chance=0.0, scale_chance=0.0)
-    spec = TrainSpec(epochs=4, steps_per_epoch=40, warmup_steps=5, learning_rate=1e-2, augment=augment)
+    spec = TrainSpec(epochs=3, steps_per_epoch=40, warmup_steps=5, learning_rate=1e-2, augment=augment)
     configuration = a_configuration(
         name="2d", dimension=2, spacing_mm=(None, 1.0, 1.0), patch_voxels=(SIDE, SIDE), batch_size=4, network=network,
         train=spec, median_shape_voxels=(1, SIDE, SIDE), normalization=("zscore",),

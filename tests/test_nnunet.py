@@ -19,6 +19,7 @@ from torch import Tensor
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.network import nnunet
+from autoseg.network.export import slabs
 from autoseg.network.unet import UNet
 from autoseg.records import Plan
 from autoseg.steps.import_nnunet import import_nnunet
@@ -230,6 +231,28 @@ def test_an_imported_model_predicts_with_its_own_weights_grid_and_mirroring(tmp_
     assert predictor(image[0].numpy(), (1.0, 2.0, 0.5)).shape == (8, 16, 16)
 
 
+def test_regions_are_imported_with_what_they_paint(tmp_path: Path) -> None:
+    folder = a_model_folder(tmp_path)
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3}
+    content = json.loads((folder / "dataset.json").read_text()) | {"labels": labels, "regions_class_order": [1, 2, 3]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    made = import_nnunet(folder, tmp_path / "run")
+    assert [(each.name, each.labels, each.paint) for each in made.regions] == [
+        ("whole", (1, 2, 3), 1), ("core", (2, 3), 2), ("inner", (3,), 3),
+    ]  # fmt: skip
+    image = filled(tuple(PLAIN["image"]), 5, "image.values")
+    with torch.no_grad():
+        logits_KZYX = nnunet.load_nnunet(folder)(image)[0]
+    predictor = Predictor(tmp_path / "run", device="cpu", mirroring=False)
+    painted = np.zeros((8, 16, 16), int)
+    for value, logits_ZYX in enumerate(logits_KZYX, 1):
+        painted[logits_ZYX.numpy() > 0] = value
+    scores = predictor.scorer(predictor.wanted(False, False))
+    assert (scores.activation, scores.channels) == ("sigmoid", 3)
+    [slab] = slabs([logits_KZYX], (8, 16, 16), (None, None, None), predictor.wanted(False, False))
+    assert np.array_equal(slab.labels_ZYX, painted)
+
+
 def test_a_second_configuration_is_imported_beside_the_first(tmp_path: Path) -> None:
     run = tmp_path / "run"
     import_nnunet(a_model_folder(tmp_path), run)
@@ -245,7 +268,7 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no fold has a checkpoint_best\.pth"):
         import_nnunet(folder, tmp_path / "run", checkpoint_name="checkpoint_best.pth")
     for file, changes, sentence in (
-        ("dataset.json", {"labels": {"background": 0, "whole": [1, 2]}}, "'whole' is a region"),
+        ("dataset.json", {"labels": {"background": 0, "whole": [1, 2]}}, "whole need 'regions_class_order'"),
         ("plans.json", {"previous_stage": "3d_lowres"}, "second stage of a cascade"),
         ("plans.json", {"normalization_schemes": ["Own", "Own"]}, "Own is not known here. Known are ZScore"),
     ):

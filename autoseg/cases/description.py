@@ -45,7 +45,7 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
             f"{where}: 'labels' must map names to values.", fix='For example {"background": 0, "liver": 1}.'
         )
     found: list[Label] = []
-    for key, entry in named.items():
+    for key, entry in _plainer(named).items():
         if isinstance(entry, list):
             continue
         by_value = _is_number(key) and isinstance(entry, str)
@@ -77,13 +77,13 @@ def read_regions(description: Mapping[str, Any], where: str) -> tuple[Region, ..
     Raises UserError where it is missing or does not fit.
     """
     named = description.get("labels")
-    entries = dict(named) if isinstance(named, Mapping) else {}
+    entries = _plainer(named) if isinstance(named, Mapping) else {}
     if not any(isinstance(entry, list) for entry in entries.values()):
         return ()
     regions = {
         str(name): tuple(entry) if isinstance(entry, list) else (entry,)
         for name, entry in entries.items()
-        if str(name).lower() != "ignore" and entry not in (0, [0], "0")
+        if str(name).lower() != "ignore" and entry != 0
     }
     wrong = [name for name, values in regions.items() if not values or not all(type(v) is int for v in values)]
     if wrong:
@@ -100,6 +100,11 @@ def read_regions(description: Mapping[str, Any], where: str) -> tuple[Region, ..
         Region(name=name, labels=values, paint=paint)
         for (name, values), paint in zip(regions.items(), order, strict=True)
     )
+
+
+def _plainer(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The labels with a value in place of a list of one."""
+    return {name: entry[0] if isinstance(entry, list) and len(entry) == 1 else entry for name, entry in named.items()}
 
 
 def with_annotated(

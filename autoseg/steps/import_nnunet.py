@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from autoseg import __version__, store
+from autoseg.cases.description import read_label_names, read_regions
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
 from autoseg.layout import Layout
@@ -58,11 +59,12 @@ def import_nnunet(
     if not files:
         raise UserError(f"{folder}: no fold has a {checkpoint_name}.", fix="Give nnU-Net's folder of a trained model.")
     read = {fold: nnunet.read_checkpoint(path) for fold, path in files.items()}
-    labels, ignore_value = _labels(dataset, folder)
+    labels, ignore_value = read_label_names(dataset, f"{folder}/dataset.json")
+    regions = read_regions(dataset, f"{folder}/dataset.json")
     mirror_axes = next(iter(read.values())).mirror_axes
-    configuration = _configuration(plans, theirs, len(_channels(dataset)), len(labels), mirror_axes, folder)
+    configuration = _configuration(plans, theirs, len(_channels(dataset)), len(regions or labels), mirror_axes, folder)
     weights = {fold: nnunet.weights_from_nnunet(each.weights, configuration.network) for fold, each in read.items()}
-    made = _plan(plans, dataset, configuration, labels, ignore_value, folder)
+    made = _plan(plans, dataset, configuration, labels, ignore_value, folder).model_copy(update={"regions": regions})
     layout = Layout(run)
     if layout.plan.is_file():
         made = _joined(store.load(layout.plan, Plan), made, run)
@@ -136,24 +138,11 @@ def _channels(dataset: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dataset["channel_names"][str(c)] for c in range(len(dataset["channel_names"])))
 
 
-def _labels(dataset: Mapping[str, Any], folder: Path) -> tuple[tuple[Label, ...], int | None]:
-    """Labels in the order of their values, and the value that marks what nobody annotated."""
-    ignore_value, found = None, []
-    for name, value in dataset["labels"].items():
-        if name == "ignore":
-            ignore_value = int(value)
-        elif isinstance(value, list):
-            raise UserError(f"{folder}: {name!r} is a region of several labels, which cannot be imported.")
-        else:
-            found.append(Label(name=name, value=int(value)))
-    return tuple(sorted(found, key=lambda label: label.value)), ignore_value
-
-
 def _joined(old: Plan, new: Plan, run: Path) -> Plan:
     """The old plan with the new configuration, in place of one of that name."""
     if old.preset != "imported":
         raise UserError(f"{run}: this run was planned here.", fix="Import into another folder.")
-    if (old.channels, old.labels, old.dataset) != (new.channels, new.labels, new.dataset):
+    if any(getattr(old, field) != getattr(new, field) for field in ("channels", "labels", "regions", "dataset")):
         raise UserError(f"{run}: this run is of another data set ({old.dataset}).", fix="Import into another folder.")
     name = new.configurations[0].name
     kept = tuple(each for each in old.configurations if each.name != name)
