@@ -3,7 +3,7 @@
 from fingerprints import alike, budget, counting, fingerprint
 
 from autoseg.planning.cost import layers, parameters, receptive_fields, training_operations
-from autoseg.planning.explain import drawing, duration, tables
+from autoseg.planning.explain import drawing, duration, seconds_per_epoch, tables
 from autoseg.planning.plan import make_plan
 from autoseg.records import NetworkSpec
 
@@ -59,3 +59,12 @@ def test_the_receptive_field_grows_with_kernels_and_strides() -> None:
 
 def test_durations_are_short() -> None:
     assert [duration(s) for s in (45.2, 720, 12_240)] == ["45 s", "12 min", "3.4 h"]
+
+
+def test_an_epoch_takes_longer_on_a_cpu_and_longer_still_without_bf16() -> None:
+    configuration, total = PLAN.configurations[1], budget(8)
+    cpu = total.model_copy(update={"device": "cpu", "precision": "bf16"})
+    slow = cpu.model_copy(update={"precision": "fp32"})
+    card, half, single = (seconds_per_epoch(configuration, each) for each in (total, cpu, slow))
+    assert half > 10 * card
+    assert 2 * half < single < 5 * half

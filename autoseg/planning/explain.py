@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from autoseg.planning.cost import parameters, receptive_fields, sizes_per_stage, training_operations
 from autoseg.planning.wording import device, gigabytes, voxels
-from autoseg.records import Configuration, Plan
+from autoseg.records import Budget, Configuration, Plan
 
-OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12}
-"""What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); bf16 on two CPU cores with AMX (fp32: a
-third)."""
+OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12, "cpu in fp32": 0.12e12}
+"""What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); two CPU cores with AMX, and without bf16
+(docs/benchmarks.md)."""
 LONGEST_BAR = 24
 
 
@@ -62,16 +62,17 @@ def cost_table(plan: Plan) -> Table:
             f"{operations / 1e12:.3g} TFLOP",
             voxels(receptive_fields(spec)[-1]),
             gigabytes(configuration.memory.peak_bytes),
-            duration(seconds_per_epoch(configuration, plan.budget.device)),
+            duration(seconds_per_epoch(configuration, plan.budget)),
         )
         rows.append(row)
     headings = ("configuration", "patch", "batch", "parameters", "step", "receptive field", "memory", "epoch, roughly")
     return Table("Networks", headings, tuple(rows))
 
 
-def seconds_per_epoch(configuration: Configuration, device: str) -> float:
+def seconds_per_epoch(configuration: Configuration, budget: Budget) -> float:
     """A guess within a factor of a few: operations of an epoch at a rate that such training has reached."""
-    rate = OPERATIONS_PER_SECOND["cuda" if device.startswith("cuda") else "cpu"]
+    cpu = "cpu in fp32" if budget.precision == "fp32" else "cpu"
+    rate = OPERATIONS_PER_SECOND["cuda" if budget.device.startswith("cuda") else cpu]
     operations = training_operations(configuration.network, configuration.patch_voxels, configuration.batch_size)
     return configuration.train.steps_per_epoch * operations / rate
 
