@@ -28,7 +28,7 @@ from autoseg.arguments import numbers as _numbers
 from autoseg.arguments import seconds as _seconds
 from autoseg.arguments import show as _show
 from autoseg.arguments import watched as _watched
-from autoseg.errors import UserError
+from autoseg.errors import Interrupted, UserError
 from autoseg.layout import Layout
 
 app = typer.Typer(
@@ -206,12 +206,16 @@ def predict(
     with _watched() as report:
         from autoseg.steps.predict import predict as step
 
-        step(
-            run, images, output, configuration=configuration, folds=_names(folds), seeds=_numbers(seeds, "--seeds"),
-            save_probabilities=save_probabilities, probability_kind=probability_kind, classes=_names(classes),
-            save_uncertainty=save_uncertainty, postprocess=not no_postprocess, mirroring=not no_mirror, speed=speed,
-            resume=resume != "no", part=part, on_error=on_error, device=device, workers=workers, report=report,
-        )  # fmt: skip
+        try:
+            step(
+                run, images, output, configuration=configuration, folds=_names(folds), seeds=_numbers(seeds, "--seeds"),
+                save_probabilities=save_probabilities, probability_kind=probability_kind, classes=_names(classes),
+                save_uncertainty=save_uncertainty, postprocess=not no_postprocess, mirroring=not no_mirror,
+                speed=speed, resume=resume != "no", part=part, on_error=on_error, device=device, workers=workers,
+                report=report,
+            )  # fmt: skip
+        except KeyboardInterrupt as stopped:
+            raise Interrupted("the same command with --resume.") from stopped
 
 
 for each in cli_scores.COMMANDS:

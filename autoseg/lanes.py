@@ -85,7 +85,7 @@ def side_by_side(
 
     With `stop_at_failure` the first failure raises its error, named and with its own traceback, after what is being
     finished in the last stage was yielded; all workers are gone then, but for threads that do not heed `give_up`, which
-    is called before the workers are let go early (see `left_behind`). `preload` names modules that workers need.
+    is called before workers are let go early (see `left_behind`). `preload` names modules that worker processes need.
     """
     flow = _Flow(stages, name)
     flow.queues = [deque() for _ in stages]

@@ -197,15 +197,21 @@ def test_no_process_stays_behind(tmp_path: Path) -> None:
 
 def test_threads_are_told_to_give_up_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interpreter that ends while a thread is inside of torch is aborted."""
-    given_up, ended, deaf = threading.Event(), threading.Event(), threading.Event()
+    begun, given_up, ended, deaf = (threading.Event() for _ in range(4))
 
     def compute(item: int, _: object) -> None:
+        begun.set()
         given_up.wait(20)
         time.sleep(0.3)
         ended.set()
 
+    def ignore(item: int, _: object) -> None:
+        begun.set()
+        deaf.wait(30)
+
     def fail_second(item: int, _: object) -> int:
         if item:
+            begun.wait(20)
             raise ValueError("two")
         return item
 
@@ -215,7 +221,8 @@ def test_threads_are_told_to_give_up_and_waited_for(monkeypatch: pytest.MonkeyPa
     assert ended.is_set()
     assert not lanes.left_behind()
     monkeypatch.setattr(lanes, "LEAVE_SECONDS", 0.2)
+    begun.clear()
     with pytest.raises(ValueError, match="two"):
-        list(side_by_side(range(2), (before, Stage("predicting", (lambda item, _: deaf.wait(30),)), behind), named))
+        list(side_by_side(range(2), (before, Stage("predicting", (ignore,)), behind), named))
     assert lanes.left_behind()
     deaf.set()

@@ -47,6 +47,7 @@ WHAT = "predict"
 MOST_READERS = 4
 CORES_PER_READER = 4
 FEWEST_FOR_PROCESSES = 3
+MOST_TOLD = 10
 FEW_CASES = 5
 """With fewer cases nothing is flagged: there is no telling what is usual."""
 FLAGGED_DEVIATIONS = 3.0
@@ -209,8 +210,10 @@ def segment_cases(
         abandoned.set()
     report(Finished(WHAT))
     if failures:
-        listed = "; ".join(f"{each.item.id} ({each.error})" for each in failures)
-        raise UserError(f"{len(failures)} of {len(cases)} cases failed: {listed}", fix="The others are done.")
+        listed = "; ".join(f"{each.item.id} ({each.error})" for each in failures[:MOST_TOLD])
+        listed += f"; and {len(failures) - MOST_TOLD} more." if len(failures) > MOST_TOLD else ""
+        others = "The others are done." if written else ""
+        raise UserError(f"{len(failures)} of {len(cases)} cases failed: {listed}", fix=others)
     return tuple(written[case.id] for case in cases)
 
 
