@@ -234,6 +234,14 @@ def test_probabilities_come_back_class_by_class(tmp_path):
         write_probabilities(path, iter(probabilities[:2]), GEOMETRY, NAMES)
 
 
+def test_label_maps_and_probabilities_alone_do_not_mix(folders, tmp_path):
+    for case in ("a", "b"):
+        save_map(tmp_path / "maps", case, np.zeros((4, 6, 5), np.int32))
+    with pytest.raises(UserError, match=r"one: there are no label maps .* or all probabilities"):
+        ensemble([tmp_path / "maps", folders[0]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_output_may_be_the_folder_one_is_in(folders, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -204,6 +204,8 @@ def test_all_configurations_of_a_run_are_scored_and_missing_folds_are_said(folde
     store.save(layout.splits, Splits(seed=0, grouped=False, folds=(fold, fold)))
     with pytest.raises(UserError, match="no validation predictions"):
         evaluate_all(layout.root, workers=1)
+    with pytest.raises(UserError, match=r"no run folder.*autoseg evaluate PRED REF"):
+        evaluate_all(predictions, workers=1)
     for name, shown in (("2d", "ab"), ("3d", "abc")):
         for case in shown:
             target = layout.model(name, "0").validation / f"{case}.nii.gz"

@@ -163,6 +163,10 @@ def evaluate_all(
     report: Report = silent,
 ) -> dict[str, Scores]:
     """`evaluate_run` by name, for one or (None) for every configuration and pair that has validation predictions."""
+    if not Layout(run).dataset.is_file():
+        raise UserError(
+            f"{run}: this is no run folder.", fix="Name the references, too: autoseg evaluate PRED REF"
+        )
     names = (configuration,) if configuration else predicted_names(run)
     if not names:
         raise UserError(f"{run}: no validation predictions.", fix="Train at least one fold first: autoseg train.")

@@ -57,6 +57,12 @@ def shares_of(weights: Sequence[float] | None, members: int) -> list[float]:
 
 def same_cases(members: Sequence[Member], files: Sequence[dict[str, Path]]) -> tuple[str, ...]:
     """The case ids, which must be those of the first folder in every folder. Raises UserError otherwise."""
+    for member, own in zip(members, files, strict=True):
+        if not own:
+            raise UserError(
+                f"{member.folder}: there are no label maps in this folder.",
+                fix="All folders must hold label maps, or all probabilities.",
+            )
     first = set(files[0])
     for member, own in zip(members[1:], files[1:], strict=True):
         only = [(members[0].folder, first - set(own)), (member.folder, set(own) - first)]
@@ -67,8 +73,6 @@ def same_cases(members: Sequence[Member], files: Sequence[dict[str, Path]]) -> t
                     f"{', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}.",
                     fix="Give folders with predictions of the same cases.",
                 )
-    if not first:
-        raise UserError(f"{members[0].folder}: there are no label maps in this folder.")
     return tuple(sorted(first))
 
 
