@@ -78,6 +78,16 @@ def test_what_was_not_annotated_has_exactly_zero_gradient(name: str, regions: tu
             assert z.grad[sample, output].abs().max() > 0, (sample, output)
 
 
+def test_the_background_stands_for_what_was_not_annotated() -> None:
+    logits, target = batch(4)
+    table = torch.tensor([[True, False, True, False]]).repeat(3, 1)
+    value = losses.build("ce", batch_dice=False)(logits, target, table)
+    p = torch.softmax(logits, 1)
+    of_background = p[:, 0] + p[:, 1] + p[:, 3]
+    expected = torch.where(target == 0, of_background, p[:, 2])[(target == 0) | (target == 2)].log().mean()
+    assert value.item() == pytest.approx(-expected.item())
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_a_table_that_denies_nothing_changes_nothing(name: str) -> None:
     logits, target = batch(4)
@@ -150,7 +160,8 @@ def trained(place: Path, data: Path, **options: object) -> tuple[Path, ModelLayo
         dimension=2, in_channels=1, classes=outputs, features=(8, 16), strides=((1, 1), (2, 2)),
         kernels=((3, 3), (3, 3)), encoder_blocks=(1, 1), decoder_blocks=(1,),
     )  # fmt: skip
-    augment = AugmentSpec(rotation_rad=(0.0,), rotation_chance=0.0, scale_chance=0.0)
+    never = {name: 0.0 for name in AugmentSpec.model_fields if name.endswith("_chance")}
+    augment = AugmentSpec(rotation_rad=(0.0,), **never)  # the classes differ by their intensities
     spec = TrainSpec(epochs=3, steps_per_epoch=40, warmup_steps=5, learning_rate=1e-2, augment=augment)
     configuration = a_configuration(
         name="2d", dimension=2, spacing_mm=(None, 1.0, 1.0), patch_voxels=(SIDE, SIDE), batch_size=4, network=network,

@@ -5,8 +5,9 @@ Label maps always hold one index per voxel, -1 = ignore. A region is a union of 
 made of oedema, core and enhancing part; each has an output of its own and a sigmoid, and every loss sees it as a
 problem of two classes with the logits 0 and z, whose softmax that sigmoid is.
 Where only some outputs were annotated in a case, a table (B, K) says which. A region that was not is ignored in that
-sample. A class that was not is taken out of the sample's softmax: its voxels lie under the background there, so that
-what the others learn is p(k | k is one of the annotated), and its own logit gets a gradient of exactly zero.
+sample. The voxels of a class that was not lie under the background there, so background stands for it, too: its
+probability is the sum of both (the marginal loss of Shi et al. 2021, Marginal loss and exclusion loss, equation 5). Its
+own logit is held fixed in that sum, so it gets a gradient of exactly zero.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from autoseg.network.losses_sums import wide
+
 IGNORED = -1
 NOWHERE = -1e4
-"""Logit of a class that is taken out: its softmax is exactly 0, also in float16, which holds this number."""
+"""Logit of a class that is taken out: its softmax is exactly 0."""
 
 One = Callable[[Tensor, Tensor], Tensor]
 """A loss of logits (B, K, ...) and target (B, ...)."""
@@ -61,7 +64,10 @@ def of_classes(loss: One, logits: Tensor, target: Tensor, annotated_BK: Tensor |
         return loss(logits, target)
     index_BN = target.flatten(1).clamp(min=0).long()
     target = torch.where(annotated_BK.gather(1, index_BN).view_as(target), target, IGNORED)
-    return loss(logits.masked_fill(~_per_sample(annotated_BK, logits.ndim), NOWHERE), target)
+    z, drawn = wide(logits), _per_sample(annotated_BK, logits.ndim)
+    missing = z.detach().masked_fill(drawn, -torch.inf)
+    background = torch.logsumexp(torch.cat((z[:, :1], missing), 1), 1, keepdim=True)
+    return loss(torch.cat((background, z[:, 1:].masked_fill(~drawn[:, 1:], NOWHERE)), 1), target)
 
 
 def of_regions(
