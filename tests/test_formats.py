@@ -193,6 +193,24 @@ def test_alpha_is_dropped_only_when_it_says_nothing(tmp_path: Path) -> None:
     assert len(read_image([tmp_path / "constant.png"]).array_CZYX) == 3
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(np.uint8, 1), (np.uint16, 1), (np.uint8, 3)])
+def test_tiff_images_in_tiles_keep_their_type_and_channels(tmp_path: Path, dtype: type, channels: int) -> None:
+    """ITK makes three channels of bytes of all of them."""
+    import tifffile
+
+    shape = (40, 50) if channels == 1 else (40, 50, channels)
+    array = np.random.default_rng(0).integers(0, 250, shape).astype(dtype)
+    path = tmp_path / "tiled.tif"
+    tifffile.imwrite(path, array, tile=(16, 32), compression="zlib")
+    found = read_image([path]).array_CZYX
+    assert np.array_equal(found[:, 0], np.moveaxis(array.reshape(40, 50, channels), -1, 0))
+    if channels == 1:
+        assert np.array_equal(read_labels(path)[0][0], array)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(UserError, match=r"tiled\.tif: this image cannot be read"):
+        read_image([path])
+
+
 def test_jpeg_photographs_are_read_but_label_maps_are_never_written_as_such(tmp_path: Path) -> None:
     array = np.kron(np.random.default_rng(0).integers(0, 255, (4, 4)), np.ones((8, 8))).astype(np.uint8)
     sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "a.jpg"))

@@ -112,3 +112,9 @@ def test_a_damaged_slide_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"a\.tif: this slide cannot be read"), open_slide(path):
         pass
+    tifffile.imwrite(path, picture(200, 200).squeeze(), tile=(32, 32), compression="zlib")
+    content = bytearray(path.read_bytes())
+    content[-500:] = bytes(500)  # inside the last compressed tiles
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.tif: this slide cannot be read"), open_slide(path) as slide:
+        slide.rows(0, 200)

@@ -5,13 +5,17 @@ fills a truncated NIfTI file with zeros and says nothing. What only one format n
 A changed byte in the middle of a file is noticed only where the format has a checksum (.nii.gz, PNG).
 """
 
+import lzma
 import os
 import re
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -28,6 +32,8 @@ PHOTOGRAPHS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 LARGEST_LABEL = {".png": 65535, ".tif": 65535, ".tiff": 65535, ".bmp": 255}
 LABEL_ENDINGS = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha"}
 DAMAGED = "It is damaged or incomplete: copy it again, or leave this case out."
+UNDECODABLE = (ValueError, RuntimeError, OSError, IndexError, KeyError, TypeError, zlib.error, lzma.LZMAError)
+"""What tifffile raises for damaged files; its own error is a kind of the first."""
 SAME_GRID = 0.1
 """Channels of one case may lie this share of the smallest spacing apart."""
 
@@ -150,6 +156,9 @@ def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
     array = None
     if ending_of(path) in (".nii", ".nii.gz") and header.components == 1:
         array = nifti.read_voxels(path, header.size[::-1])
+    if ending_of(path) in (".tif", ".tiff") and (tiled_YXC := _read_tiled(path)) is not None:
+        header = replace(header, components=tiled_YXC.shape[-1])
+        array = tiled_YXC if header.components > 1 else tiled_YXC[..., 0]
     if array is None:
         array = _read_with_itk(path)
     array_CZYX = _channels_first(array, header, geometry, path)
@@ -158,6 +167,24 @@ def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
     if _is_grey_palette(path) and np.array_equal(array_CZYX[:1].repeat(len(array_CZYX) - 1, 0), array_CZYX[1:]):
         array_CZYX = array_CZYX[:1]
     return np.require(array_CZYX, dtype, ("C", "W")), geometry
+
+
+def _read_tiled(path: Path) -> np.ndarray | None:
+    """The pixels (Y, X, C) of a TIFF file with one image in tiles, which ITK would make three channels of bytes of."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages[0]
+            if len(file.pages) > 1 or not page.is_tiled or page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+                return None
+            array = page.asarray()
+            planes_first = page.samplesperpixel > 1 and page.planarconfig != 1
+    except UNDECODABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: this image cannot be read ({reason}).", fix=DAMAGED) from error
+    array = np.moveaxis(array, 0, -1) if planes_first else array
+    return array[..., None] if array.ndim == 2 else array
 
 
 def _is_grey_palette(path: Path) -> bool:

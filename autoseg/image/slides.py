@@ -15,7 +15,7 @@ import numpy as np
 
 from autoseg.errors import UserError
 from autoseg.image import normalize as scales
-from autoseg.image.formats import ending_of, read_geometry
+from autoseg.image.formats import UNDECODABLE, ending_of, read_geometry
 from autoseg.records import Intensities
 from autoseg.store import replacing
 
@@ -60,7 +60,7 @@ class Slide:
             if len(content) != page.databytecounts[index]:
                 raise ValueError("the end of the file is missing")
             decoded = page.decode(content, index)[0]
-        except (ValueError, RuntimeError, OSError, IndexError, KeyError) as error:
+        except UNDECODABLE as error:
             raise UserError(
                 f"{self.path}: this slide cannot be read ({str(error).splitlines()[0]}).",
                 fix="Copy it again, or save it as TIFF with deflate compression.",
