@@ -334,6 +334,15 @@ def test_arrival_is_the_first_time_that_the_goal_is_reached() -> None:
     assert figures.settled_share([{"dice_running": None}]) is None
 
 
+def test_trainings_that_got_far_fewer_steps_than_others_are_named() -> None:
+    def history(steps: float) -> dict[int, list[dict[str, float | None]]]:
+        return {0: [{"step": 1.0}, {"step": steps}]}
+
+    assert step.unequal_steps({"loss=ce": history(110), "loss=dice": history(60)}) == ""
+    said = step.unequal_steps({"loss=ce": history(110), "loss=dice": history(50)})
+    assert said.startswith("From 50 steps (loss=dice, seed 0) to 110 (loss=ce, seed 0)")
+
+
 def test_seeds_are_averaged_case_by_case_where_defined() -> None:
     def scores(first: float | None, second: float) -> Scores:
         case = CaseScore(id="a", values={"dice": (first, second)})

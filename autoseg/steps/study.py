@@ -40,6 +40,8 @@ from autoseg.steps.train import train_one
 from autoseg.steps.work import Instead, fold_cases
 
 LEVEL = 0.95
+UNEQUAL = 2.0
+"""Trainings of a study whose steps differ by more than this factor are warned of."""
 
 
 @dataclass(frozen=True)
@@ -262,14 +264,16 @@ def _concluded(
         means = summary(seed_means(scores), dataset.labels, str(files.setting(name)), str(run))
         store.save(scores_file(files.setting(name)), means)
         cases = len(means.cases)
+    histories = {name: _histories(files, name, begun.fold, begun.seeds) for name in settings}
     differences: tuple[Difference, ...] = ()
     if len(settings) > 1 and cases >= statistics.FEWEST:
         folders = [files.setting(name) for name in settings]
         differences = compare(*folders, names=list(settings), level=LEVEL, output=files.root).differences
     elif len(settings) > 1:
         report(Warned(f"{cases} validation cases are too few to test anything; it needs {statistics.FEWEST}."))
+    if note := unequal_steps(histories):
+        report(Warned(note))
     read = _against_best(_read_trials(files, settings, begun.fold, begun.seeds), differences)
-    histories = {name: _histories(files, name, begun.fold, begun.seeds) for name in settings}
     draw_study(
         files.picture, {name: list(each.values()) for name, each in histories.items()}, begun.max_seconds is None
     )
@@ -282,6 +286,19 @@ def _concluded(
     store.write_text(files.table, as_table(ended))
     store.save(files.study, ended)
     return ended
+
+
+def unequal_steps(histories: Mapping[str, Mapping[int, found.History]]) -> str:
+    """A sentence where equal time gave some training far fewer steps than another, else ""."""
+    steps = {f"{name}, seed {seed}": found.column(rows, "step")[-1] for name, each in histories.items()
+             for seed, rows in each.items() if rows}  # fmt: skip
+    fewest, most = min(steps, key=lambda name: steps[name]), max(steps, key=lambda name: steps[name])
+    if steps[most] <= UNEQUAL * steps[fewest]:
+        return ""
+    return (
+        f"From {steps[fewest]:.0f} steps ({fewest}) to {steps[most]:.0f} ({most}): unless one costs so much more, the "
+        "machine was not always free, and the comparison is not fair. --epochs makes the steps equal."
+    )
 
 
 def seed_means(scores: Sequence[Scores]) -> tuple[CaseScore, ...]:

@@ -80,7 +80,7 @@ def look_up(
     wished = with_options(planned, asked)
     losses.check(wished.train.loss, [output.name for output in plan.outputs], bool(plan.regions))
     class_rates(wished.train, plan)
-    _check_regions(plan, wished, instead)
+    _check_regions(plan, wished)
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, fold)
@@ -113,15 +113,13 @@ def look_up(
     )  # fmt: skip
 
 
-def _check_regions(plan: Plan, wished: Configuration, instead: Instead | None) -> None:
+def _check_regions(plan: Plan, wished: Configuration) -> None:
     """Refuse what only classes that exclude each other can be trained with."""
     if plan.regions and wished.train.sampling == "hard":
         raise UserError(
             "Sampling hard follows the error of classes, but this data has regions.",
             fix="Choose one of foreground, class_balanced, case_balanced.",
         )
-    if plan.regions and instead is not None and instead.lesson is not None:
-        raise UserError("Networks of regions cannot be distilled yet.")
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
