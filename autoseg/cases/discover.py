@@ -15,7 +15,16 @@ from typing import Any, Literal
 import numpy as np
 
 from autoseg.errors import UserError
-from autoseg.image.formats import PHOTOGRAPHS, ending_of, label_ending, read_geometry, read_image, read_labels, stem_of
+from autoseg.image.formats import (
+    PHOTOGRAPHS,
+    READABLE,
+    ending_of,
+    label_ending,
+    read_geometry,
+    read_image,
+    read_labels,
+    stem_of,
+)
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Case, Dataset, Label
 
@@ -99,7 +108,7 @@ def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
         raise UserError(f"{folder}: no such folder.", fix="Give a folder with images, or one image.")
     files = _files(folder)
     if not files:
-        raise UserError(f"{folder}: there is no readable image in it.")
+        raise UserError(f"{folder}: there is no readable image in it.", fix=f"Read are {', '.join(READABLE)}.")
     cases = _cases_of_files(files, set(), channels)
     missing = [path for case in cases for path in case.images if not Path(path).is_file()]
     if missing:

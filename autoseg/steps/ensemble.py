@@ -111,8 +111,10 @@ def ensemble_runs(
         UserError: fewer than two members, one that is not trained, or other channels or labels; nothing is written.
     """
     from autoseg.cases.discover import discover_images
+    from autoseg.cases.exchange import refuse_folder_of_images
     from autoseg.steps.predict import Predictor, segment_cases
 
+    refuse_folder_of_images(images, output)
     members = members_of_runs(runs, configurations)
     shares = shares_of(weights, len(members))
     if method not in METHODS:
