@@ -59,14 +59,6 @@ class Found:
     uncertainty: float | None = None
 
 
-def refuse_to_overwrite(cases: Sequence[Case], output: Path, ending: str) -> None:
-    """Raise UserError where the label map of a case would take the place of one of the images."""
-    images = {Path(path).resolve() for case in cases for path in case.images}
-    for case in cases:
-        if (target := prediction_file(output, case.id, ending)).resolve() in images:
-            raise UserError(f"{target}: the label map would replace this image.", fix="Choose another output folder.")
-
-
 @dataclass(frozen=True)
 class Ending:
     """How results are finished and where they go; `model` is the hash kept in the records, "" for no records."""

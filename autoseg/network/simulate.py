@@ -182,6 +182,7 @@ def replay(configuration: Configuration, precision: str, device_type: str = "cud
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if device_type == "cuda":
             stack.enter_context(_layouts_of_cuda())
+            stack.enter_context(_norms_of_cuda())
         if device_type == "cuda" and precision != "fp32":
             stack.enter_context(_CudaCasts())
         live = stack.enter_context(LiveBytes())
@@ -226,6 +227,17 @@ def _few_pieces(device_type: str) -> Iterator[None]:
     finally:
         losses_sums._pieces = whole
         losses_sums.PIECE.update(sizes)
+
+
+@contextmanager
+def _norms_of_cuda() -> Iterator[None]:
+    """Let instance norms be torch's, as on a card, though the tensors are on the CPU."""
+    on_cpus = unet.InstanceNorm._sample_by_sample
+    unet.InstanceNorm._sample_by_sample = lambda self, x: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        unet.InstanceNorm._sample_by_sample = on_cpus  # type: ignore[method-assign]
 
 
 @contextmanager

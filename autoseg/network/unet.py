@@ -52,7 +52,7 @@ class InstanceNorm(nn.Module):
     torch's own always returns contiguous channels and reads the others slowly: with the leaky ReLU behind it takes
     three times as long, and the next convolution a sixth longer. A batch norm of a single sample is the same function
     and keeps the layout (docs/benchmarks.md). Its sums are less exact in fp32 (1e-5 against 1e-7), so evaluation in
-    fp32 does without, as do compilers, which fuse this by themselves, and the fake tensors of network/simulate.py.
+    fp32 does without, as do compilers, which fuse this by themselves.
     """
 
     def __init__(self, features: int) -> None:
@@ -70,7 +70,7 @@ class InstanceNorm(nn.Module):
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     def _sample_by_sample(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
             return False
         layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
         return x.is_contiguous(memory_format=layout) and (self.training or x.dtype != torch.float32)

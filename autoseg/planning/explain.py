@@ -11,8 +11,8 @@ from autoseg.planning.wording import device, gigabytes, voxels
 from autoseg.records import Budget, Configuration, Plan
 
 OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12, "cpu in fp32": 0.12e12}
-"""What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); two CPU cores with AMX, and without bf16
-(docs/benchmarks.md)."""
+"""What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); two CPU cores with and without bf16
+units (0.58 and 0.12 TFLOP/s, docs/benchmarks.md)."""
 LONGEST_BAR = 24
 
 

@@ -109,9 +109,10 @@ def ensemble_runs(
         UserError: fewer than two members, one that is not trained, or other channels or labels; nothing is written.
     """
     from autoseg.cases.discover import discover_images
-    from autoseg.cases.exchange import refuse_to_overwrite
+    from autoseg.cases.exchange import refuse_folder_of_images
     from autoseg.steps.predict import Predictor, segment_cases
 
+    refuse_folder_of_images(images, output)
     members = members_of_runs(runs, configurations)
     shares = shares_of(weights, len(members))
     if method not in METHODS:
@@ -127,7 +128,6 @@ def ensemble_runs(
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
     cases, found, written = discover_images(images, len(plan.channels)), [], list[Path]()
-    refuse_to_overwrite(cases, output, plan.file_ending)
     what = "Ensembling"
     report(Started(what, len(cases)))
     with staged(output) as staging:
