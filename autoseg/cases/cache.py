@@ -8,7 +8,9 @@ How voxels are kept, and why (one thread, CPU time, size relative to float32; CT
   falls back to float32 when it exceeds a thousandth of a standard deviation (unscaled intensities, outliers).
 - LZ4 without a filter: written in 5.5 ms, a patch read in 1.2 ms, size 0.37. LZ4HC 57 / 1.9 ms / 0.30, ZSTD with
   shuffle 16 / 4.3 ms / 0.22, LZ4 of float32 17 / 3.0 ms / 0.59. Reading happens a million times, writing once.
-- Blocks of at most 128 KiB (what is decompressed for one voxel), chunks of at most a patch, channels apart.
+- Blocks of at most 128 KiB and of at most a patch (what is decompressed for one voxel), channels apart. Chunks of
+  one patch, or of several up to 1 MiB: reading takes single blocks out of a chunk at the same speed, but each chunk
+  costs 0.13 ms to write (35 slices of 50x40 one by one 6.1 ms, in one chunk 0.5 ms).
 Axes: C channel, Z Y X voxels of the preprocessed grid.
 """
 
@@ -36,6 +38,7 @@ PREPROCESSING = 1
 """Version of what `prepare` computes; a higher one makes every cache anew."""
 
 LARGEST_BLOCK_BYTES = 128 * 1024
+LARGEST_JOINED_CHUNK_BYTES = 1024 * 1024
 LARGEST_ROUNDING = 1e-3
 COMPRESSION_LEVEL = 5
 
@@ -145,7 +148,7 @@ def write(
     """Write a case; until the last file is there, `is_current` says no.
 
     Args:
-        patch_voxels: of the configuration (two or three numbers); chunks are no larger.
+        patch_voxels: of the configuration (two or three numbers); blocks are no larger.
         content, stamp: of the input files, so that `is_current` need not read them again.
 
     Without a label map all voxels are marked as not annotated.
@@ -236,7 +239,7 @@ def open_case(folder: Path, case_id: str) -> CachedCase:
 
 
 def write_array(path: Path, array: np.ndarray, chunk: Sequence[int]) -> None:
-    """Write one array as blosc2, in chunks of at most `chunk`."""
+    """Write one array as blosc2; `chunk` is what will be read at once."""
     write_bytes(path, _compressed(array, chunk), durable=False)
 
 
@@ -259,7 +262,7 @@ def _storable(image_CZYX: np.ndarray) -> np.ndarray:
 
 
 def _compressed(array: np.ndarray, chunk: Sequence[int]) -> bytes:
-    """A blosc2 array file as bytes; `chunk` is the largest chunk per axis."""
+    """A blosc2 array file as bytes; `chunk` is what is read at once, the largest block per axis."""
     import blosc2  # half a second, which a run with nothing to do need not spend
 
     chunks = [max(1, min(int(want), size)) for want, size in zip(chunk, array.shape, strict=True)]
@@ -267,6 +270,9 @@ def _compressed(array: np.ndarray, chunk: Sequence[int]) -> bytes:
     while np.prod(blocks) * array.itemsize > LARGEST_BLOCK_BYTES:
         largest = int(np.argmax(blocks))
         blocks[largest] = -(-blocks[largest] // 2)
+    for axis in range(1 if array.ndim > 3 else 0, array.ndim):  # channels stay apart
+        joined = LARGEST_JOINED_CHUNK_BYTES // (int(np.prod(chunks)) * array.itemsize)
+        chunks[axis] = min(array.shape[axis], chunks[axis] * max(1, joined))
     settings = blosc2.CParams(
         codec=blosc2.Codec.LZ4, clevel=COMPRESSION_LEVEL, nthreads=1, filters=[blosc2.Filter.NOFILTER]
     )
