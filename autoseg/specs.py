@@ -82,7 +82,8 @@ class AugmentSpec(Record):
     """How strongly patches are varied. Chances are per sample; ranges are those of nnU-Net's default trainer.
 
     `rotation_rad` is the largest angle per axis (Z Y X; in 2D only the first counts, turning in the plane).
-    `mirror_axes` are patch axes; prediction mirrors along the same ones.
+    `mirror_axes` are patch axes; prediction mirrors along the same ones. A training that sees fewer patches than
+    `mirror_from_patches` mirrors along none (docs/decisions/mirroring.md).
     """
 
     rotation_rad: tuple[float, ...]
@@ -97,4 +98,5 @@ class AugmentSpec(Record):
     gamma_inverted_chance: Share = 0.1
     gamma_chance: Share = 0.3
     mirror_axes: tuple[int, ...] = ()
+    mirror_from_patches: Annotated[int, Field(ge=0)] = 50_000
     turn_in_plane_only: bool = False

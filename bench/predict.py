@@ -3,10 +3,11 @@
     python bench/predict.py --peer PEER_PYTHON ../shared/peer/nnunet.py [--work FOLDER] [--minutes 5] [--cases 40]
                             [--trained RUN/models/3d/fold_0]
 
-nnU-Net plans, preprocesses and trains for a few minutes (kept in --work, so that a second run starts with predicting).
-After so few minutes its network is undecided in many places, where rounding decides; with --trained its checkpoint gets
-the weights of a network of the same architecture that autoseg trained longer on other cases of the same data.
-Its model is imported (`autoseg import-nnunet`), so that weights, patch, grid, normalization and mirroring are the same.
+nnU-Net plans, preprocesses and trains for half a minute, which makes a checkpoint. A network of so little training is
+undecided nearly everywhere, and rounding decides; so autoseg trains nnU-Net's network and patch for --minutes, mirrored
+along all axes as nnU-Net does, and lends its weights to that checkpoint (--trained lends those of a finished training).
+Then the model is imported (`autoseg import-nnunet`), so that weights, patch, grid, normalization and mirroring are the
+same. All of it is kept in --work: a second run starts with predicting.
 Then both predict the same folder, one after the other, `--times` times. Ours is the whole command, imports included;
 nnU-Net's seconds begin when its libraries are loaded. Printed: seconds, their ratio, and the share of equal voxels.
 
@@ -54,9 +55,8 @@ def pair(given: argparse.Namespace, work: Path) -> None:
 
     if not (work / MODEL / "fold_0" / "checkpoint_final.pth").is_file():
         peer("prepare", given.data.resolve(), work)
-        peer("fit", work, "--minutes", given.minutes)
-    if given.trained:
-        lend_weights(given.trained, work / MODEL)
+        peer("fit", work, "--minutes", 0.5)
+    lend_weights(given.trained or trained_by_us(given.data, work, given.minutes), work / MODEL)
     images, run = work / "images", work / "run"
     for folder in (images, run):
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,6 +77,26 @@ def pair(given: argparse.Namespace, work: Path) -> None:
     ratio = statistics.median(ours) / statistics.median(theirs)
     equal = agreement(work / "ours", work / "theirs")
     print(json.dumps({"cases": given.cases, "ratio": ratio} | equal), flush=True)
+
+
+def trained_by_us(data: Path, work: Path, minutes: float) -> Path:
+    """The model folder of nnU-Net's network and patch after some minutes of autoseg's training."""
+    sys.path[:0] = [str(ROOT / "bench")]
+    from train import PLAN_FILE, like_the_peer
+
+    from autoseg.layout import Layout
+    from autoseg.records import Configuration, Plan
+    from autoseg.store import load, save
+
+    layout = Layout(work / "trained")
+    if not layout.model("3d", "0").weights.is_file():
+        autoseg("plan", data.resolve(), "-o", layout.root)
+        made = load(layout.plan, Plan)
+        fields = like_the_peer(made.configurations[-1], work / PLAN_FILE).model_dump()
+        fields["train"]["augment"] |= {"mirror_axes": (0, 1, 2), "mirror_from_patches": 0}
+        save(layout.plan, made.model_copy(update={"configurations": (Configuration.model_validate(fields),)}))
+        autoseg("train", layout.root, "-c", "3d", "-f", "0", "--max-time", f"{60 * minutes:g}s", "--resume", "auto")
+    return layout.model("3d", "0").root
 
 
 def lend_weights(trained: Path, model: Path) -> None:

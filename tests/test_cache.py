@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from planned import a_configuration, a_plan
 
 from autoseg import store
@@ -187,6 +188,16 @@ def test_a_second_run_changes_nothing_and_a_changed_file_only_its_own_case(tmp_p
     preprocess(run, workers=1)
     after = ages(Layout(run).cache("3d"))
     assert {name for name in after if after[name] != before[name]} == {"c1.image.b2nd", "c1.labels.b2nd"}
+
+
+def test_an_image_that_became_nan_since_it_was_checked_is_named(tmp_path: Path) -> None:
+    run, dataset, _ = a_run(tmp_path)
+    image = dataset.cases[0].images[0]
+    volume = sitk.Cast(sitk.ReadImage(image), sitk.sitkFloat32)
+    volume.SetPixel(0, 0, 0, float("nan"))
+    sitk.WriteImage(volume, image)
+    with pytest.raises(UserError, match=f"{image}.* 1 voxel.s. that are NaN"):
+        preprocess(run, workers=1)
 
 
 def test_a_changed_plan_makes_only_its_configuration_anew(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ CPU = Device(torch.device("cpu"), "fp32")
 
 
 def tiny() -> Configuration:
-    augment_spec = AugmentSpec(rotation_rad=(0.5,) * 3, rotation_chance=1.0, mirror_axes=(1,))
+    augment_spec = AugmentSpec(rotation_rad=(0.5,) * 3, rotation_chance=1.0, mirror_axes=(1,), mirror_from_patches=0)
     spec = TrainSpec(epochs=2, steps_per_epoch=2, warmup_steps=1, augment=augment_spec)
     network = a_network().model_copy(update={"features": (8, 16)})
     return a_configuration(network=network, train=spec)

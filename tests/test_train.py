@@ -21,7 +21,16 @@ from autoseg.events import Event, Said, Started, Trained, Warned
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, unet
 from autoseg.records import AugmentSpec, Configuration, Memory, Plan, Run, Scores, Splits, TrainSpec
-from autoseg.steps.options import Machine, Options, fit_to_time, resume_command, with_options
+from autoseg.steps.models import as_trained
+from autoseg.steps.options import (
+    Machine,
+    Options,
+    fit_to_time,
+    resume_command,
+    with_options,
+    with_suited_mirroring,
+)
+from autoseg.steps.predictor import Predictor
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.train import train, train_seeds
 from autoseg.store import TEMPORARY, load, save
@@ -33,7 +42,7 @@ def tiny() -> Configuration:
     """Two epochs of two steps on patches of 8 voxels."""
     spec = TrainSpec(
         epochs=2, steps_per_epoch=STEPS, warmup_steps=1, average_decay=0.9,
-        augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(1,)),
+        augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(1,), mirror_from_patches=0),
     )  # fmt: skip
     return a_configuration(network=a_network(), train=spec)
 
@@ -177,6 +186,41 @@ def test_a_short_time_limit_shrinks_the_batch_unless_it_was_asked_for() -> None:
     asked = with_options(planned, Options(max_seconds=100.0, batch_size=9))
     kept, note = fit_to_time(asked, Options(max_seconds=100.0, batch_size=9), seconds=0.02)
     assert (kept.batch_size, note) == (9, "")
+
+
+def mirroring_from(patches: int) -> Configuration:
+    """`tiny`, whose two epochs see 8 patches, that mirrors along Z and X from so many patches on."""
+    augment = AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(0, 2), mirror_from_patches=patches)
+    planned = tiny()
+    return planned.model_copy(update={"train": planned.train.model_copy(update={"augment": augment})})
+
+
+def test_a_training_of_few_patches_does_not_mirror() -> None:
+    def axes(patches: int, asked: Options, seconds: float | None = None) -> tuple[int, ...]:
+        fitted, note = with_suited_mirroring(mirroring_from(patches), asked, seconds)
+        assert bool(note) == (fitted != mirroring_from(patches))
+        return fitted.train.augment.mirror_axes
+
+    assert tiny().train.epochs * STEPS * tiny().batch_size == 8
+    assert axes(8, Options()) == (0, 2)
+    assert axes(9, Options()) == ()
+    assert axes(100, Options(max_seconds=10.0), seconds=0.1) == (0, 2)
+    assert axes(101, Options(max_seconds=10.0), seconds=0.1) == ()
+
+
+def test_prediction_mirrors_only_as_all_of_its_networks_learned(run: Path) -> None:
+    layout, models = Layout(run), []
+    for seed, patches in enumerate((8, 9)):
+        plan = load(layout.plan, Plan)
+        save(layout.plan, plan.model_copy(update={"configurations": (mirroring_from(patches),)}))
+        record = start(run, seed=seed)
+        assert record.configuration.train.augment.mirror_axes == ((0, 2) if patches == 8 else ())
+        models.append(layout.model("3d", "0", seed))
+    planned = mirroring_from(8)
+    assert as_trained(planned, models[:1]) == planned
+    assert as_trained(planned, models).train.augment.mirror_axes == ()
+    found = [Predictor(run, device="cpu", seeds=seeds).tiling((9, 9, 9), 3, 1) for seeds in ([0], [1], None)]
+    assert [tiling.mirror_axes for tiling in found] == [(0, 2), (), ()]
 
 
 # ------------------------------------------------------------------------------------------------ stopping and going on

@@ -106,7 +106,10 @@ def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple
     told = {axis for axis, _ in sided}
     mirrored = tuple(a for a in range(dimension) if of_file[a] not in told)
     names = (" ".join("ZYX"[of_file[a]] for a in mirrored) or "none") + " of the files"
-    because = "no label name tells left from right or front from back, so every axis may be mirrored."
+    because = (
+        "no label name tells left from right or front from back, so every axis may be mirrored; a training too "
+        "short for it (mirror_from_patches) does not."
+    )
     lost = [axis for axis in of_file if axis in told]
     if lost:
         because = " ".join(

@@ -13,6 +13,7 @@ from autoseg.steps.options import (
     seconds_per_sample,
     with_class_weights,
     with_options,
+    with_suited_mirroring,
     with_suited_norm,
 )
 from autoseg.steps.preprocess import preprocess
@@ -41,11 +42,14 @@ def begin(work: Work, asked: Options) -> Run:
 
 def _fresh(work: Work, asked: Options) -> Run:
     """The record of a new training: plan values, overridden by what was asked for, fitted to the time."""
-    configuration, notes = with_options(work.planned, asked), []
-    if asked.max_seconds is not None and not work.is_paced:
+    configuration, notes, seconds = with_options(work.planned, asked), [], None
+    if asked.max_seconds is not None and (configuration.train.augment.mirror_axes or not work.is_paced):
         seconds = seconds_per_sample(configuration, work.device) / work.team.size
+    if seconds is not None and not work.is_paced:
         configuration, note = fit_to_time(configuration, asked, seconds, least=work.team.size)
         notes += [note] if note else []
+    configuration, note = with_suited_mirroring(configuration, asked, seconds)
+    notes += [note] if note else []
     if not work.as_it_is:
         configuration, note = with_suited_norm(configuration)
         notes += [note] if note else []

@@ -23,7 +23,7 @@ from autoseg.planning.student import choose_student
 from autoseg.records import Case, Configuration, Dataset, Fold, NetworkSpec, Plan, Run, Scores
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.distillation import Contestant, Distillation
-from autoseg.steps.models import configuration_named, default_configuration, load_network
+from autoseg.steps.models import as_trained, configuration_named, default_configuration, load_network
 from autoseg.steps.options import Machine, Options
 from autoseg.steps.plan import checked
 from autoseg.steps.predictor import Predictor
@@ -39,9 +39,10 @@ TIMED_CASES = 5
 
 @dataclass(frozen=True)
 class Player:
-    """One row of the table before it is measured."""
+    """One row of the table before it is measured; `configuration` is how its networks predict."""
 
     name: str
+    configuration: Configuration
     networks: tuple[nn.Module, ...]
     scores: Scores | None
 
@@ -116,8 +117,8 @@ def distill(
     used = pick(device)
     set_up(used)
     last = alone if baseline else None
-    players = _players(run, plan, planned, dataset, cases, found, seen, model, last, used, report)
-    ended = _compared(begun, players, run, planned, own, dataset, cases, used, report)
+    players = _players(run, plan, planned, own, dataset, cases, found, seen, model, last, used, report)
+    ended = _compared(begun, players, run, planned, dataset, cases, used, report)
     store.save(distillation_file(model.root), ended)
     return ended
 
@@ -241,25 +242,30 @@ def _again(
 
 
 def _players(
-    run: Path, plan: Plan, planned: Configuration, dataset: Dataset, cases: Fold, teachers: Sequence[ModelLayout],
-    seen: Sequence[ModelLayout], student: ModelLayout, alone: ModelLayout | None, device: Device, report: Report,
+    run: Path, plan: Plan, planned: Configuration, own: Configuration, dataset: Dataset, cases: Fold,
+    teachers: Sequence[ModelLayout], seen: Sequence[ModelLayout], student: ModelLayout, alone: ModelLayout | None,
+    device: Device, report: Report,
 ) -> list[Player]:  # fmt: skip
     """Members, ensemble, student and baseline with their networks and scores; the ensemble is scored here."""
     networks = tuple(load_network(each, device) for each in teachers)
+
+    def player(name: str, configuration: Configuration, model: ModelLayout, network: nn.Module) -> Player:
+        scores = None if model in seen else _scores(model, cases)
+        return Player(name, as_trained(configuration, [model]), (network,), scores)
+
     players = [
-        Player(_called(model, run), (network,), None if model in seen else _scores(model, cases))
-        for model, network in zip(teachers, networks, strict=True)
+        player(_called(model, run), planned, model, network) for model, network in zip(teachers, networks, strict=True)
     ]
-    scores = None
+    together, scores = as_trained(planned, teachers), None
     if cases.validation:
-        together = ModelLayout(student.root.parent / "ensemble" / student.root.name)
-        scores = _newer_scores(together, (*teachers, student), cases)
+        folder = ModelLayout(student.root.parent / "ensemble" / student.root.name)
+        scores = _newer_scores(folder, (*teachers, student), cases)
         if scores is None:
-            scores = validate_fold(run, together, planned, networks, cases, dataset, plan, device, report)
-    players.append(Player(f"ensemble of {len(networks)}", networks, scores))
-    players.append(Player("student", (load_network(student, device),), _scores(student, cases)))
+            scores = validate_fold(run, folder, together, networks, cases, dataset, plan, device, report)
+    players.append(Player(f"ensemble of {len(networks)}", together, networks, scores))
+    players.append(player("student", own, student, load_network(student, device)))
     if alone is not None:
-        players.append(Player("labels alone", (load_network(alone, device),), _scores(alone, cases)))
+        players.append(player("labels alone", own, alone, load_network(alone, device)))
     return players
 
 
@@ -277,8 +283,8 @@ def _newer_scores(model: ModelLayout, than: Sequence[ModelLayout], cases: Fold) 
 
 
 def _compared(
-    begun: Distillation, players: Sequence[Player], run: Path, planned: Configuration, own: Configuration,
-    dataset: Dataset, cases: Fold, device: Device, report: Report,
+    begun: Distillation, players: Sequence[Player], run: Path, planned: Configuration, dataset: Dataset, cases: Fold,
+    device: Device, report: Report,
 ) -> Distillation:  # fmt: skip
     """Time all players on the same cases, and put the table together."""
     names = (cases.validation or cases.train)[:TIMED_CASES]
@@ -288,10 +294,8 @@ def _compared(
     for number, name in enumerate(names):
         volume = read_image([Path(path) for path in by_id[name].images])
         for place, player in enumerate(players):
-            small = player.name in ("student", "labels alone")
-            predictor = Predictor.of_network(
-                run, own if small else planned, player.networks, f"fold_{begun.fold}", device
-            )
+            name_of_fold = f"fold_{begun.fold}"
+            predictor = Predictor.of_network(run, player.configuration, player.networks, name_of_fold, device)
             if number == 0:
                 predictor.segment(volume, case=name)  # the first call of a network is slower than all others
             start = time.perf_counter()

@@ -25,6 +25,14 @@ def load_network(model: ModelLayout, device: Device) -> nn.Module:
     return ready(network, network.spec.dimension, device)
 
 
+def as_trained(planned: Configuration, models: Sequence[ModelLayout]) -> Configuration:
+    """The configuration with the mirror axes that all of these networks learned with: prediction takes no others."""
+    learned = [set(load(model.run, Run).configuration.train.augment.mirror_axes) for model in models]
+    axes = tuple(sorted(set.intersection(*learned)))
+    augment = planned.train.augment.model_copy(update={"mirror_axes": axes})
+    return planned.model_copy(update={"train": planned.train.model_copy(update={"augment": augment})})
+
+
 def trained_models(
     layout: Layout, configuration: str, folds: Sequence[str] | None = None, seeds: Sequence[int] | None = None
 ) -> tuple[ModelLayout, ...]:

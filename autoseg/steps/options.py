@@ -103,6 +103,30 @@ def fit_to_time(
     return configuration.model_copy(update={"batch_size": batch, "train": train_spec}), note
 
 
+def with_suited_mirroring(
+    configuration: Configuration, asked: Options, seconds: float | None
+) -> tuple[Configuration, str]:
+    """No mirroring in a training too short for it, which then predicts without it too. Returns a note or "".
+
+    Every axis doubles what the network has to learn, and a short training has no time to overfit.
+
+    Args:
+        seconds: of one training step per sample; None where the training is not limited in time.
+    """
+    train = configuration.train
+    augment, patches = train.augment, float(train.epochs * train.steps_per_epoch * configuration.batch_size)
+    if asked.max_seconds is not None and seconds is not None:
+        patches = asked.max_seconds / seconds
+    if not augment.mirror_axes or patches >= augment.mirror_from_patches:
+        return configuration, ""
+    note = (
+        f"No mirroring: the training sees about {patches:,.0f} patches, and it takes "
+        f"{augment.mirror_from_patches:,} until mirroring pays (augment.mirror_from_patches in the plan)."
+    )
+    augment = augment.model_copy(update={"mirror_axes": ()})
+    return configuration.model_copy(update={"train": train.model_copy(update={"augment": augment})}), note
+
+
 def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
     """Instance norm instead of batch norm where the batch became too small for it, by the planner's own rule."""
     network = configuration.network

@@ -38,6 +38,7 @@ from autoseg.network.export import Matrices, Slab, Wanted, new_shape, slab_heigh
 from autoseg.network.sliding import OVERLAP, SLICES_PER_PASS, Progress, Scorer, Tiling, score_blocks
 from autoseg.records import Configuration, Plan, Postprocessing, Rule
 from autoseg.steps.models import (
+    as_trained,
     configuration_named,
     fold_and_seed,
     hash_of,
@@ -122,8 +123,9 @@ class Predictor:
             raise UserError(f"There is no speed {speed!r}.", fix=f"Choose one of: {', '.join(SPEEDS)}.")
         layout, plan = Layout(Path(run)), checked(Path(run))
         name = configuration or trained_configuration(layout, plan)
-        chosen = configuration_named(plan, name)
+        planned = configuration_named(plan, name)
         models = trained_models(layout, name, folds, seeds)
+        chosen = as_trained(planned, models)
         target = pick(device)
         set_up(target)
         networks = [load_network(model, target) for model in models]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoseg.cases.cache import key_of, read_mark, restamp, stamp_of, write
+from autoseg.cases.exchange import refuse_not_finite
 from autoseg.cases.inspect import content_of
 from autoseg.cases.prepare import class_locations, prepare
 from autoseg.cases.split import make_splits
@@ -79,6 +80,7 @@ def preprocess_case(work: Work) -> None:
     if not targets:
         return
     volume = read_image(case.images)
+    refuse_not_finite(volume, " ".join(case.images))  # a file may have changed since it was checked
     labels_ZYX = read_labels(case.label)[0] if case.label is not None else None
     for configuration, folder, key in targets:
         prepared = prepare(volume, labels_ZYX, plan, configuration, case.id)
