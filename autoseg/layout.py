@@ -140,6 +140,11 @@ class ModelLayout:
         return self.root / "run.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the training that writes here; beside the folder, which a new training empties."""
+        return self.root.with_name(f".{self.root.name}.lock")
+
+    @property
     def curves(self) -> Path:
         return self.root / "curves.png"
 

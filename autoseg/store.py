@@ -18,6 +18,11 @@ from pydantic import ValidationError
 from autoseg.errors import UserError
 from autoseg.records import Saved
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 AnySaved = TypeVar("AnySaved", bound=Saved)
 
 TEMPORARY = ".unfinished"
@@ -102,6 +107,34 @@ def _is_being_written(temporary: Path) -> bool:
     except PermissionError:  # alive, and somebody else's
         return True
     return True
+
+
+@contextmanager
+def held_alone(lock: Path, busy: str, fix: str) -> Iterator[None]:
+    """Hold the lock file while the block runs; it is gone afterwards, and free again when the process is killed.
+
+    Raises UserError with `busy` and `fix` where another process holds it. Does nothing where there are no such locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    make_folder(lock.parent)
+    while True:
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(busy, fix=fix) from None
+            except OSError:  # a file system without locks
+                yield
+                return
+            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                continue  # its last holder removed it between our opening and locking it
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

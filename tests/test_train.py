@@ -223,6 +223,21 @@ def test_prediction_mirrors_only_as_all_of_its_networks_learned(run: Path) -> No
     assert [tiling.mirror_axes for tiling in found] == [(0, 2), (), ()]
 
 
+def test_a_second_training_of_the_same_network_is_refused_while_the_first_runs(run: Path) -> None:
+    refused: list[UserError] = []
+
+    def second() -> None:
+        with pytest.raises(UserError, match="fold_0: another process is training this network") as caught:
+            start(run, resume="restart")
+        refused.append(caught.value)
+        start(run, seed=1, epochs=1)  # another seed is another network
+
+    record = start(run, report=at_step(1, second))
+    assert len(refused) == 1
+    assert record.finished
+    assert not [path for path in Layout(run).configuration("3d").iterdir() if path.name.startswith(".")]
+
+
 # ------------------------------------------------------------------------------------------------ stopping and going on
 
 

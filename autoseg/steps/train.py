@@ -1,6 +1,7 @@
 """`autoseg train`: one network on one fold, from the plan to validation scores. Survives a kill at any moment."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,10 +135,24 @@ def train_one(
     if (ended := trained_already(work, asked)) is not None:
         report(Said(f"{work.planned.name}, fold {fold}, seed {seed}: trained already."))
         return ended
+    with _alone(work):
+        return _trained(work, asked)
+
+
+def _alone(work: Work) -> AbstractContextManager[None]:
+    """No second training writes to this folder meanwhile; raises UserError where this one is the second."""
+    if not work.team.is_first:
+        return nullcontext()
+    busy = f"{work.model.root}: another process is training this network."
+    return store.held_alone(work.model.lock, busy, fix="Wait until it has ended, or give another --fold or --seed.")
+
+
+def _trained(work: Work, asked: Options) -> Run:
+    """The training that `train_one` looked up, from its first record to its scores."""
     set_up(work.device, deterministic=bool(asked.deterministic))
-    if work.planned.previous is not None and not is_trained(work.layout, work.planned.previous, fold):
+    if work.planned.previous is not None and not is_trained(work.layout, work.planned.previous, work.fold):
         asked = _train_previous(work, asked)
-    with first_goes_first(team):
+    with first_goes_first(work.team):
         record = begin(work, asked)
     set_up(work.device, record.deterministic)
     state, record = learn(work, record, sources_of(work, record.configuration))
@@ -145,7 +160,7 @@ def train_one(
         scores = _validate(in_precision(work, record), record, state.network)
         record = record.model_copy(update={"validation_dice": scores.mean["dice"]})
     record = record.model_copy(update={"finished": True})
-    if team.is_first:
+    if work.team.is_first:
         store.save(work.model.run, record)
     return record
 
