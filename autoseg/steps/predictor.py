@@ -291,6 +291,11 @@ class Predictor:
         )
         return Tiling(patch, self._mirror_axes, self._speed.overlap, samples, place)
 
+    @property
+    def mirror_axes(self) -> tuple[int, ...]:
+        """Patch axes that prediction mirrors along; none where the networks did not learn with mirroring."""
+        return self._mirror_axes
+
     def alone(self) -> threading.Lock:
         """To be held while the networks compute: images of several threads take turns, so that memory is bounded."""
         return self._one_at_a_time

@@ -117,6 +117,6 @@ def _reading(
     means = summary(tuple(scored), scoring.labels, "", "")
     how = SPEEDS[speed]
     return SpeedReading(
-        speed=speed, mirroring=how.mirroring, overlap=how.overlap, seconds_per_case=seconds / max(1, len(cases)),
+        speed=speed, mirroring=bool(predictor.mirror_axes), overlap=how.overlap, seconds_per_case=seconds / max(1, len(cases)),
         dice=means.foreground_mean["dice"], dice_per_class=means.mean["dice"],
     )  # fmt: skip
