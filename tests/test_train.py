@@ -180,11 +180,11 @@ def test_a_time_limit_ends_the_training_and_is_written_down(run: Path) -> None:
 
 def test_a_short_time_limit_shrinks_the_batch_unless_it_was_asked_for() -> None:
     planned = tiny().model_copy(update={"batch_size": 12})
-    fitted, note = fit_to_time(planned, Options(max_seconds=100.0), seconds=0.02)
+    fitted, note = fit_to_time(planned, Options(max_seconds=250.0), seconds=0.02)
     assert fitted.batch_size == 5
     assert "Batch size 5 instead of 12" in note
-    asked = with_options(planned, Options(max_seconds=100.0, batch_size=9))
-    kept, note = fit_to_time(asked, Options(max_seconds=100.0, batch_size=9), seconds=0.02)
+    asked = with_options(planned, Options(max_seconds=250.0, batch_size=9))
+    kept, note = fit_to_time(asked, Options(max_seconds=250.0, batch_size=9), seconds=0.02)
     assert (kept.batch_size, note) == (9, "")
 
 

@@ -165,7 +165,7 @@ def _shared(
         preset=chosen,
         source=source,
         device=budget.device,
-        base_features=choose_base_features(budget.device, budget.precision),
+        base_features=choose_base_features(budget.device),
         most_operations=most_operations(budget.device, budget.precision),
         sampling=choose_sampling(fingerprint),
         outputs=len(fingerprint.regions),

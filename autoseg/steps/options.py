@@ -14,8 +14,9 @@ from autoseg.network.device import Device
 from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
 
-STEPS_WANTED = 1000
-"""With a time limit the batch shrinks until about this many steps fit: fewer, however large, do not converge."""
+STEPS_WANTED = 2500
+"""With a time limit the batch shrinks until about this many steps fit: fewer, however large, teach less
+(docs/decisions/quality-per-minute.md)."""
 REPORTS_WANTED = 40
 """With a time limit an epoch is paced so that there are about this many."""
 LEAST_BATCH = 2
