@@ -117,6 +117,7 @@ def _reading(
     means = summary(tuple(scored), scoring.labels, "", "")
     how = SPEEDS[speed]
     return SpeedReading(
-        speed=speed, mirroring=bool(predictor.mirror_axes), overlap=how.overlap, seconds_per_case=seconds / max(1, len(cases)),
-        dice=means.foreground_mean["dice"], dice_per_class=means.mean["dice"],
+        speed=speed, mirroring=bool(predictor.mirror_axes), overlap=how.overlap,
+        seconds_per_case=seconds / max(1, len(cases)), dice=means.foreground_mean["dice"],
+        dice_per_class=means.mean["dice"],
     )  # fmt: skip
