@@ -83,7 +83,7 @@ class AugmentSpec(Record):
 
     `rotation_rad` is the largest angle per axis (Z Y X; in 2D only the first counts, turning in the plane).
     `mirror_axes` are patch axes; prediction mirrors along the same ones. A training that sees fewer patches than
-    `mirror_from_patches` mirrors along none (docs/decisions/mirroring.md).
+    `mirror_from_patches`, and does not turn them to all sides, mirrors along none (docs/decisions/mirroring.md).
     """
 
     rotation_rad: tuple[float, ...]

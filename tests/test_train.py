@@ -1,6 +1,7 @@
 """Training on tiny synthetic volumes: what it leaves behind, how it stops and goes on, what it refuses."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -206,6 +207,14 @@ def test_a_training_of_few_patches_does_not_mirror() -> None:
     assert axes(9, Options()) == ()
     assert axes(100, Options(max_seconds=10.0), seconds=0.1) == (0, 2)
     assert axes(101, Options(max_seconds=10.0), seconds=0.1) == ()
+
+
+def test_patches_turned_to_all_sides_are_mirrored_however_short_the_training() -> None:
+    planned = mirroring_from(9)
+    augment = planned.train.augment.model_copy(update={"rotation_rad": (math.pi, 0.0, 0.0)})
+    turned = planned.model_copy(update={"train": planned.train.model_copy(update={"augment": augment})})
+    assert with_suited_mirroring(planned, Options(), None)[0].train.augment.mirror_axes == ()
+    assert with_suited_mirroring(turned, Options(), None) == (turned, "")
 
 
 def test_prediction_mirrors_only_as_all_of_its_networks_learned(run: Path) -> None:

@@ -107,8 +107,8 @@ def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple
     mirrored = tuple(a for a in range(dimension) if of_file[a] not in told)
     names = (" ".join("ZYX"[of_file[a]] for a in mirrored) or "none") + " of the files"
     because = (
-        "no label name tells left from right or front from back, so every axis may be mirrored; a training too "
-        "short for it (mirror_from_patches) does not."
+        "no label name tells left from right or front from back, so every axis may be mirrored. A training too "
+        "short for it (mirror_from_patches) does not, unless patches are turned to all sides."
     )
     lost = [axis for axis in of_file if axis in told]
     if lost:

@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import pi
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -109,7 +110,8 @@ def with_suited_mirroring(
 ) -> tuple[Configuration, str]:
     """No mirroring in a training too short for it, which then predicts without it too. Returns a note or "".
 
-    Every axis doubles what the network has to learn, and a short training has no time to overfit.
+    Every axis doubles what the network has to learn, and a short training has no time to overfit. Where patches are
+    turned to all sides their content has no direction, so that there is nothing more to learn: these are mirrored.
 
     Args:
         seconds: of one training step per sample; None where the training is not limited in time.
@@ -118,7 +120,8 @@ def with_suited_mirroring(
     augment, patches = train.augment, float(train.epochs * train.steps_per_epoch * configuration.batch_size)
     if asked.max_seconds is not None and seconds is not None:
         patches = asked.max_seconds / seconds
-    if not augment.mirror_axes or patches >= augment.mirror_from_patches:
+    turned_to_all_sides = max(augment.rotation_rad, default=0.0) > pi / 2
+    if not augment.mirror_axes or turned_to_all_sides or patches >= augment.mirror_from_patches:
         return configuration, ""
     note = (
         f"No mirroring: the training sees about {patches:,.0f} patches, and it takes "
