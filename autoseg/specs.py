@@ -98,5 +98,5 @@ class AugmentSpec(Record):
     gamma_inverted_chance: Share = 0.1
     gamma_chance: Share = 0.3
     mirror_axes: tuple[int, ...] = ()
-    mirror_from_patches: Annotated[int, Field(ge=0)] = 50_000
+    mirror_from_patches: Annotated[int, Field(ge=0)] = 5_000
     turn_in_plane_only: bool = False
