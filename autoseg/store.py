@@ -113,28 +113,41 @@ def _is_being_written(temporary: Path) -> bool:
 def held_alone(lock: Path, busy: str, fix: str) -> Iterator[None]:
     """Hold the lock file while the block runs; it is gone afterwards, and free again when the process is killed.
 
-    Raises UserError with `busy` and `fix` where another process holds it. Does nothing where there are no such locks.
+    Raises UserError with `busy` and `fix` where another process holds it, and as `replacing` where the place cannot be
+    written. Does nothing where there are no such locks.
     """
     if fcntl is None:
         yield
         return
     make_folder(lock.parent)
     while True:
-        with open(lock, "w") as file:
+        try:
+            file = open(lock, "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            if told := _told(error, lock):
+                raise told from error
+            raise
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(busy, fix=fix) from None
             except OSError:  # a file system without locks
-                yield
-                return
-            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                pass
+            if not _is_file_at(file.fileno(), lock):
                 continue  # its last holder removed it between our opening and locking it
             try:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
             return
+
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that has this name now."""
+    with suppress(FileNotFoundError):
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    return False
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

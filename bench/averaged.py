@@ -173,7 +173,7 @@ def main() -> None:
     layout, plan = Layout(given.run), checked(given.run)
     planned = configuration_named(plan, given.configuration or default_configuration(plan))
     own, _ = choose_student(planned, given.student, lambda configuration: 0, "assumed")
-    augment = own.train.augment.model_copy(update={"mirror_axes": ()})  # as in every short training
+    augment = own.train.augment.model_copy(update={"mirror_axes": ()})  # the same for both sides
     own = own.model_copy(update={"train": own.train.model_copy(update={"augment": augment})})
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
