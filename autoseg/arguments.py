@@ -25,8 +25,10 @@ DataFolder = Annotated[
 ConfigurationName = Annotated[
     str | None, typer.Option("--configuration", "-c", help="Name in the plan, such as 2d or 3d. [default: 3d, else 2d]")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: the GPU, else the CPU]")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes for reading and preparing. [default: all cores]")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1. [default: the GPU, else the CPU]")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes for reading and preparing. [default: all cores]")
+]
 MaxTime = Annotated[
     str | None, typer.Option("--max-time", help="Training ends on time: 90s, 10m, 1.5h.", show_default=False)
 ]

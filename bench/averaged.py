@@ -26,7 +26,7 @@ from autoseg.arguments import parse_duration
 from autoseg.cases.split import make_splits
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, unet
-from autoseg.network.device import channels_last, pick, set_up
+from autoseg.network.device import lay_out, pick, set_up
 from autoseg.network.distributed import ALONE
 from autoseg.planning.student import SIZES, choose_student
 from autoseg.records import Configuration, Dataset, Fold, NetworkSpec, Run, Scores, Splits
@@ -118,7 +118,8 @@ def trained_together(bench: Bench) -> tuple[np.ndarray, list[np.ndarray]]:
     network = averaged_of(bench.members)(record.configuration.network)
     assert isinstance(network, Averaged)
     checkpoint.load_weights(model.weights, network)
-    members = [channels_last(member, bench.own.dimension).to(device.torch_device).eval() for member in network.members]
+    dimension = bench.own.dimension
+    members = [lay_out(member.to(device.torch_device), dimension, device).eval() for member in network.members]
     say(network="together", steps=record.steps, seconds=record.seconds)
     alone = []
     for number, member in enumerate(members):

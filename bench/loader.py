@@ -23,7 +23,7 @@ from autoseg.cases.prepare import Prepared, class_locations
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import Layout
 from autoseg.network import unet
-from autoseg.network.device import Device, channels_last, pick, set_up
+from autoseg.network.device import Device, lay_out, pick, set_up
 from autoseg.network.losses import build
 from autoseg.network.memory import GIB, parse_bytes
 from autoseg.network.step import make_optimizer, step
@@ -89,7 +89,7 @@ def wait_share(
     sources = held(opened, limit)
     on_disk = sum(isinstance(source, CachedCase) for source in sources.values())
     network = unet.build(configuration.network).to(device.torch_device)
-    network = channels_last(network, 3).train()
+    network = lay_out(network, 3, device).train()
     train = configuration.train
     optimizer = make_optimizer(network, train, device)
     loss = build(train.loss, batch_dice=configuration.batch_dice)

@@ -117,13 +117,18 @@ def on_card(device: Device) -> dict[str, float]:
     }
 
 
-def plans_within_budget(device: Device) -> bool:
-    """Run every reference plan for 8, 11 and 24 GB for `STEPS` steps under its budget; True if all stayed within."""
+def plans_within_budget(device: Device, names: list[str], steps: int) -> bool:
+    """Run every reference plan for 8, 11 and 24 GB for some steps under its budget; True if all stayed within.
+
+    names: of the data sets; empty for all.
+    """
     card = device.torch_device
     total = torch.cuda.mem_get_info(card)[1]
     good = True
     for file in sorted(PLANS.glob("*/plan-*.json")):
         plan = load(file, Plan)
+        if names and file.parent.name not in names:
+            continue
         if plan.budget.total_bytes not in {gigabytes << 30 for gigabytes in BUDGETS_GB}:
             continue
         if plan.budget.budget_bytes > total:
@@ -133,7 +138,7 @@ def plans_within_budget(device: Device) -> bool:
             torch.cuda.reset_accumulated_memory_stats(card)
             torch.cuda.set_per_process_memory_fraction((plan.budget.budget_bytes - CONTEXT_BYTES) / total, card)
             try:
-                held = device_peaks(planned, device, STEPS)[1] + context_bytes(card)
+                held = device_peaks(planned, device, steps)[1] + context_bytes(card)
                 retries = torch.cuda.memory_stats(card)["num_alloc_retries"]
                 fits = held <= plan.budget.budget_bytes
                 said = f"{held / MIB:9.1f} of {plan.budget.budget_bytes / MIB:9.1f} MiB, {retries} retries"
@@ -149,7 +154,10 @@ def plans_within_budget(device: Device) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
-    device = pick(parser.parse_args().device)
+    parser.add_argument("--plans", nargs="+", default=[], metavar="NAME", help="only these of the reference plans")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each reference plan")
+    options = parser.parse_args()
+    device = pick(options.device)
     set_up(device)
     line: dict[str, object] = {"what": "memory", "device": device.name, "torch": torch.__version__}
     if not device.is_cuda:
@@ -157,7 +165,7 @@ def main() -> None:
         return
     line |= {"card": torch.cuda.get_device_name(device.torch_device), "cudnn": torch.backends.cudnn.version()}
     line |= on_card(device)
-    good = plans_within_budget(device)
+    good = plans_within_budget(device, options.plans, options.steps)
     print(json.dumps(line | {"plans_within_budget": good}))
     sys.exit(0 if good else 1)
 

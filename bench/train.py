@@ -3,8 +3,9 @@
 Run: python bench/train.py [DATA] [--peer PEER_PYTHON PEER_SCRIPT] [--steps 15] [--precision fp32]
 nnU-Net prepares the data set (a Decathlon folder) and makes its own plan; autoseg trains the network, patch and batch
 of that plan with its own augmentation. nnU-Net runs twice: as its users run it, and with glibc told to keep freed
-memory, which autoseg does by itself. All runs are whole processes with the same number of threads; medians of the
-steps after the first fifth. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
+memory, which autoseg does by itself. On a GPU autoseg runs twice, too: eager and compiled. nnU-Net's runs are processes
+of their own with the same number of threads; medians of the steps after the first fifth, on a GPU autoseg's mean of
+those. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
 The environment of PEER_PYTHON holds nnunetv2; its torch is the one that counts for it and is printed beside ours.
 """
 
@@ -24,9 +25,10 @@ from autoseg import store
 from autoseg.events import silent
 from autoseg.layout import Layout
 from autoseg.network import unet
-from autoseg.network.device import Device, channels_last, pick, set_up
+from autoseg.network.compiling import Step, pays_to_record, try_compile
+from autoseg.network.device import Device, lay_out, layout, pick, set_up
 from autoseg.network.distributed import ALONE
-from autoseg.network.losses import build
+from autoseg.network.losses import Supervised, build
 from autoseg.network.step import make_optimizer, step
 from autoseg.network.timing import PARTS, Stopwatch
 from autoseg.parallel import allowed_cores
@@ -63,8 +65,8 @@ def like_the_peer(planned: Configuration, plans: Path) -> Configuration:
     return Configuration.model_validate(fields)
 
 
-def ours(data: Path, run: Path, plans: Path | None, steps: int, device: Device) -> dict:
-    """Seconds of each part of a step, medians."""
+def ours(data: Path, run: Path, plans: Path | None, steps: int, device: Device, compiles: bool = False) -> dict:
+    """Seconds of each part of a step: medians on a CPU; means on a GPU, where the host runs ahead."""
     made = plan(data, run, memory="8GB", device=device.name)
     planned = configuration_named(made, "3d" if made.dimension == 3 else "2d")
     if plans is not None:
@@ -78,31 +80,58 @@ def ours(data: Path, run: Path, plans: Path | None, steps: int, device: Device) 
     learned = [sources[case] for case in work.cases.train]
     set_up(device)
     torch.manual_seed(0)
-    network = channels_last(unet.build(planned.network).to(device.torch_device), planned.dimension).train()
+    network = unet.build(planned.network).to(device.torch_device).train()
+    network = lay_out(network, planned.dimension, device, compiles)
     optimizer = make_optimizer(network, planned.train, device)
     loss = build(planned.train.loss, batch_dice=planned.batch_dice)
+    began, warm = time.perf_counter(), max(2, steps // 5)
+    compiled = compile_step(network, loss, planned, device) if compiles else None
+    compile_seconds = time.perf_counter() - began
     waits: list[float] = []
     rows: list[dict[str, float]] = []
-    watch = Stopwatch(device)
-    with Batches(planned, 0, len(made.channels), made.classes, device, None) as batches:
+    watch, start = Stopwatch(device), time.perf_counter()
+    with Batches(planned, 0, len(made.channels), made.classes, device, None, compiled=compiles) as batches:
         for number in range(steps):
+            if number == warm:
+                watch.read()
+                start = time.perf_counter()
+            begins = time.perf_counter()
             watch.start()
-            start = time.perf_counter()
             batch = batches.draw(learned, work.cases.train, number)
             watch.lap("augment")
-            step(network, optimizer, loss, batch.image, batch.labels, device, planned.train.clip_norm, lap=watch.lap)
-            parts = watch.read()  # waits for the device
+            step(
+                network, optimizer, loss, batch.image, batch.labels, device, planned.train.clip_norm, lap=watch.lap,
+                compiled=compiled,
+            )  # fmt: skip
             waits.append(batch.wait_seconds)
-            rows.append(parts | {"whole": time.perf_counter() - start})
-    warm = max(2, steps // 5)
-    found = {name: statistics.median(row[name] for row in rows[warm:]) for name in (*PARTS, "whole")}
-    found["augment"] -= statistics.median(waits[warm:])
+            if not device.is_cuda:
+                rows.append(watch.read() | {"whole": time.perf_counter() - begins})
+    if device.is_cuda:  # as in a training the host does not wait for the device, so only the total means something
+        parts = watch.read()
+        whole = time.perf_counter() - start
+        found = {name: seconds / (steps - warm) for name, seconds in (parts | {"whole": whole}).items()}
+    else:
+        found = {name: statistics.median(row[name] for row in rows[warm:]) for name in (*PARTS, "whole")}
+        found["augment"] -= statistics.median(waits[warm:])
+    found["compile"] = compile_seconds
     capacity = capacity_of(planned, device)
     return found | {
         "wait": statistics.median(waits[warm:]), "batch": planned.batch_size, "patch": planned.patch_voxels,
         "gflop": capacity.operations_per_sample * planned.batch_size / 1e9,
         "peak_share": capacity.share(planned.batch_size, found["whole"]),
     }  # fmt: skip
+
+
+def compile_step(network: torch.nn.Module, loss: Supervised, planned: Configuration, device: Device) -> Step:
+    shape = (planned.batch_size, *planned.patch_voxels)
+    image = torch.zeros(shape[0], planned.network.in_channels, *shape[1:], device=device.torch_device)
+    image = image.contiguous(memory_format=layout(planned.dimension, device, compiled=True))
+    labels = torch.zeros(shape, dtype=torch.int16, device=device.torch_device)
+    records = pays_to_record(device, planned.memory.peak_bytes)
+    compiled = try_compile(network, loss, (image, labels), device, print, records)
+    if compiled is None:
+        raise SystemExit("the step could not be compiled")
+    return compiled
 
 
 def theirs(python: str, script: str, words: list[str], keep_memory: bool = False) -> dict:
@@ -114,9 +143,9 @@ def theirs(python: str, script: str, words: list[str], keep_memory: bool = False
     return json.loads(ended.stdout.strip().splitlines()[-1])
 
 
-def show(name: str, seconds: float, more: str, base: float | None) -> None:
+def show(name: str, seconds: float, more: str, base: float | None, digits: int) -> None:
     ratio = "" if base is None else f"{seconds / base:6.2f}"
-    print(f"{name:<44}{seconds:8.3f} s {ratio:>8}  {more}", flush=True)
+    print(f"{name:<44}{seconds:9.{digits}f} s {ratio:>8}  {more}", flush=True)
 
 
 def main() -> int:
@@ -132,7 +161,7 @@ def main() -> int:
         parser.error(f"{options.data}: no such folder")
     device = pick(options.device, options.precision)
     print(f"torch {torch.__version__}, {allowed_cores()} cores, {device.name}, {device.precision}", flush=True)
-    base = None
+    base, digits = None, 5 if device.is_cuda else 3
     with tempfile.TemporaryDirectory(prefix="train-") as folder:
         work = options.work or Path(folder) / "peer"
         if options.peer:
@@ -143,13 +172,16 @@ def main() -> int:
                 found = theirs(*options.peer, words, keep)
                 seconds = found["step_s"] + found["wait_s"]
                 base = base or seconds
-                parts = f"step {found['step_s']:.3f}, wait {found['wait_s']:.3f}, batch {found['batch']}"
-                show(name, seconds, parts, base)
+                parts = f"step {found['step_s']:.{digits}f}, wait {found['wait_s']:.{digits}f}, batch {found['batch']}"
+                show(name, seconds, parts, base, digits)
         plans = work / PLAN_FILE if options.peer else None
-        found = ours(options.data, Path(folder) / "run", plans, options.steps, device)
-        parts = ", ".join(f"{part} {found[part]:.3f}" for part in ("wait", *PARTS))
-        more = f"{parts}, batch {found['batch']}, {100 * found['peak_share']:.0f} % of matrix products"
-        show(f"autoseg, {device.precision}", found["whole"], more, base)
+        for compiles in (False, True) if device.is_cuda else (False,):
+            run = Path(folder) / f"run{compiles}"
+            found = ours(options.data, run, plans, options.steps, device, compiles)
+            parts = ", ".join(f"{part} {found[part]:.{digits}f}" for part in ("wait", *PARTS))
+            more = f"{parts}, batch {found['batch']}, {100 * found['peak_share']:.0f} % of matrix products"
+            also = f", compiled in {found['compile']:.0f} s" if compiles else ""
+            show(f"autoseg, {device.precision}{also}", found["whole"], more, base, digits)
         print(f"patch {found['patch']}, {found['gflop']:.0f} GFLOP per step", flush=True)
     return 0
 

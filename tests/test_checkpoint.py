@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autoseg.errors import UserError
 from autoseg.network import checkpoint, losses, unet
 from autoseg.network.checkpoint import load_state, load_weights, save_state, save_weights
-from autoseg.network.device import Device, channels_last
+from autoseg.network.device import Device, lay_out
 from autoseg.network.loop import Batch, Length, TrainState, fit, make_optimizer, make_scaler
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
@@ -39,7 +39,7 @@ def a_train(**changes: Any) -> TrainSpec:
 def a_state(train: TrainSpec, seed: int = 0, **network: Any) -> TrainState:
     """As training starts: weights laid out with channels innermost."""
     torch.manual_seed(seed)
-    built = channels_last(unet.build(a_spec(**network)), 2)
+    built = lay_out(unet.build(a_spec(**network)), 2, CPU)
     return TrainState(built, make_optimizer(built, train, CPU), make_scaler(CPU), steps_per_epoch=train.steps_per_epoch)
 
 

@@ -11,20 +11,18 @@ import torch
 from torch import nn
 
 from autoseg.errors import UserError
-from autoseg.events import Event, Warned
 from autoseg.network import device as module
 from autoseg.network import unet
 from autoseg.network.device import (
     Device,
-    channels_last,
     channels_last_format,
     keep_freed_memory,
+    lay_out,
+    layout,
     native_precision,
-    pays_to_compile,
     pick,
     set_up,
     slow_convolutions,
-    try_compile,
 )
 from autoseg.records import NetworkSpec
 
@@ -172,70 +170,20 @@ def test_a_process_on_the_cpu_uses_the_allowed_cores(monkeypatch: pytest.MonkeyP
     assert threads == [3]
 
 
+def test_only_eager_volumes_on_gpus_keep_channels_outside() -> None:
+    card = Device(torch.device("cuda", 0), "bf16")
+    assert layout(3, card) == torch.contiguous_format
+    assert layout(3, card, compiled=True) == layout(3, CPU) == torch.channels_last_3d
+    assert layout(2, card) == layout(2, CPU, compiled=True) == torch.channels_last
+
+
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_weights_are_laid_out_with_channels_innermost(dimension: int) -> None:
     convolution = (nn.Conv2d if dimension == 2 else nn.Conv3d)(4, 8, 3)
     before = convolution.weight.detach().clone()
-    laid_out = channels_last(convolution, dimension)
+    laid_out = lay_out(convolution, dimension, CPU)
     assert laid_out.weight.is_contiguous(memory_format=channels_last_format(dimension))  # type: ignore[operator]
     assert torch.equal(laid_out.weight, before)  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------------------------------------ compiling
-
-
-@pytest.mark.parametrize(
-    ("name", "precision", "seconds_left", "pays"),
-    [
-        ("cuda:0", "bf16", None, True), ("cuda:0", "bf16", 10_000.0, True), ("cuda:0", "bf16", 60.0, False),
-        ("cuda:0", "fp32", None, False), ("cpu", "fp32", None, False), ("cpu", "bf16", None, False),
-        ("cpu", "bf16", 10_000.0, False), ("mps", "fp16", None, False),
-    ],
-)  # fmt: skip
-def test_compiling_pays_only_where_it_earns_back_its_time(
-    name: str, precision: str, seconds_left: float | None, pays: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module.sys, "platform", "linux")
-    assert pays_to_compile(Device(torch.device(name), precision), seconds_left) == pays
-    monkeypatch.setattr(module.sys, "platform", "win32")
-    assert not pays_to_compile(Device(torch.device(name), precision), seconds_left)
-
-
-def test_a_compiler_that_fails_is_told_in_one_line_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        def run(image: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("no compiler here")
-
-        return run
-
-    events: list[Event] = []
-    monkeypatch.setattr(torch, "compile", broken)
-    assert try_compile(a_network(), (2, 1, 16, 16), CPU, events.append) is None
-    assert len(events) == 1
-    assert isinstance(events[0], Warned)
-    assert "RuntimeError" in events[0].text
-
-
-def test_trying_the_compiled_network_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    images, network = [], a_network(channels=3)
-    network.eval()
-
-    def eager(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        def run(image: torch.Tensor) -> torch.Tensor:
-            images.append(image)
-            return module(image)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", eager)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    compiled = try_compile(network, (2, 3, 16, 16), CPU, lambda event: pytest.fail(f"{event} was not expected"))
-    assert compiled is not None
-    assert [tuple(image.shape) for image in images] == [(2, 3, 16, 16)]
-    assert images[0].is_contiguous(memory_format=torch.channels_last)  # as batches are: else it compiles again
-    assert not network.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert all(weight.grad is None for weight in network.parameters())
 
 
 @pytest.mark.parametrize(

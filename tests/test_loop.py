@@ -431,15 +431,15 @@ def test_validation_runs_in_eval_mode_and_training_in_training_mode() -> None:
     assert modes == [True, True, False, True, True, False]
 
 
-def test_the_loop_runs_the_compiled_network_where_there_is_one() -> None:
+def test_the_loop_runs_the_compiled_step_where_there_is_one() -> None:
     training, calls = Training(), []
 
     class Compiled:
         """Like torch's: neither true nor false."""
 
-        def __call__(self, image: Tensor) -> Any:
+        def __call__(self, image: Tensor, labels: Tensor) -> Any:
             calls.append(image.shape)
-            return training.state.network(image)
+            return LOSS(training.state.network(image), labels)
 
         def __len__(self) -> int:
             raise TypeError

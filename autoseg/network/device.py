@@ -2,17 +2,15 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from autoseg.errors import UserError
-from autoseg.events import Report, Warned
 from autoseg.parallel import make_cublas_repeatable, own_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -137,49 +135,22 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, largest)) and bool(mallopt(trim_threshold, largest))
 
 
-def channels_last(network: nn.Module, dimension: int) -> nn.Module:
-    """Lay the weights out with channels innermost, which is how convolutions read them fastest."""
-    return network.to(memory_format=channels_last_format(dimension))  # type: ignore[call-overload]
+def lay_out(network: nn.Module, dimension: int, device: Device, compiled: bool = False) -> nn.Module:
+    """Lay the weights out as `layout` says, in place; returns the network."""
+    return network.to(memory_format=layout(dimension, device, compiled))  # type: ignore[call-overload]
+
+
+def layout(dimension: int, device: Device, compiled: bool = False) -> torch.memory_format:
+    """How images and weights are laid out: with channels innermost, which is how convolutions read them fastest.
+
+    But not in 3D on a GPU, unless compiled: torch's instance norm there returns contiguous channels, and the step takes
+    2.6 times as long with all the copies between (docs/benchmarks.md; pytorch #59168).
+    """
+    if device.is_cuda and dimension == 3 and not compiled:
+        return torch.contiguous_format
+    return channels_last_format(dimension)
 
 
 def channels_last_format(dimension: int) -> torch.memory_format:
-    """The memory format of images and weights in 2D or 3D."""
+    """The memory format with channels innermost in 2D or 3D."""
     return torch.channels_last_3d if dimension == 3 else torch.channels_last
-
-
-COMPILE_SECONDS = {"cuda": 90.0}
-"""What compiling a training step takes, and below what of a step it saves at least. CPUs are left out on purpose: the
-eager step is the faster one there (docs/decisions/training-on-a-cpu.md)."""
-COMPILE_SAVES = 0.2
-
-
-def pays_to_compile(device: Device, seconds_left: float | None) -> bool:
-    """Whether `torch.compile` earns back its time in the seconds that are left (None: nobody knows how many)."""
-    cost = COMPILE_SECONDS.get(device.torch_device.type)
-    if cost is None or sys.platform == "win32" or device.precision == "fp32":
-        return False
-    return seconds_left is None or seconds_left * COMPILE_SAVES > cost
-
-
-def try_compile(
-    network: nn.Module, shape: tuple[int, ...], device: Device, report: Report
-) -> Callable[[torch.Tensor], Any] | None:
-    """The compiled network, tried on one batch of `shape` (B, C, ...); None, with one line why, if that fails.
-
-    The trial changes nothing: weights and running statistics are put back, gradients dropped. It runs in the modes
-    that the modules are in, and on a batch laid out as those of a training, else the first step would compile again.
-    """
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    compiled = torch.compile(network)
-    try:
-        image = torch.zeros(shape, device=device.torch_device)
-        with device.autocast():
-            outputs = compiled(image.contiguous(memory_format=channels_last_format(len(shape) - 2)))
-        sum(each.float().mean() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
-    except Exception as error:  # noqa: BLE001  compilers fail in many ways, and the eager network does the same work
-        report(Warned(f"torch.compile failed ({type(error).__name__}); training goes on without it, more slowly."))
-        return None
-    finally:
-        network.zero_grad(set_to_none=True)
-        network.load_state_dict(before)
-    return compiled

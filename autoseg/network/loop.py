@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +127,7 @@ def fit(
     save: Callable[[TrainState, bool], None],
     stop: Callable[[], bool],
     report: Report,
-    compiled: Callable[[Tensor], Any] | None = None,
+    compiled: Callable[..., Tensor] | None = None,
     *,
     pieces: Pieces | None = None,
     team: Team = ALONE,
@@ -142,7 +141,7 @@ def fit(
         validate: Dice per foreground class on validation patches after an epoch, NaN where a class is absent.
         save: called with the state and whether the running validation Dice is the best so far; after every epoch, in
             between when an epoch takes long, and when stopped.
-        compiled: what to run instead of `state.network`, sharing its weights.
+        compiled: the loss of a batch as one function, sharing the weights of `state.network`.
         pieces: splits batches where memory runs out; the loss has to reduce by it. None: running out is an error.
         team: the processes that share this training; each draws its share of the batch.
         capacity: what steps are measured against in the history.
@@ -182,17 +181,16 @@ def fit(
 
 def _learn(
     state: TrainState, train: TrainSpec, device: Device, loss: Supervised, batch: Batch,
-    compiled: Callable[[Tensor], Any] | None, pieces: Pieces | None, team: Team, sums: "_Sums", report: Report,
+    compiled: Callable[..., Tensor] | None, pieces: Pieces | None, team: Team, sums: "_Sums", report: Report,
 ) -> Tensor:  # fmt: skip
     """One step on one batch, and the average after it; returns the loss, still on the device."""
     if pieces is not None:
         pieces.count = max(pieces.count, state.pieces)
     sums.watch.lap("augment")
-    network = state.network if compiled is None else compiled
     value = step(
-        network, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
+        state.network, state.optimizer, loss, batch.image, batch.labels, device, train.clip_norm,
         state.scaler, extra=() if batch.annotated is None else (batch.annotated,), pieces=pieces, team=team,
-        buffers=running_statistics(state.network), lap=sums.watch.lap,
+        buffers=running_statistics(state.network), lap=sums.watch.lap, compiled=compiled,
     )  # fmt: skip
     if pieces is not None and pieces.count > state.pieces:
         state.pieces = pieces.count

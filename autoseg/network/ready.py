@@ -1,8 +1,8 @@
-"""A trained network made ready to predict: on its device, without gradients, channels innermost."""
+"""A trained network made ready to predict: on its device, without gradients, laid out for it."""
 
 from torch import nn
 
-from autoseg.network.device import Device, channels_last
+from autoseg.network.device import Device, lay_out
 
 
 def ready(network: nn.Module, dimension: int, device: Device) -> nn.Module:
@@ -10,4 +10,4 @@ def ready(network: nn.Module, dimension: int, device: Device) -> nn.Module:
     network = network.to(device.torch_device).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return channels_last(network, dimension)
+    return lay_out(network, dimension, device)

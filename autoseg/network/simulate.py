@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoseg.network import kernels, losses, losses_sums, unet
-from autoseg.network.device import Device, channels_last_format
+from autoseg.network.device import Device, layout
 from autoseg.network.step import make_optimizer, step
 from autoseg.records import Configuration
 
@@ -67,16 +67,16 @@ class Step(NamedTuple):
 def make_step(configuration: Configuration, device: Device) -> Step:
     """The training step of `configuration` on `device`, on a batch without content; nothing has run yet."""
     spec, train = configuration.network, configuration.train
-    where, layout = device.torch_device, channels_last_format(configuration.dimension)
+    where, laid_out = device.torch_device, layout(configuration.dimension, device)
     with where:  # not .to(), here and below: fake parameters refuse to be swapped
         network = unet.build(spec).train()
     for module in network.modules():
         if isinstance(module, CONVOLUTIONS):
-            module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=layout))
+            module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=laid_out))
     optimizer = make_optimizer(network, train, device)
     loss = losses.build(train.loss, batch_dice=configuration.batch_dice)
     shape = (configuration.batch_size, *configuration.patch_voxels)
-    image = torch.zeros(shape[0], spec.in_channels, *shape[1:], device=where).contiguous(memory_format=layout)
+    image = torch.zeros(shape[0], spec.in_channels, *shape[1:], device=where).contiguous(memory_format=laid_out)
     labels = torch.zeros(shape, dtype=torch.int16, device=where)
     average = [weight.detach().clone() for weight in network.parameters()] if train.average_decay else []
 

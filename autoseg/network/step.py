@@ -57,6 +57,7 @@ def step(
     team: Team = ALONE,
     buffers: Sequence[Tensor] = (),
     lap: Callable[[str], None] = lambda part: None,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Forward, backward, clip and update once. Returns the loss, still on the device; NaN if the step was skipped.
 
@@ -69,13 +70,15 @@ def step(
         team: whose gradients are added.
         buffers: running statistics of the network, which a skipped step leaves as they were.
         lap: called with "forward", "backward" and "step" when these are done.
+        compiled: the loss of a whole batch as one function, instead of `loss` and `network`, whose weights it shares.
     """
     scale = scaler if scaler is not None and scaler.is_enabled() else None
     kept = [buffer.clone() for buffer in buffers]
 
     def forward(some_image: Tensor, *rest: Tensor) -> Tensor:
+        whole = pieces is None or pieces.count == 1
         with device.autocast():
-            return loss(network(some_image), *rest)
+            return loss(network(some_image), *rest) if compiled is None or not whole else compiled(some_image, *rest)
 
     scaled: Callable[[Tensor], Tensor] = scale.scale if scale else lambda plain: plain
     if pieces is None:

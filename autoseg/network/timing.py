@@ -88,8 +88,10 @@ def matmul_rate(device: Device) -> float:
     if kind not in MATMUL_SIZE:
         return 0.0
     size, dtype = MATMUL_SIZE[kind], DTYPES[device.precision]
-    left = torch.ones(size, size, device=device.torch_device, dtype=dtype)
-    right = torch.ones_like(left)
+    # noise: a GPU that multiplies constants draws less power and runs faster than it ever does in a training
+    chance = torch.Generator(device.torch_device).manual_seed(0)
+    left = torch.randn(size, size, device=device.torch_device, generator=chance).to(dtype)
+    right = left.flip(0)
     times: list[float] = []
     until = time.perf_counter() + MATMUL_SECONDS
     while len(times) < LEAST_PRODUCTS or time.perf_counter() < until:

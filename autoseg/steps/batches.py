@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.network import augment
-from autoseg.network.device import Device, channels_last_format
+from autoseg.network.device import Device, layout
 from autoseg.network.distributed import ALONE, Team, add_up, share
 from autoseg.network.label_kinds import Outputs
 from autoseg.network.loop import Batch
@@ -46,12 +46,14 @@ class Batches:
             then hold them, moved like the image, see network/distillation.py.
         regions: label indices of each output of the network, where these are regions.
         annotated: per case of which somebody drew only a part, whether that holds each output.
+        compiled: the batches are for a compiled network.
     """
 
     def __init__(
         self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device,
         workers: int | None, team: Team = ALONE, class_rates: tuple[float, ...] = (), teachers: bool = False,
         regions: tuple[tuple[int, ...], ...] = (), annotated: Mapping[str, tuple[bool, ...]] | None = None,
+        compiled: bool = False,
     ) -> None:  # fmt: skip
         train = configuration.train
         self._patch = configuration.patch_voxels
@@ -65,7 +67,7 @@ class Batches:
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
         self._outputs, self._annotated = Outputs(classes, regions), annotated or {}
         self._device, self._team, self._teachers = device, team, teachers
-        self._format = channels_last_format(configuration.dimension)
+        self._format = layout(configuration.dimension, device, compiled)
         self._ahead = min(MOST_AHEAD, workers or own_cores())
         self._threads = ThreadPoolExecutor(self._ahead)
         self._coming: deque[tuple[int, Future[Read]]] = deque()

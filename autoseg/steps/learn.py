@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoseg import store
 from autoseg.errors import Interrupted
 from autoseg.events import Said, Warned
 from autoseg.network import checkpoint, losses, unet
-from autoseg.network.device import Device, channels_last, pays_to_compile, try_compile
+from autoseg.network.compiling import Step, pays_to_compile, pays_to_record, try_compile
+from autoseg.network.device import Device, lay_out, layout
 from autoseg.network.distillation import distilling
 from autoseg.network.distributed import adding, whole_batch_statistics
 from autoseg.network.loop import Length, TrainState, device_of, fit
 from autoseg.network.losses import Supervised
+from autoseg.network.losses_sums import Reduce, alone
 from autoseg.network.patches import Source
 from autoseg.network.pieces import Pieces
 from autoseg.network.step import learn_mode, make_optimizer, make_scaler
@@ -40,11 +42,14 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     Returns the state, its network holding the finished weights, and the record with what it came to.
     """
     network, record = _network(work, record)
-    state = _state(work, record, network)
     capacity = capacity_of(record.configuration, work.device)
-    compiled = _compiled(work, record, state, capacity)
+    pieces = Pieces(adding(work.team))
+    compiled, seconds = _compiled(work, record, network, capacity, pieces)
+    state = _state(work, record, network)
+    if record.max_seconds is not None:  # the time asked for is that of everything before validation
+        state.seconds += seconds
     save = _saver(work, state)
-    reached = _fit(work, record, state, sources, compiled, save, capacity)
+    reached = _fit(work, record, state, sources, compiled, save, capacity, pieces)
     if work.team.is_first:
         draw_curves(work.model.curves, state.history)
     if not reached:
@@ -54,6 +59,7 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     if work.team.is_first:
         checkpoint.save_weights(work.model.weights, state.network, state.average)
     _use_average(state)
+    lay_out(state.network, record.configuration.dimension, work.device)
     precision = device_of(state, work.device).precision
     update = {
         "seconds": state.seconds, "steps": state.step, "compiled": compiled is not None, "precision": precision,
@@ -81,8 +87,7 @@ def _network(work: Work, record: Run) -> tuple[nn.Module, Run]:
             store.save(work.model.run, record)
     if record.freeze:
         freeze(network, record.freeze)
-    network = network.to(work.device.torch_device)
-    return whole_batch_statistics(channels_last(network, configuration.dimension), work.team), record
+    return whole_batch_statistics(network.to(work.device.torch_device), work.team), record
 
 
 def _state(work: Work, record: Run, network: nn.Module) -> TrainState:
@@ -99,7 +104,7 @@ def _state(work: Work, record: Run, network: nn.Module) -> TrainState:
 
 
 def loss_of(
-    configuration: Configuration, reduce: Pieces, lesson: Lesson | None = None,
+    configuration: Configuration, reduce: Reduce, lesson: Lesson | None = None,
     regions: tuple[tuple[int, ...], ...] = (),
 ) -> Supervised:  # fmt: skip
     """What the network of a configuration is trained with; a lesson adds what its teachers say."""
@@ -111,36 +116,57 @@ def loss_of(
     return distilling(loss, lesson.temperature, lesson.labels_weight, reduce=reduce)
 
 
-def batches_of(work: Work, record: Run) -> Batches:
+def batches_of(work: Work, record: Run, compiled: bool = False) -> Batches:
     """Where this process' share of every batch comes from."""
     plan, machine, configuration = work.plan, work.machine, record.configuration
     return Batches(
         configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers,
         work.team, class_rates(configuration.train, plan), teachers=work.lesson is not None,
-        regions=plan.region_indices, annotated=annotated_outputs(work.dataset, plan),
+        regions=plan.region_indices, annotated=annotated_outputs(work.dataset, plan), compiled=compiled,
     )  # fmt: skip
 
 
 def _compiled(
-    work: Work, record: Run, state: TrainState, capacity: Capacity
-) -> Callable[[Tensor], object] | None:
-    """The compiled network where compiling pays in the time that is left, which epochs are estimated to take."""
-    device, configuration = device_of(state, work.device), record.configuration
-    samples = -(-configuration.batch_size // work.team.size)
+    work: Work, record: Run, network: nn.Module, capacity: Capacity, pieces: Pieces
+) -> tuple[Step | None, float]:
+    """The compiled step where compiling pays in the time that is left, and the seconds that took.
+
+    Epochs are estimated to take what matrix products let expect. The network is laid out for what comes of it.
+    """
+    configuration, device, began = record.configuration, work.device, time.perf_counter()
+    samples, train = -(-configuration.batch_size // work.team.size), record.configuration.train
+    done = checkpoint.read_numbers(work.model.resume_tensors) if work.continues else {}
+    if done.get("precision"):
+        device = replace(device, precision=done["precision"])
     if record.max_seconds is not None:
-        left: float | None = record.max_seconds - state.seconds
+        left: float | None = record.max_seconds - done.get("seconds", 0.0)
     else:
-        steps = configuration.train.epochs * state.steps_per_epoch - state.step
-        left = capacity.seconds(steps * samples)
-    if not pays_to_compile(device, left):
-        return None
-    shape = (samples, configuration.network.in_channels, *configuration.patch_voxels)
-    began = time.perf_counter()
-    learn_mode(state.network)
-    compiled = try_compile(state.network, shape, device, work.report)
-    if record.max_seconds is not None:  # the time asked for is that of everything before validation
-        state.seconds += time.perf_counter() - began
-    return compiled
+        left = capacity.seconds((train.epochs * train.steps_per_epoch - done.get("step", 0)) * samples)
+    compiled = None
+    if pays_to_compile(device, left):
+        lay_out(network, configuration.dimension, device, compiled=True)
+        learn_mode(network)
+        compiled = _tried(work, configuration, network, samples, device, pieces)
+    lay_out(network, configuration.dimension, device, compiled is not None)
+    return compiled, time.perf_counter() - began
+
+
+def _tried(
+    work: Work, configuration: Configuration, network: nn.Module, samples: int, device: Device, pieces: Pieces
+) -> Step | None:
+    """The step, compiled on a batch without content; in a team without the loss, which talks to the others."""
+    where, alone_here = device.torch_device, work.team.size == 1
+    shape = (samples, *configuration.patch_voxels)
+    image = torch.zeros(samples, configuration.network.in_channels, *shape[1:], device=where)
+    labels = torch.zeros(shape, dtype=torch.int16, device=where)
+    if work.lesson is not None:
+        labels = torch.zeros(samples, 1 + work.plan.classes, *shape[1:], device=where)
+    batch = image.contiguous(memory_format=layout(configuration.dimension, device, compiled=True)), labels
+    loss = loss_of(configuration, alone if alone_here else pieces, work.lesson, work.plan.region_indices)
+    if not alone_here:
+        loss = torch.compiler.disable(loss)
+    records = alone_here and pays_to_record(device, configuration.memory.peak_bytes)
+    return try_compile(network, loss, batch, device, work.report, records)
 
 
 def _saver(work: Work, state: TrainState) -> Callable[[TrainState, bool], None]:
@@ -163,14 +189,13 @@ def _saver(work: Work, state: TrainState) -> Callable[[TrainState, bool], None]:
 
 def _fit(
     work: Work, record: Run, state: TrainState, sources: dict[str, Source],
-    compiled: Callable[[Tensor], object] | None, save: Callable[[TrainState, bool], None], capacity: Capacity,
+    compiled: Step | None, save: Callable[[TrainState, bool], None], capacity: Capacity, pieces: Pieces,
 ) -> bool:  # fmt: skip
     """Run the loop; False when it was stopped."""
     configuration, team = record.configuration, work.team
-    pieces = Pieces(adding(team), state.pieces)
     learned, seen = [sources[case] for case in work.cases.train], work.cases.validation or work.cases.train
     held_out = [sources[case] for case in seen]
-    with stop_requests() as asked, batches_of(work, record) as batches:
+    with stop_requests() as asked, batches_of(work, record, compiled is not None) as batches:
 
         def validate(epoch: int) -> Sequence[float]:
             device = device_of(state, work.device)

@@ -214,10 +214,14 @@ def with_drawn_shares(record: Run, history: Sequence[Mapping[str, float | None]]
 
 
 def seconds_per_sample(configuration: Configuration, device: Device) -> float:
-    """Seconds of one training step per sample, timed on a network of its own."""
+    """Seconds of one training step per sample, timed on a network of its own.
+
+    With the whole batch on a GPU, where a small one takes as long, and with as few samples as may be on a CPU.
+    """
     from autoseg.network.simulate import make_step
 
-    small = configuration.model_copy(update={"batch_size": min(LEAST_BATCH, configuration.batch_size)})
+    batch = configuration.batch_size if device.is_cuda else min(LEAST_BATCH, configuration.batch_size)
+    small = configuration.model_copy(update={"batch_size": batch})
     one = make_step(small, device)
     times = []
     for _ in range(3):
