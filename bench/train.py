@@ -3,9 +3,10 @@
 Run: python bench/train.py [DATA] [--peer PEER_PYTHON PEER_SCRIPT] [--steps 15] [--precision fp32]
 nnU-Net prepares the data set (a Decathlon folder) and makes its own plan; autoseg trains the network, patch and batch
 of that plan with its own augmentation. nnU-Net runs twice: as its users run it, and with glibc told to keep freed
-memory, which autoseg does by itself. On a GPU autoseg runs twice, too: eager and compiled. nnU-Net's runs are processes
-of their own with the same number of threads; medians of the steps after the first fifth, on a GPU autoseg's mean of
-those. Without --peer autoseg's step alone is timed, on the plan that it makes itself.
+memory, which autoseg does by itself; autoseg in bf16, where the CPU has it, and in fp32. On a GPU nnU-Net runs once,
+autoseg eager and compiled. nnU-Net's runs are processes of their own with the same number of threads; medians of the
+steps after the first fifth, on a GPU autoseg's mean of those. Without --peer autoseg's step alone is timed, on the plan
+that it makes itself.
 The environment of PEER_PYTHON holds nnunetv2; its torch is the one that counts for it and is printed beside ours.
 """
 
@@ -32,7 +33,7 @@ from autoseg.network.losses import Supervised, build
 from autoseg.network.step import make_optimizer, step
 from autoseg.network.timing import PARTS, Stopwatch
 from autoseg.parallel import allowed_cores
-from autoseg.records import Configuration
+from autoseg.records import Configuration, Plan
 from autoseg.steps.batches import Batches
 from autoseg.steps.learn import capacity_of
 from autoseg.steps.options import Machine, Options
@@ -65,8 +66,8 @@ def like_the_peer(planned: Configuration, plans: Path) -> Configuration:
     return Configuration.model_validate(fields)
 
 
-def ours(data: Path, run: Path, plans: Path | None, steps: int, device: Device, compiles: bool = False) -> dict:
-    """Seconds of each part of a step: medians on a CPU; means on a GPU, where the host runs ahead."""
+def prepared(data: Path, run: Path, plans: Path | None, device: Device) -> tuple[Plan, Configuration]:
+    """A plan and its preprocessed data, with the network, patch and batch of nnU-Net's plan where there is one."""
     made = plan(data, run, memory="8GB", device=device.name)
     planned = configuration_named(made, "3d" if made.dimension == 3 else "2d")
     if plans is not None:
@@ -74,6 +75,11 @@ def ours(data: Path, run: Path, plans: Path | None, steps: int, device: Device, 
         others = tuple(planned if each.name == planned.name else each for each in made.configurations)
         store.save(Layout(run).plan, made.model_copy(update={"configurations": others}))
     preprocess(run, configuration=planned.name)
+    return made, planned
+
+
+def ours(run: Path, made: Plan, planned: Configuration, steps: int, device: Device, compiles: bool) -> dict:
+    """Seconds of each part of a step: medians on a CPU; means on a GPU, where the host runs ahead."""
     asked, machine = Options(precision=device.precision), Machine(device.name)
     work = look_up(run, planned.name, "0", 0, "no", asked, machine, ALONE, silent)
     sources = sources_of(work, planned)
@@ -143,6 +149,14 @@ def theirs(python: str, script: str, words: list[str], keep_memory: bool = False
     return json.loads(ended.stdout.strip().splitlines()[-1])
 
 
+def variants(device: Device, precision: str | None) -> list[tuple[Device, bool]]:
+    """How autoseg runs: on a GPU eager and compiled, on a CPU also without half precision unless one was asked for."""
+    if device.is_cuda:
+        return [(device, False), (device, True)]
+    full = [] if precision or device.precision == "fp32" else [(pick(device.name, "fp32"), False)]
+    return [(device, False), *full]
+
+
 def show(name: str, seconds: float, more: str, base: float | None, digits: int) -> None:
     ratio = "" if base is None else f"{seconds / base:6.2f}"
     print(f"{name:<44}{seconds:9.{digits}f} s {ratio:>8}  {more}", flush=True)
@@ -168,20 +182,21 @@ def main() -> int:
             if not (work / PLAN_FILE).is_file():
                 theirs(*options.peer, ["prepare", str(options.data.resolve()), str(work.resolve())])
             words = ["step", str(work.resolve()), "--steps", str(options.steps), "--device", device.torch_device.type]
-            for name, keep in (("nnU-Net", False), ("nnU-Net, freed memory kept", True)):
+            for name, keep in (("nnU-Net", False), ("nnU-Net, freed memory kept", True))[: 1 if device.is_cuda else 2]:
                 found = theirs(*options.peer, words, keep)
                 seconds = found["step_s"] + found["wait_s"]
                 base = base or seconds
                 parts = f"step {found['step_s']:.{digits}f}, wait {found['wait_s']:.{digits}f}, batch {found['batch']}"
                 show(name, seconds, parts, base, digits)
         plans = work / PLAN_FILE if options.peer else None
-        for compiles in (False, True) if device.is_cuda else (False,):
-            run = Path(folder) / f"run{compiles}"
-            found = ours(options.data, run, plans, options.steps, device, compiles)
+        run = Path(folder) / "run"
+        made, planned = prepared(options.data, run, plans, device)
+        for each, compiles in variants(device, options.precision):
+            found = ours(run, made, planned, options.steps, each, compiles)
             parts = ", ".join(f"{part} {found[part]:.{digits}f}" for part in ("wait", *PARTS))
             more = f"{parts}, batch {found['batch']}, {100 * found['peak_share']:.0f} % of matrix products"
             also = f", compiled in {found['compile']:.0f} s" if compiles else ""
-            show(f"autoseg, {device.precision}{also}", found["whole"], more, base, digits)
+            show(f"autoseg, {each.precision}{also}", found["whole"], more, base, digits)
         print(f"patch {found['patch']}, {found['gflop']:.0f} GFLOP per step", flush=True)
     return 0
 
