@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from autoseg.errors import EndedElsewhere, Interrupted, UserError
 from autoseg.events import Report, silent
@@ -25,10 +26,8 @@ DataFolder = Annotated[
 ConfigurationName = Annotated[
     str | None, typer.Option("--configuration", "-c", help="Name in the plan, such as 2d or 3d. [default: 3d, else 2d]")
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1. [default: the GPU, else the CPU]")]
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Processes for reading and preparing. [default: all cores]")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: the GPU, else the CPU]")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes for reading and preparing. [default: all cores]")]
 MaxTime = Annotated[
     str | None, typer.Option("--max-time", help="Training ends on time: 90s, 10m, 1.5h.", show_default=False)
 ]
@@ -72,10 +71,16 @@ def watched(together: bool = False) -> Iterator[Report]:
 
 
 def name_values(command: Callable[..., None] | None) -> None:
-    """Let `--help` call what an option takes by its word in `WORDS`, not by its Python type."""
+    """Let `--help` call what an option takes by its word in `WORDS`, not by its Python type.
+
+    Options are given the names that they would take anyway: typer 0.27 leaves out those of which the word is the name.
+    """
     for name, hint in get_type_hints(command, include_extras=True).items() if command else ():
         for declared in getattr(hint, "__metadata__", ()):
             declared.metavar = declared.metavar or WORDS.get(name)
+            named = isinstance(declared, OptionInfo) and (declared.param_decls or isinstance(declared.default, str))
+            if isinstance(declared, OptionInfo) and not named:
+                declared.param_decls = (f"--{name.replace('_', '-')}",)
 
 
 def is_first_process() -> bool:

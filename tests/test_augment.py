@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoseg.errors import UserError
 from autoseg.network import augment
-from autoseg.network.augment import Drawn, apply, draw, enlarged_patch
+from autoseg.network.augment import Drawn, apply, draw, enlarged_patch, move
 from autoseg.records import AugmentSpec
 
 NOTHING = {
@@ -85,6 +85,22 @@ def test_the_effect_is_repeatable_and_leaves_its_input_alone(patch: tuple[int, .
     assert first[0].isfinite().all()
     assert set(first[1].unique().tolist()) <= {-1, 0, 1, 2}
     assert not torch.equal(first[0], apply(image, labels, draw(spec, 16, 2, patch, seeded(4)), patch, 3)[0])
+
+
+@pytest.mark.parametrize("in_plane", [False, True])
+@pytest.mark.parametrize("patch", PATCHES)
+def test_what_lies_like_an_image_is_moved_like_one_and_not_changed(patch: tuple[int, ...], in_plane: bool) -> None:
+    spec = spec_for(patch, mirror_axes=(0, 1), turn_in_plane_only=in_plane)
+    image, labels = batch_of(enlarged_patch(spec, patch), batch=16)
+    drawn = draw(spec, 16, 2, patch, seeded(3))
+    moved, mirrored = drawn.matrix_BDD, drawn.mirror_BD
+    alone = replace(
+        still(patch, 16), matrix_BDD=moved, moved_B=drawn.moved_B, mirror_BD=mirrored,
+        in_plane_only=drawn.in_plane_only,
+    )  # fmt: skip
+    assert drawn.moved_B.any()
+    assert mirrored.any()
+    assert torch.equal(move(image, drawn, patch), apply(image, labels, alone, patch, 3)[0])
 
 
 def test_the_generator_is_all_the_chance_there_is() -> None:

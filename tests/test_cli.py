@@ -4,13 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from autoseg import cli
-from autoseg.arguments import parse_length, watched
+from autoseg.arguments import name_values, parse_length, watched
 from autoseg.errors import EndedElsewhere, Interrupted, UserError
 from autoseg.events import silent
 
@@ -47,6 +48,18 @@ def test_help_takes_less_than_half_a_second(command: str) -> None:
         if took[-1] < 0.5:
             return
     pytest.fail(f"--help took {min(took):.2f} s")
+
+
+def test_options_without_a_name_of_their_own_are_given_that_of_the_parameter() -> None:
+    own, other = typer.Option(help="Where."), typer.Option("--json", help="How.")
+
+    def command(some_device: str | None = None, as_json: bool = False) -> None:
+        pass
+
+    command.__annotations__ = {"some_device": Annotated[str | None, own], "as_json": Annotated[bool, other]}
+    name_values(command)
+    assert own.param_decls == ("--some-device",)
+    assert not other.param_decls
 
 
 def test_the_version_is_printed() -> None:

@@ -49,6 +49,13 @@ def test_a_student_that_agrees_learns_nothing_more() -> None:
     assert float(logits.grad.abs().max()) < 1e-8
 
 
+def test_the_gradient_is_that_of_differences() -> None:
+    teacher = torch.softmax(some((2, 3, 4), 1), 1)
+    teacher[0, :, 2] = 0.0  # nothing is said there
+    logits = some((2, 3, 4)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: 3.0 * divergence(z, teacher, 2.0), [logits])
+
+
 def test_the_gradient_keeps_its_size_when_the_temperature_rises() -> None:
     """Hinton et al. 2015, equation 4: for high temperatures T^2 times the gradient tends to (z - v) / K."""
     z, v = some((1, 4, 1)), some((1, 4, 1), 1)

@@ -219,6 +219,18 @@ def apply(
     return result, result_labels
 
 
+def move(values: Tensor, drawn: Drawn, patch_voxels: Sequence[int]) -> Tensor:
+    """Values (B, C, ...) that lie like an image but are none: moved and mirrored as `apply` does, and not changed."""
+    patch, values = tuple(patch_voxels), values.float()
+    result = _centre(values, patch).clone(memory_format=torch.contiguous_format)
+    moved = _rows(drawn.moved_B, values.device)
+    if moved is not None:
+        grid = _grid(drawn, values.shape[2:], patch, values.device)
+        result[moved] = _sample(_centre_fixed(values[moved], patch, drawn), grid, drawn.in_plane_only, "bilinear")
+    _mirror(result, drawn.mirror_BD, 2)
+    return result
+
+
 def _rows(chosen: Tensor, device: torch.device) -> Tensor | None:
     """Indices of the True entries on `device`, or None if there are none."""
     places = chosen.nonzero().flatten()

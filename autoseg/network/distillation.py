@@ -7,9 +7,12 @@ gradient keeps its size. What a network learns from here is one tensor (B, 1 + K
 ignored), then the teachers' probabilities, which sum to less than a half where there are none.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from autoseg.network.losses import Supervised, supervision_weights
@@ -17,6 +20,8 @@ from autoseg.network.losses_sums import Reduce, alone, wide
 
 LARGEST_LOGIT = 8.0
 STEPS = 254
+LEAST = 1e-6
+"""Smaller probabilities of teachers count as this."""
 LEAST_SUM = 0.5
 """Voxels whose teachers' probabilities sum to less lie mostly outside the image: there is nothing to learn there."""
 
@@ -67,12 +72,33 @@ def divergence(
         soft, log_on, log_off = hard.sigmoid(), *_log_sigmoids(logits / temperature)
         log_own_on, log_own_off = _log_sigmoids(hard)
         each = (soft * (log_own_on - log_on) + (1 - soft) * (log_own_off - log_off)).sum(1)
+        total = torch.where(known, each, 0.0).sum()
     else:
         known = teacher.sum(1) >= LEAST_SUM
-        own = torch.log_softmax(teacher.clamp_min(1e-6).log() / temperature, 1)
-        each = (own.exp() * (own - torch.log_softmax(logits / temperature, 1))).sum(1)
-    total = reduce(torch.where(known, each, 0.0).sum())
-    return total / reduce(known.sum().to(total.dtype)).clamp_min(1.0)
+        total = _ClassDivergence.apply(logits, teacher, known.unsqueeze(1), temperature)
+    return reduce(total) / reduce(known.sum().to(total.dtype)).clamp_min(1.0)
+
+
+class _ClassDivergence(torch.autograd.Function):
+    """Sum over the known voxels of KL(teacher || network), both at temperature T; keeps only its own gradient.
+
+    With q the softened teacher and p = softmax(z / T): dKL/dz = (p - q) / T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, known: Tensor, temperature: float) -> Tensor:
+        log_q = torch.log_softmax(teacher.clamp_min(LEAST).log().div_(temperature), 1)
+        log_p = torch.log_softmax(logits / temperature, 1)
+        q = log_q.exp().mul_(known)
+        total = torch.sum(q * log_q.sub_(log_p))
+        ctx.save_for_backward(log_p.exp_().mul_(known).sub_(q).div_(temperature))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple:
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_total, None, None, None
 
 
 def pooled(teacher: Tensor, output: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Draft = Callable[[Patch, int], Configuration]
 SMALLEST_BATCH = 2
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and the two moments of AdamW, fp32."""
-CONTEXT_BYTES = int(0.6 * 2**30)
+CONTEXT_BYTES = 640 * 2**20
 """What a CUDA process holds beside its tensors; part of every reading for a card."""
 PRIOR_BYTES_PER_ELEMENT = 6.5
 """A plain U-Net on 128^3, batch 2, bf16, reserves 6.9 GiB with workspaces; the first reading replaces this."""

@@ -101,7 +101,7 @@ class Batches:
             _, stage = augment.apply(nothing, previous, _only_moved(drawn), self._patch, self._classes)
             result = torch.cat((result, _one_hot(stage, self._classes)), 1)
         if said is not None:
-            said, _ = augment.apply(said, moved_labels, _only_moved(drawn, self._classes), self._patch)
+            said = augment.move(said, drawn, self._patch)
             result_labels = torch.cat((result_labels.unsqueeze(1).float(), said), 1)
         cases = tuple(ids[place.case] for place in places)
         result = result.contiguous(memory_format=self._format)
@@ -208,13 +208,13 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
     return torch.stack([labels == k for k in range(1, classes)], 1).float()
 
 
-def _only_moved(drawn: augment.Drawn, channels: int = 1) -> augment.Drawn:
-    """The same movement and mirroring without any change of intensities, for so many channels."""
-    one_BC = torch.ones_like(drawn.brightness_BC[:, :1]).repeat(1, channels)
+def _only_moved(drawn: augment.Drawn) -> augment.Drawn:
+    """The same movement and mirroring of labels without any change of the one channel that lies beside them."""
+    one_BC = torch.ones_like(drawn.brightness_BC[:, :1])
     return replace(
         drawn,
         noise_sigma_B=torch.zeros_like(drawn.noise_sigma_B),
-        blur_sigma_BCD=torch.zeros_like(drawn.blur_sigma_BCD[:, :1]).repeat(1, channels, 1),
+        blur_sigma_BCD=torch.zeros_like(drawn.blur_sigma_BCD[:, :1]),
         brightness_BC=one_BC,
         contrast_BC=one_BC,
         low_resolution_BC=one_BC,

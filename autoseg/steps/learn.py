@@ -161,7 +161,9 @@ def _tried(
     labels = torch.zeros(shape, dtype=torch.int16, device=where)
     if work.lesson is not None:
         labels = torch.zeros(samples, 1 + work.plan.classes, *shape[1:], device=where)
-    batch = image.contiguous(memory_format=layout(configuration.dimension, device, compiled=True)), labels
+    batch = [image.contiguous(memory_format=layout(configuration.dimension, device, compiled=True)), labels]
+    if annotated_outputs(work.dataset, work.plan):
+        batch.append(torch.ones(samples, len(work.plan.outputs), dtype=torch.bool, device=where))
     loss = loss_of(configuration, alone if alone_here else pieces, work.lesson, work.plan.region_indices)
     if not alone_here:
         loss = torch.compiler.disable(loss)
