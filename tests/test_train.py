@@ -29,7 +29,7 @@ from autoseg.steps.options import (
     fit_to_time,
     resume_command,
     with_options,
-    with_suited_mirroring,
+    with_suited_variation,
 )
 from autoseg.steps.predictor import Predictor
 from autoseg.steps.preprocess import preprocess
@@ -181,11 +181,11 @@ def test_a_time_limit_ends_the_training_and_is_written_down(run: Path) -> None:
 
 def test_a_short_time_limit_shrinks_the_batch_unless_it_was_asked_for() -> None:
     planned = tiny().model_copy(update={"batch_size": 12})
-    fitted, note = fit_to_time(planned, Options(max_seconds=250.0), seconds=0.02)
+    fitted, note = fit_to_time(planned, Options(max_seconds=750.0), seconds=0.02)
     assert fitted.batch_size == 5
     assert "Batch size 5 instead of 12" in note
-    asked = with_options(planned, Options(max_seconds=250.0, batch_size=9))
-    kept, note = fit_to_time(asked, Options(max_seconds=250.0, batch_size=9), seconds=0.02)
+    asked = with_options(planned, Options(max_seconds=750.0, batch_size=9))
+    kept, note = fit_to_time(asked, Options(max_seconds=750.0, batch_size=9), seconds=0.02)
     assert (kept.batch_size, note) == (9, "")
 
 
@@ -198,7 +198,7 @@ def mirroring_from(patches: int) -> Configuration:
 
 def test_a_training_of_few_patches_does_not_mirror() -> None:
     def axes(patches: int, asked: Options, seconds: float | None = None) -> tuple[int, ...]:
-        fitted, note = with_suited_mirroring(mirroring_from(patches), asked, seconds)
+        fitted, note = with_suited_variation(mirroring_from(patches), asked, seconds)
         assert bool(note) == (fitted != mirroring_from(patches))
         return fitted.train.augment.mirror_axes
 
@@ -209,12 +209,23 @@ def test_a_training_of_few_patches_does_not_mirror() -> None:
     assert axes(101, Options(max_seconds=10.0), seconds=0.1) == ()
 
 
+def test_where_mirroring_is_left_out_patches_are_moved_more_often() -> None:
+    short = with_suited_variation(mirroring_from(9), Options(), None)[0].train.augment
+    assert (short.rotation_chance, short.scale_chance) == (0.6, 0.6)
+    planned = mirroring_from(9)
+    often = planned.train.augment.model_copy(update={"rotation_chance": 0.9, "mirror_axes": ()})
+    moved = planned.model_copy(update={"train": planned.train.model_copy(update={"augment": often})})
+    assert with_suited_variation(moved, Options(), None)[0].train.augment.rotation_chance == 0.9
+    long = with_suited_variation(mirroring_from(8), Options(), None)[0].train.augment
+    assert (long.rotation_chance, long.scale_chance) == (0.2, 0.2)
+
+
 def test_patches_turned_to_all_sides_are_mirrored_however_short_the_training() -> None:
     planned = mirroring_from(9)
     augment = planned.train.augment.model_copy(update={"rotation_rad": (math.pi, 0.0, 0.0)})
     turned = planned.model_copy(update={"train": planned.train.model_copy(update={"augment": augment})})
-    assert with_suited_mirroring(planned, Options(), None)[0].train.augment.mirror_axes == ()
-    assert with_suited_mirroring(turned, Options(), None) == (turned, "")
+    assert with_suited_variation(planned, Options(), None)[0].train.augment.mirror_axes == ()
+    assert with_suited_variation(turned, Options(), None) == (turned, "")
 
 
 def test_prediction_mirrors_only_as_all_of_its_networks_learned(run: Path) -> None:

@@ -108,7 +108,7 @@ def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple
     names = (" ".join("ZYX"[of_file[a]] for a in mirrored) or "none") + " of the files"
     because = (
         "no label name tells left from right or front from back, so every axis may be mirrored. A training too "
-        "short for it (mirror_from_patches) does not, unless patches are turned to all sides."
+        "short for it (mirror_from_patches) moves more patches instead, unless they are turned to all sides."
     )
     lost = [axis for axis in of_file if axis in told]
     if lost:

@@ -13,8 +13,8 @@ from autoseg.steps.options import (
     seconds_per_sample,
     with_class_weights,
     with_options,
-    with_suited_mirroring,
     with_suited_norm,
+    with_suited_variation,
 )
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.work import Work
@@ -48,7 +48,7 @@ def _fresh(work: Work, asked: Options) -> Run:
     if seconds is not None and not work.is_paced:
         configuration, note = fit_to_time(configuration, asked, seconds, least=work.team.size)
         notes += [note] if note else []
-    configuration, note = with_suited_mirroring(configuration, asked, seconds)
+    configuration, note = with_suited_variation(configuration, asked, seconds, moves=not work.is_paced)
     notes += [note] if note else []
     if not work.as_it_is:
         configuration, note = with_suited_norm(configuration)

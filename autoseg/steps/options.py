@@ -15,7 +15,7 @@ from autoseg.network.device import Device
 from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
 
-STEPS_WANTED = 2500
+STEPS_WANTED = 7500
 """With a time limit the batch shrinks until about this many steps fit: fewer, however large, teach less
 (docs/decisions/quality-per-minute.md)."""
 REPORTS_WANTED = 40
@@ -105,30 +105,40 @@ def fit_to_time(
     return configuration.model_copy(update={"batch_size": batch, "train": train_spec}), note
 
 
-def with_suited_mirroring(
-    configuration: Configuration, asked: Options, seconds: float | None
+def with_suited_variation(
+    configuration: Configuration, asked: Options, seconds: float | None, moves: bool = True
 ) -> tuple[Configuration, str]:
-    """No mirroring in a training too short for it, which then predicts without it too. Returns a note or "".
+    """In a training too short for mirroring, more movement instead of it. Returns a note or "".
 
-    Every axis doubles what the network has to learn, and a short training has no time to overfit. Where patches are
-    turned to all sides their content has no direction, so that there is nothing more to learn: these are mirrored.
+    Every mirrored axis doubles what the network has to learn; moved patches keep it from learning its cases by heart as
+    well. It then predicts without mirroring, too. Where patches are turned to all sides their content has no direction,
+    so that there is nothing more to learn: these are mirrored.
 
     Args:
         seconds: of one training step per sample; None where the training is not limited in time.
+        moves: False leaves movement as it is, as for a study that may vary it.
     """
     train = configuration.train
     augment, patches = train.augment, float(train.epochs * train.steps_per_epoch * configuration.batch_size)
     if asked.max_seconds is not None and seconds is not None:
         patches = asked.max_seconds / seconds
     turned_to_all_sides = max(augment.rotation_rad, default=0.0) > pi / 2
-    if not augment.mirror_axes or turned_to_all_sides or patches >= augment.mirror_from_patches:
+    if turned_to_all_sides or patches >= augment.mirror_from_patches:
         return configuration, ""
+    chance = augment.unmirrored_move_chance if moves else 0.0
+    update = {
+        "mirror_axes": (), "rotation_chance": max(chance, augment.rotation_chance),
+        "scale_chance": max(chance, augment.scale_chance),
+    }  # fmt: skip
+    changed = augment.model_copy(update=update)
+    if changed == augment:
+        return configuration, ""
+    instead = f", but {chance:.0%} of the patches turned and as many scaled" if chance else ""
     note = (
-        f"No mirroring: the training sees about {patches:,.0f} patches, and it takes "
-        f"{augment.mirror_from_patches:,} until mirroring pays (augment.mirror_from_patches in the plan)."
+        f"No mirroring{instead}: the training sees about {patches:,.0f} patches, and it takes "
+        f"{augment.mirror_from_patches:,} until mirroring pays (train.augment in the plan)."
     )
-    augment = augment.model_copy(update={"mirror_axes": ()})
-    return configuration.model_copy(update={"train": train.model_copy(update={"augment": augment})}), note
+    return configuration.model_copy(update={"train": train.model_copy(update={"augment": changed})}), note
 
 
 def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
