@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 from planned import a_configuration, a_network, a_planned_run
 from safetensors.numpy import load_file
 from synthetic import write_dataset
@@ -508,6 +509,21 @@ def test_compiling_takes_of_the_time_that_was_asked_for(run: Path, monkeypatch: 
     monkeypatch.setattr("autoseg.steps.learn.try_compile", slow)
     record = start(run, max_seconds=0.5)
     assert (record.steps, record.seconds > 0.6) == (0, True)
+
+
+def test_a_compiled_training_is_the_eager_one_also_when_it_was_stopped(
+    trained: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that leaves all as it is: what remains is how the compiled step is made, called and resumed."""
+    compiled: list[object] = []
+    monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
+    monkeypatch.setattr(torch, "compile", lambda whole, mode: compiled.append(mode) or whole)
+    with pytest.raises(Interrupted):
+        start(run, report=at_step(STEPS, lambda: signal.raise_signal(signal.SIGINT)))
+    record = start(run, resume="yes")
+    assert (compiled, record.compiled) == ([None, None], True)
+    same, found = (load_file(Layout(each).model("3d", "0").weights) for each in (trained, run))
+    assert all(np.array_equal(found[name], same[name]) for name in same)
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses
