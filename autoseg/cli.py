@@ -234,7 +234,7 @@ def distill(
     seed: Annotated[int, typer.Option(help="Another seed trains another student beside the first.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
     max_time: MaxTime = None,
-    temperature: Annotated[float, typer.Option(help="How soft the teachers' probabilities are made.")] = 2.0,
+    temperature: Annotated[float, typer.Option(help="How soft the teachers' probabilities are made.")] = 1.0,
     labels: Annotated[float, typer.Option(min=0, max=1, help="Weight of the true labels, the rest is taught.")] = 0.5,
     unlabelled: Annotated[
         Path | None, typer.Option(help="Folder of images to learn from what is taught.", show_default=False)

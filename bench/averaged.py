@@ -175,7 +175,8 @@ def main() -> None:
     planned = configuration_named(plan, given.configuration or default_configuration(plan))
     own, _ = choose_student(planned, given.student, lambda configuration: 0, "assumed")
     augment = own.train.augment.model_copy(update={"mirror_axes": ()})  # the same for both sides
-    own = own.model_copy(update={"train": own.train.model_copy(update={"augment": augment})})
+    train = own.train.model_copy(update={"augment": augment})
+    own = own.model_copy(update={"name": planned.name, "train": train})  # the name that the plan and its cache know
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     cases = fold_cases(splits, dataset, given.fold)

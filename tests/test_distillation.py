@@ -95,6 +95,18 @@ def test_the_labels_have_their_weight_and_lower_outputs_theirs() -> None:
     torch.testing.assert_close(pooled(teacher, logits[1]), small)
 
 
+def test_the_overlap_is_with_what_the_teachers_find_most_likely() -> None:
+    overlap = losses.build("dice", batch_dice=False)
+    logits, teacher = some((1, 3, 8, 8)), torch.softmax(some((1, 3, 8, 8), 2), 1)
+    teacher[..., 0] = 0.0  # nothing is said there
+    expected = teacher.argmax(1)
+    expected[..., 0] = -1
+    both = target(teacher, labels=1)
+    alone = distilling(nothing, 2.0, 0.25)(logits, both)
+    found = distilling(nothing, 2.0, 0.25, overlap=overlap)(logits, both)
+    assert float(found - alone) == pytest.approx(0.75 * float(overlap(logits, expected)), rel=1e-6)
+
+
 def test_where_nothing_is_annotated_the_teachers_alone_are_learned_from() -> None:
     hard = losses.build("dice_ce", batch_dice=False)
     logits = some((1, 3, 8, 8)).float().requires_grad_()

@@ -27,15 +27,18 @@ LEAST_SUM = 0.5
 
 
 def distilling(
-    labels_loss: Supervised, temperature: float, labels_weight: float, regions: bool = False, reduce: Reduce = alone
-) -> Supervised:
-    """labels_weight * (loss against the labels) + (1 - labels_weight) * temperature^2 * `divergence`.
+    labels_loss: Supervised, temperature: float, labels_weight: float, regions: bool = False, reduce: Reduce = alone,
+    overlap: Supervised | None = None,
+) -> Supervised:  # fmt: skip
+    """labels_weight * (loss against the labels) + (1 - labels_weight) * (temperature^2 * `divergence` + overlap).
 
-    The second term is summed over the outputs of deep supervision with their usual weights; lower outputs learn from
+    The divergence is summed over the outputs of deep supervision with their usual weights; lower outputs learn from
     the mean of the probabilities in their cell.
 
     Args:
         labels_loss: of `losses.build`; it sees the label indices.
+        overlap: likewise; it sees the classes that the teachers find most likely. None: no such term. Without it the
+            Dice of the labels' loss counts for less the more is taught (docs/decisions/ensembles-and-students.md).
         regions: outputs are regions, each with a probability of its own, instead of classes.
         reduce: as for `losses.build`.
     Returns a function of (logits: list, highest resolution first, or one tensor; target (B, 1 + K, ...), see above).
@@ -45,6 +48,9 @@ def distilling(
         outputs = [logits] if isinstance(logits, Tensor) else logits
         labels, teacher = target[:, 0].to(torch.int16), target[:, 1:]
         total = labels_weight * labels_loss(logits, labels, *rest)
+        if overlap is not None:
+            likeliest = torch.where(teacher.sum(1) >= LEAST_SUM, teacher.argmax(1), -1).to(torch.int16)
+            total = total + (1 - labels_weight) * overlap(logits, likeliest)
         with torch.autocast(target.device.type, enabled=False):
             for output, weight in zip(outputs, supervision_weights(len(outputs)), strict=True):
                 if weight > 0:

@@ -57,7 +57,7 @@ def distill(
     seed: int = 0,
     epochs: int | None = None,
     max_seconds: float | None = None,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     labels_weight: float = 0.5,
     unlabelled: Path | None = None,
     baseline: bool = False,

@@ -113,7 +113,9 @@ def loss_of(
     )
     if lesson is None:
         return loss
-    return distilling(loss, lesson.temperature, lesson.labels_weight, reduce=reduce)
+    has_dice = "dice" in losses.parse(configuration.train.loss).name
+    overlap = losses.build("dice", batch_dice=configuration.batch_dice, reduce=reduce) if has_dice else None
+    return distilling(loss, lesson.temperature, lesson.labels_weight, reduce=reduce, overlap=overlap)
 
 
 def batches_of(work: Work, record: Run, compiled: bool = False) -> Batches:
