@@ -34,7 +34,7 @@ def test_the_share_of_the_peak_is_what_was_computed_by_what_could_have_been() ->
     capacity = Capacity(operations_per_sample=3e9, operations_per_second=1e12)
     assert capacity.share(samples=10, seconds=0.1) == pytest.approx(0.3)
     assert math.isnan(Capacity(3e9).share(10, 0.1))
-    assert capacity.seconds(samples=1000) == pytest.approx(10.0)
+    assert capacity.seconds(samples=1000) == pytest.approx(30.0)
     assert Capacity(3e9).seconds(1000) is None
 
 
