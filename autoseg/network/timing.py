@@ -13,8 +13,8 @@ MATMUL_SECONDS = 0.15
 """For so long matrix products are timed; the fastest counts."""
 LEAST_PRODUCTS = 3
 USUAL_SHARE = 0.1
-"""Share of the speed of matrix products that an eager training step reaches on a GPU, for estimates; 5 to 8 % on an H100
-(docs/benchmarks.md), more on slower cards."""
+"""Share of the speed of matrix products that an eager training step reaches on a GPU, for estimates: 5 to 8 % on an
+H100 (docs/benchmarks.md), more on slower cards."""
 
 
 class Stopwatch:
