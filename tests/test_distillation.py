@@ -107,6 +107,22 @@ def test_the_overlap_is_with_what_the_teachers_find_most_likely() -> None:
     assert float(found - alone) == pytest.approx(0.75 * float(overlap(logits, expected)), rel=1e-6)
 
 
+def test_the_padding_around_an_image_without_labels_is_no_label() -> None:
+    seen: list[torch.Tensor] = []
+
+    def hard(logits: object, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(labels)
+        return torch.zeros(())
+
+    teacher = torch.softmax(some((2, 3, 4, 4), 2), 1)
+    teacher[:, :, :, 3] = 0.0  # outside of the images
+    both = target(teacher)
+    both[1, 0, :, :3] = -1  # the second has no labels
+    distilling(hard, 1.0, 0.5)(some((2, 3, 4, 4)), both)
+    assert (seen[0][0] == 0).all()
+    assert (seen[0][1] == -1).all()
+
+
 def test_where_nothing_is_annotated_the_teachers_alone_are_learned_from() -> None:
     hard = losses.build("dice_ce", batch_dice=False)
     logits = some((1, 3, 8, 8)).float().requires_grad_()

@@ -47,6 +47,7 @@ def distilling(
     def supervised(logits: list[Tensor] | Tensor, target: Tensor, *rest: Tensor) -> Tensor:
         outputs = [logits] if isinstance(logits, Tensor) else logits
         labels, teacher = target[:, 0].to(torch.int16), target[:, 1:]
+        labels = _without_padding(labels, teacher)
         total = labels_weight * labels_loss(logits, labels, *rest)
         if overlap is not None:
             likeliest = torch.where(teacher.sum(1) >= LEAST_SUM, teacher.argmax(1), -1).to(torch.int16)
@@ -59,6 +60,15 @@ def distilling(
         return total
 
     return supervised
+
+
+def _without_padding(labels: Tensor, teacher: Tensor) -> Tensor:
+    """Labels (B, ...) with -1 everywhere in samples of images without labels.
+
+    Around an image patches are filled with background, and that would be all that the labels of such a sample say.
+    """
+    drawn_B = ((labels >= 0) & (teacher.amax(1) > 0)).flatten(1).any(1)
+    return torch.where(drawn_B.view(-1, *[1] * (labels.ndim - 1)), labels, -1)
 
 
 def divergence(
