@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # benchmarks with a target of their own, or that need a peer or long
-ASKED := averaged plans kill train export predict nnunet_weights
+ASKED := averaged errors layouts plans kill train export predict nnunet_weights
 
 .PHONY: setup demo test check bench bench-train bench-export bench-predict docs plans
 setup: .venv/installed

@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from autoseg.image.formats import read_image, read_labels
 from autoseg.scoring.overlap import count, dice, mean
+from autoseg.steps.combine import majority
 
 CROSS = ndimage.generate_binary_structure(3, 1)
 CUBE = np.ones((3, 3, 3), bool)
@@ -33,11 +34,6 @@ class Case:
     name: str
     truth: np.ndarray
     found: tuple[np.ndarray, ...]
-
-
-def vote(maps: tuple[np.ndarray, ...], classes: int) -> np.ndarray:
-    """The label that most maps have, the smaller one where it is a draw."""
-    return np.stack([sum((each == k).astype(np.int16) for each in maps) for k in range(classes)]).argmax(0)
 
 
 def smoothed(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -88,7 +84,7 @@ def main() -> int:
     table = np.array([[mean_dice(each, case.truth, classes) for each in case.found] for case in cases])
     for folder, score in zip(options.predictions, table.mean(0), strict=True):
         print(f"{score:.4f}  {folder}")
-    voted = [vote(case.found, classes) for case in cases]
+    voted = [majority(case.found, [1.0] * len(case.found)) for case in cases]
     scores = np.array([mean_dice(each, case.truth, classes) for each, case in zip(voted, cases, strict=True)])
     print(f"{scores.mean():.4f}  majority vote of these; standard deviation over cases {scores.std(ddof=1):.4f}")
     print(f"{table.max(1).mean():.4f}  the best of them, case by case")

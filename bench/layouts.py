@@ -1,21 +1,17 @@
 """Bare training steps of a network, eager and compiled, with channels innermost and outermost: time and memory.
 
 Run: python bench/layouts.py [--device cuda:0] [--precision bf16] [--patch 40 56 40] [--batch-size 7] [--features 32]
-     [--only compiled-last ...] [--steps 50] [--lock FILE]
+     [--only compiled-last ...] [--steps 50]
 The network is the one that the planner takes for this patch at 1 mm, the step the one that training runs, on a batch
 of noise that is there already. Every variant runs in turn in this process: a tenth of the steps to warm up, then the
 mean of the rest, without waiting for the device in between. "compiled" is the network with its loss, "graphs" are CUDA
 graphs of that. The limit is that of the fastest large matrix product, read in the same run.
---lock holds a file locked while it times, so that several such programs may compile at once and time in turn.
 """
 
 import argparse
-import fcntl
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +25,13 @@ from autoseg.planning.architecture import network_spec
 from autoseg.planning.cost import training_operations
 from autoseg.planning.topology import choose_topology
 from autoseg.planning.train import choose_augment, choose_train
+from autoseg.records import NetworkSpec
 
 VARIANTS = ("eager-first", "eager-last", "compiled-first", "compiled-last", "graphs-first", "graphs-last")
 
 
 def seconds_of(
-    variant: str, spec: unet.NetworkSpec, shape: tuple[int, ...], device: Device, steps: int, lock: Path | None
+    variant: str, spec: NetworkSpec, shape: tuple[int, ...], device: Device, steps: int
 ) -> tuple[float, float, float]:
     """Seconds of a step, seconds of the first one, and the largest number of bytes that were allocated (0: no GPU)."""
     how, _, layout = variant.partition("-")
@@ -62,31 +59,19 @@ def seconds_of(
 
     float(one())
     first = time.perf_counter() - start
-    print(f"{variant}: ready to be timed", flush=True)
-    with alone(lock):
-        for _ in range(max(3, steps // 10)):
-            one()
-        wait_for(device)
-        if device.is_cuda:
-            torch.cuda.reset_peak_memory_stats(where)
-        start = time.perf_counter()
-        for _ in range(steps):
-            value = one()
-        wait_for(device)
-        seconds = (time.perf_counter() - start) / steps
+    for _ in range(max(3, steps // 10)):
+        one()
+    wait_for(device)
+    if device.is_cuda:
+        torch.cuda.reset_peak_memory_stats(where)
+    start = time.perf_counter()
+    for _ in range(steps):
+        value = one()
+    wait_for(device)
+    seconds = (time.perf_counter() - start) / steps
     if not bool(torch.isfinite(value)):
         raise SystemExit(f"{variant}: the loss is {float(value)}")
     return seconds, first, torch.cuda.max_memory_allocated(where) if device.is_cuda else 0.0
-
-
-@contextmanager
-def alone(lock: Path | None) -> Iterator[None]:
-    if lock is None:
-        yield
-        return
-    with lock.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def wait_for(device: Device) -> None:
@@ -104,7 +89,6 @@ def main() -> int:
     parser.add_argument("--residual", action="store_true")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--lock", type=Path)
     options = parser.parse_args()
     device = pick(options.device, options.precision)
     set_up(device)
@@ -113,14 +97,13 @@ def main() -> int:
     spec = network_spec(kind, 1, 3, topology, options.batch_size, options.features)
     shape = (options.batch_size, *topology.patch_voxels)
     operations = training_operations(spec, shape[1:], shape[0])
-    with alone(options.lock):
-        limit = operations / matmul_rate(device)
+    limit = operations / matmul_rate(device)
     card = torch.cuda.get_device_name(device.torch_device) if device.is_cuda else device.name
     size = f"patch {'x'.join(map(str, shape[1:]))}, batch {shape[0]}, channels {spec.features}"
     limited = f"{operations / 1e9:.0f} GFLOP, limit {1000 * limit:.2f} ms"
     print(f"torch {torch.__version__}, {card}, {device.precision}: {size}, {limited}", flush=True)
     for variant in options.only:
-        seconds, first, peak = seconds_of(variant, spec, shape, device, options.steps, options.lock)
+        seconds, first, peak = seconds_of(variant, spec, shape, device, options.steps)
         reached = f"{100 * limit / seconds:5.1f} % of the limit, first step {first:6.1f} s"
         allocated = f", {peak / 2**20:.0f} MiB allocated" if peak else ""
         print(f"{variant:<16}{1000 * seconds:9.2f} ms {reached}{allocated}", flush=True)
