@@ -224,6 +224,19 @@ def test_a_teacher_on_another_grid_is_refused(taught: tuple[Path, Distillation])
         teachers_named(taught[0], other, "0", ["seeds"])
 
 
+def test_a_teacher_of_other_labels_is_refused(taught: tuple[Path, Distillation], tmp_path: Path) -> None:
+    run, _ = taught
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    plan = load(Layout(other).plan, Plan)
+    renamed = (plan.labels[0], *(each.model_copy(update={"name": f"no {each.name}"}) for each in plan.labels[1:]))
+    save(Layout(other).plan, plan.model_copy(update={"labels": renamed}))
+    assert len(teachers_named(run, tiny(), "0", [str(run)])) == 3
+    for named in (str(other), str(Layout(other).model("3d", "0").root)):
+        with pytest.raises(UserError, match="different labels"):
+            teachers_named(run, tiny(), "0", [named])
+
+
 def test_teachers_that_saw_the_validation_cases_are_told(
     taught: tuple[Path, Distillation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,13 @@ def test_the_divergence_of_regions_is_the_sum_of_those_of_each() -> None:
     logits, teacher = some((2, 2, 4)), torch.sigmoid(some((2, 2, 4), 1))
     p, q = torch.sigmoid(torch.logit(teacher) / 2), torch.sigmoid(logits / 2)
     expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
-    assert float(divergence(logits, teacher, 2.0, regions=True)) == pytest.approx(float(expected), rel=1e-6)
+    marked = torch.cat((torch.ones_like(teacher[:, :1]), teacher), 1)
+    assert float(divergence(logits, marked, 2.0, regions=True)) == pytest.approx(float(expected), rel=1e-6)
+    outside = torch.cat((marked, torch.zeros_like(marked)), 2)  # nothing is said of as many voxels again
+    wider = torch.cat((logits, some((2, 2, 4), 3)), 2)
+    assert float(divergence(wider, outside, 2.0, regions=True)) == pytest.approx(float(expected), rel=1e-6)
+    half = torch.cat((marked * 0.7, torch.zeros_like(marked)), 2)  # as at the edge of a moved patch
+    assert float(divergence(wider, half, 2.0, regions=True)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_student_that_agrees_learns_nothing_more() -> None:
@@ -107,6 +113,20 @@ def test_the_overlap_is_with_what_the_teachers_find_most_likely() -> None:
     assert float(found - alone) == pytest.approx(0.75 * float(overlap(logits, expected)), rel=1e-6)
 
 
+def test_the_overlap_of_regions_is_with_what_is_likelier_than_not_and_counts_every_region_alike() -> None:
+    overlap = losses.build("dice", batch_dice=False, regions=((1,),))
+    logits, teacher = some((1, 2, 8, 8)), torch.sigmoid(some((1, 2, 8, 8), 2))
+    marked = torch.cat((torch.ones_like(teacher[:, :1]), teacher), 1)
+    marked[..., 0] = 0.0  # nothing is said there
+    expected = (teacher >= 0.5).long()
+    expected[..., 0] = -1
+    both = target(marked, labels=1)
+    alone = distilling(nothing, 2.0, 0.25, regions=True)(logits, both)
+    found = distilling(nothing, 2.0, 0.25, regions=True, overlap=overlap)(logits, both)
+    mean = (overlap(logits[:, :1], expected[:, 0]) + overlap(logits[:, 1:], expected[:, 1])) / 2
+    assert float(found - alone) == pytest.approx(0.75 * float(mean), rel=1e-6)
+
+
 def test_the_padding_around_an_image_without_labels_is_no_label() -> None:
     seen: list[torch.Tensor] = []
 
@@ -139,7 +159,9 @@ def test_extreme_logits_give_finite_gradients(extreme: float) -> None:
         logits = torch.full((1, 3, 4), extreme, dtype=torch.bfloat16)
         logits[:, 0] = -extreme
         logits.requires_grad_()
-        divergence(logits, torch.eye(3)[None, :, [0, 1, 2, 0]], 2.0, regions).backward()
+        teacher = torch.eye(3)[None, :, [0, 1, 2, 0]]
+        said = torch.cat((torch.ones_like(teacher[:, :1]), teacher), 1) if regions else teacher
+        divergence(logits, said, 2.0, regions).backward()
         assert logits.grad is not None
         assert torch.isfinite(logits.grad).all()
 

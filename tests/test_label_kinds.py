@@ -19,6 +19,7 @@ from autoseg.layout import Layout, ModelLayout, probabilities_file
 from autoseg.network import losses
 from autoseg.network.label_kinds import Outputs
 from autoseg.records import AugmentSpec, NetworkSpec, Scores, TrainSpec
+from autoseg.steps.distill import distill
 from autoseg.steps.evaluate import score_case
 from autoseg.steps.predict import predict
 from autoseg.steps.train import train
@@ -195,7 +196,7 @@ def dice_against_truth(model: ModelLayout) -> np.ndarray:
     return np.mean(found, axis=0)
 
 
-def test_regions_train_to_a_dice_above_nine_tenths(tmp_path: Path) -> None:
+def test_regions_train_to_a_dice_above_nine_tenths_and_so_does_a_student_of_the_teacher_alone(tmp_path: Path) -> None:
     data = write(tmp_path / "data", {"labels": LABELS, "regions_class_order": [1, 2, 3]}, lambda case, labels: labels)
     run, model = trained(tmp_path, data)
     scores = load(model.scores, Scores)
@@ -208,6 +209,11 @@ def test_regions_train_to_a_dice_above_nine_tenths(tmp_path: Path) -> None:
     again = read_labels(tmp_path / "out" / "c0.nii.gz")[0]
     assert set(np.unique(again)) == {0, 1, 2, 3}
     assert probabilities_file(tmp_path / "out", "c0").is_file()
+    ended = distill(run, labels_weight=0.0, device="cpu", workers=1)
+    student = load(Layout(run).model(ended.student, "0").scores, Scores)
+    assert ended.contestants[-1].name == "student"
+    assert student.labels == scores.labels
+    assert min(student.mean["dice"]) > 0.9
 
 
 def test_scribbles_train_to_a_dice_above_nine_tenths(tmp_path: Path) -> None:

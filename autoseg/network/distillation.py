@@ -4,7 +4,8 @@ Legend: B batch, K class (or region), Z Y X voxels (2D: Y X).
 The loss is that of Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network, 2015, section 2, per voxel:
 the teachers' probabilities are softened by a temperature, and the term is multiplied by its square, so that its
 gradient keeps its size. What a network learns from here is one tensor (B, 1 + K, ...) float32: label indices (-1:
-ignored), then the teachers' probabilities, which sum to less than a half where there are none.
+ignored), then the teachers' probabilities, which sum to less than a half where there are none. The probabilities of
+regions say nothing of that by their sum, so there one more channel stands before them, 1 where teachers say something.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ STEPS = 254
 LEAST = 1e-6
 """Smaller probabilities of teachers count as this."""
 LEAST_SUM = 0.5
-"""Voxels whose teachers' probabilities sum to less lie mostly outside the image: there is nothing to learn there."""
+"""Voxels of which teachers say less than this in all lie mostly outside the image: there is nothing to learn there."""
 
 
 def distilling(
@@ -37,11 +38,12 @@ def distilling(
 
     Args:
         labels_loss: of `losses.build`; it sees the label indices.
-        overlap: likewise; it sees the classes that the teachers find most likely. None: no such term. Without it the
-            Dice of the labels' loss counts for less the more is taught (docs/decisions/ensembles-and-students.md).
+        overlap: likewise; it sees the classes that the teachers find most likely, or region by region, built for one,
+            where they find it more likely than not. None: no such term. Without it the Dice of the labels' loss counts
+            for less the more is taught (docs/decisions/ensembles-and-students.md).
         regions: outputs are regions, each with a probability of its own, instead of classes.
         reduce: as for `losses.build`.
-    Returns a function of (logits: list, highest resolution first, or one tensor; target (B, 1 + K, ...), see above).
+    Returns a function of (logits: list, highest resolution first, or one tensor; target, see above).
     """
 
     def supervised(logits: list[Tensor] | Tensor, target: Tensor, *rest: Tensor) -> Tensor:
@@ -50,8 +52,7 @@ def distilling(
         labels = _without_padding(labels, teacher)
         total = labels_weight * labels_loss(logits, labels, *rest)
         if overlap is not None:
-            likeliest = torch.where(teacher.sum(1) >= LEAST_SUM, teacher.argmax(1), -1).to(torch.int16)
-            total = total + (1 - labels_weight) * overlap(logits, likeliest)
+            total = total + (1 - labels_weight) * _with_likeliest(overlap, outputs, teacher, regions)
         with torch.autocast(target.device.type, enabled=False):
             for output, weight in zip(outputs, supervision_weights(len(outputs)), strict=True):
                 if weight > 0:
@@ -71,6 +72,24 @@ def _without_padding(labels: Tensor, teacher: Tensor) -> Tensor:
     return torch.where(drawn_B.view(-1, *[1] * (labels.ndim - 1)), labels, -1)
 
 
+def _with_likeliest(overlap: Supervised, outputs: list[Tensor], teacher: Tensor, regions: bool) -> Tensor:
+    """`overlap` with the classes that the teachers find most likely, or its mean over the regions."""
+    known = _known(teacher, regions)
+    if not regions:
+        return overlap(outputs, torch.where(known, teacher.argmax(1), -1).to(torch.int16))
+    likely = torch.where(known.unsqueeze(1), teacher[:, 1:] >= teacher[:, :1] / 2, -1).to(torch.int16)
+    each = [
+        overlap([output[:, number : number + 1] for output in outputs], likely[:, number])
+        for number in range(likely.shape[1])
+    ]
+    return torch.stack(each).mean()
+
+
+def _known(teacher: Tensor, regions: bool) -> Tensor:
+    """(B, ...) bool: where the teachers say something."""
+    return (teacher[:, 0] if regions else teacher.sum(1)) >= LEAST_SUM
+
+
 def divergence(
     logits: Tensor, teacher: Tensor, temperature: float, regions: bool = False, reduce: Reduce = alone
 ) -> Tensor:
@@ -78,19 +97,19 @@ def divergence(
 
     Args:
         logits: (B, K, ...) of the network.
-        teacher: (B, K, ...) probabilities, brought to a sum of 1 here; voxels with a smaller sum than `LEAST_SUM` do
-            not count. For regions there is no such sum: a voxel counts unless all are exactly 0.
+        teacher: what the teachers say, see above. It is brought to a sum of 1 here; voxels with less than `LEAST_SUM`
+            do not count.
     """
     teacher, logits = wide(teacher), wide(logits)
+    known = _known(teacher, regions)
     if regions:
-        known = (teacher != 0).any(1)
-        hard = torch.logit(teacher.clamp(1e-6, 1 - 1e-6)) / temperature
+        shares = teacher[:, 1:] / teacher[:, :1].clamp_min(LEAST_SUM)
+        hard = torch.logit(shares.clamp(LEAST, 1 - LEAST)) / temperature
         soft, log_on, log_off = hard.sigmoid(), *_log_sigmoids(logits / temperature)
         log_own_on, log_own_off = _log_sigmoids(hard)
         each = (soft * (log_own_on - log_on) + (1 - soft) * (log_own_off - log_off)).sum(1)
         total = torch.where(known, each, 0.0).sum()
     else:
-        known = teacher.sum(1) >= LEAST_SUM
         total = _ClassDivergence.apply(logits, teacher, known.unsqueeze(1), temperature)
     return reduce(total) / reduce(known.sum().to(total.dtype)).clamp_min(1.0)
 

@@ -42,8 +42,8 @@ class Batches:
         workers: reading threads; None takes the allowed cores, at most 8.
         class_rates: of the foreground classes (`sampling.rates_of`), for the modes of sampling that have rates.
         team: the processes that share every batch. All draw the whole batch, and each reads and augments its samples.
-        teachers: the last channels of the training cases, one per class, are what teachers say; the labels of a batch
-            then hold them, moved like the image, see network/distillation.py.
+        teachers: the last channels of the training cases are what teachers say, one per class, or one that is 1 and one
+            per region; the labels of a batch then hold them, moved like the image, see network/distillation.py.
         regions: label indices of each output of the network, where these are regions.
         annotated: per case of which somebody drew only a part, whether that holds each output.
         compiled: the batches are for a compiled network.
@@ -66,7 +66,8 @@ class Batches:
         self._drawn: Counter[str] = Counter()
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
         self._outputs, self._annotated = Outputs(classes, regions), annotated or {}
-        self._device, self._team, self._teachers = device, team, teachers
+        self._device, self._team = device, team
+        self._said = (1 + len(regions) if regions else classes) if teachers else 0
         self._format = layout(configuration.dimension, device, compiled)
         self._ahead = min(MOST_AHEAD, workers or own_cores())
         self._threads = ThreadPoolExecutor(self._ahead)
@@ -91,8 +92,8 @@ class Batches:
         waited = time.perf_counter() - start
         moved_image, moved_labels = self._to_device(image), self._to_device(labels)
         previous = said = None
-        if self._teachers:
-            moved_image, said = moved_image[:, : -self._classes], moved_image[:, -self._classes :]
+        if self._said:
+            moved_image, said = moved_image[:, : -self._said], moved_image[:, -self._said :]
         if self._cascade:
             moved_image, previous = moved_image[:, :-1], moved_image[:, -1].to(torch.int16)
         result, result_labels = augment.apply(moved_image, moved_labels, drawn, self._patch, self._classes)

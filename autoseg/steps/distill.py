@@ -84,8 +84,6 @@ def distill(
         Interrupted: after Ctrl-C, when the state is saved.
     """
     layout, plan = Layout(run), checked(run)
-    if plan.regions:
-        raise UserError(f"{run}: networks of regions that may overlap cannot be distilled yet.")
     planned = configuration_named(plan, configuration or default_configuration(plan))
     dataset = store.load(layout.dataset, Dataset)
     cases = fold_cases(keep_or_make_splits(layout, dataset, report), dataset, fold)

@@ -114,8 +114,10 @@ def loss_of(
     if lesson is None:
         return loss
     has_dice = "dice" in losses.parse(configuration.train.loss).name
-    overlap = losses.build("dice", batch_dice=configuration.batch_dice, reduce=reduce) if has_dice else None
-    return distilling(loss, lesson.temperature, lesson.labels_weight, reduce=reduce, overlap=overlap)
+    one = ((1,),) if regions else ()
+    dice = losses.build("dice", batch_dice=configuration.batch_dice, reduce=reduce, regions=one)
+    overlap = dice if has_dice else None
+    return distilling(loss, lesson.temperature, lesson.labels_weight, bool(regions), reduce, overlap)
 
 
 def batches_of(work: Work, record: Run, compiled: bool = False) -> Batches:

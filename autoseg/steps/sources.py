@@ -49,7 +49,7 @@ def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
     if work.lesson is None:
         return sources
     return with_teachers(
-        work.layout, configuration, work.lesson, work.cases.train, sources, work.device, work.report
+        work.layout, work.plan, configuration, work.lesson, work.cases.train, sources, work.device, work.report
     )
 
 

@@ -24,7 +24,8 @@ from autoseg.network.device import Device
 from autoseg.network.distillation import from_8_bits, to_8_bits
 from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import predict_logits
-from autoseg.records import Case, Configuration, Dataset, Fold, Run, Splits
+from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run, Splits
+from autoseg.steps.members import same_plans
 from autoseg.steps.models import load_network, trained_models
 from autoseg.steps.predictor import one_hot
 
@@ -44,10 +45,14 @@ class Lesson:
 
 @dataclass(frozen=True)
 class WithTeacher:
-    """A case whose image has one more channel per class: what the teachers say, 0 where they say nothing."""
+    """A case whose image has one more channel per class: what the teachers say, 0 where they say nothing.
+
+    With `regions` one channel of ones stands before those of the regions.
+    """
 
     source: Source
     stored: Any
+    regions: bool = False
     lock: Lock = field(default_factory=Lock)
 
     @property
@@ -62,7 +67,8 @@ class WithTeacher:
         image_CZYX, labels_ZYX = self.source.read(box)
         with self.lock:  # a blosc2 array decompresses for one thread at a time
             said_KZYX = self.stored[(slice(None), *(slice(start, stop) for start, stop in box))]
-        return np.concatenate((image_CZYX, from_8_bits(said_KZYX))), labels_ZYX
+        marked = (np.ones_like(image_CZYX[:1]),) if self.regions else ()
+        return np.concatenate((image_CZYX, *marked, from_8_bits(said_KZYX))), labels_ZYX
 
 
 # ------------------------------------------------------------------------------------------------ who
@@ -75,7 +81,7 @@ def teachers_named(run: Path, planned: Configuration, fold: str, named: Sequence
         named: "seeds" (all of this fold), "folds" (all that are trained), "fold_0..4", "fold_0.seed_1", the folder of a
             network, or another run whose configuration of this name has the same grid.
 
-    Raises UserError for a name that leads to no finished network, or to one that sees other preprocessed cases.
+    Raises UserError for a name that leads to no finished network, or to one of other labels or preprocessed cases.
     """
     layout, found = Layout(run), list[ModelLayout]()
     for name in named:
@@ -98,6 +104,8 @@ def teachers_named(run: Path, planned: Configuration, fold: str, named: Sequence
         _check(model, planned)
     if not teachers:
         raise UserError("A student needs teachers.", fix="Name some: --from seeds, or --from fold_0..4.")
+    runs = [run, *dict.fromkeys(model.root.parents[2] for model in teachers)]
+    same_plans([store.load(Layout(each).plan, Plan) for each in runs], [str(each) for each in runs])
     return teachers
 
 
@@ -138,8 +146,8 @@ def _learned_from(model: ModelLayout) -> tuple[str, ...]:
 
 
 def with_teachers(
-    layout: Layout, configuration: Configuration, lesson: Lesson, names: Sequence[str], sources: Mapping[str, Source],
-    device: Device, report: Report,
+    layout: Layout, plan: Plan, configuration: Configuration, lesson: Lesson, names: Sequence[str],
+    sources: Mapping[str, Source], device: Device, report: Report,
 ) -> dict[str, Source]:  # fmt: skip
     """The sources, those of `names` with the channels of the teachers; what is missing of these is computed first."""
     folder = layout.teachers(configuration.name, _key(lesson.teachers))
@@ -152,19 +160,20 @@ def with_teachers(
         networks = [load_network(model, device) for model in lesson.teachers]
         report(Started(what, len(names)))
         for number, name in enumerate(missing, len(names) - len(missing) + 1):
-            said_KZYX = mean_probabilities(networks, _input(sources[name], configuration), lesson, device)
+            image_CZYX = _input(sources[name], configuration, plan.classes)
+            said_KZYX = mean_probabilities(networks, image_CZYX, lesson, device, bool(plan.regions))
             chunk = (1, *(1,) * (3 - len(configuration.patch_voxels)), *configuration.patch_voxels)
             write_array(files[name], to_8_bits(said_KZYX), chunk)
             report(Advanced(what, number, len(names), name))
         report(Finished(what))
     return {
-        name: WithTeacher(source, open_array(files[name])) if name in files else source
+        name: WithTeacher(source, open_array(files[name]), bool(plan.regions)) if name in files else source
         for name, source in sources.items()
     }
 
 
 def mean_probabilities(
-    networks: Sequence[nn.Module], image_CZYX: np.ndarray, lesson: Lesson, device: Device
+    networks: Sequence[nn.Module], image_CZYX: np.ndarray, lesson: Lesson, device: Device, regions: bool = False
 ) -> np.ndarray:
     """The teachers' mean probabilities of a preprocessed case, (K, Z, Y, X) float32; mirrored as in prediction."""
     image, total = torch.from_numpy(image_CZYX), None
@@ -172,21 +181,21 @@ def mean_probabilities(
         used = store.load(model.run, Run).configuration
         mirror_axes = used.train.augment.mirror_axes
         logits = predict_logits(network, image, used.patch_voxels, used.network.classes, device, mirror_axes)
-        probabilities = torch.softmax(logits, 0)
+        probabilities = torch.sigmoid(logits) if regions else torch.softmax(logits, 0)
         total = probabilities if total is None else total.add_(probabilities)
     if total is None:
         raise ValueError("there is always a teacher")
     return total.div_(len(networks)).numpy()
 
 
-def _input(source: Source, configuration: Configuration) -> np.ndarray:
+def _input(source: Source, configuration: Configuration, classes: int) -> np.ndarray:
     """What the network sees of a whole case; in a cascade with the previous stage's labels as one channel per class."""
     z, y, x = source.shape
     image_CZYX, _ = source.read(((0, z), (0, y), (0, x)))
     if configuration.previous is None:
         return image_CZYX
     previous_ZYX = image_CZYX[-1].astype(np.int16)
-    return np.concatenate((image_CZYX[:-1], one_hot(previous_ZYX, configuration.network.classes)))
+    return np.concatenate((image_CZYX[:-1], one_hot(previous_ZYX, classes)))
 
 
 def _key(teachers: Sequence[ModelLayout]) -> str:
