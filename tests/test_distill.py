@@ -22,6 +22,7 @@ from autoseg.network.distributed import ALONE
 from autoseg.network.patches import InMemory
 from autoseg.records import AugmentSpec, Configuration, Dataset, Plan, Run, Splits, TrainSpec
 from autoseg.scoring.distillation import Contestant, Distillation
+from autoseg.steps import contest
 from autoseg.steps import distill as step
 from autoseg.steps.batches import Batches
 from autoseg.steps.begin import begin
@@ -134,7 +135,7 @@ def test_the_same_command_again_trains_and_teaches_nothing_anew(
 ) -> None:
     run, ended = taught
     monkeypatch.setattr(step, "train_one", lambda *_: pytest.fail("a training was started"))
-    monkeypatch.setattr(step, "validate_fold", lambda *_: pytest.fail("the ensemble was validated again"))
+    monkeypatch.setattr(contest, "validate_fold", lambda *_: pytest.fail("the ensemble was validated again"))
     options = {"epochs": 2, "unlabelled": run.parent / "data" / "imagesTs", "device": "cpu", "workers": 1}
     again = step.distill(run, baseline=True, **options)  # type: ignore[arg-type]
     assert [row.dice for row in again.contestants] == [row.dice for row in ended.contestants]
@@ -150,10 +151,10 @@ def test_the_ensemble_is_validated_again_once_a_teacher_is_newer(taught: tuple[P
     student, cases = Layout(run).model("3d_student_small", "0"), load(Layout(run).splits, Splits).folds[0]
     together = ModelLayout(student.root.parent / "ensemble" / student.root.name)
     teachers = teachers_named(run, tiny(), "0", ["seeds"])
-    assert step._newer_scores(together, (*teachers, student), cases) is not None
+    assert contest._newer_scores(together, (*teachers, student), cases) is not None
     before = teachers[1].weights.stat()
     os.utime(teachers[1].weights, ns=(before.st_atime_ns, together.scores.stat().st_mtime_ns + 10**9))
-    assert step._newer_scores(together, (*teachers, student), cases) is None
+    assert contest._newer_scores(together, (*teachers, student), cases) is None
     os.utime(teachers[1].weights, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
@@ -333,24 +334,24 @@ def test_the_conclusion_says_what_is_kept_and_what_it_costs() -> None:
 
     members = [row("fold_0", 0.8, 1), row("fold_0.seed_1", 0.82, 1)]
     rows = [*members, row("ensemble of 2", 0.85, 2), row("student", 0.84, 0.1)]
-    said = step.conclude(rows, None)
+    said = contest.conclude(rows, None)
     assert "ensemble has a Dice of 0.8500, the student 0.8400 (its members in the mean 0.8100)" in said
     assert "5 % of the ensemble's time" in said
-    assert "0.8000 (p = 0.003 over cases)" in step.conclude([*rows, row("labels alone", 0.8, 0.1)], 0.003)
-    assert "in the mean 0.8100, p = 0.02 over cases)" in step.conclude(rows, None, 0.02)
+    assert "0.8000 (p = 0.003 over cases)" in contest.conclude([*rows, row("labels alone", 0.8, 0.1)], 0.003)
+    assert "in the mean 0.8100, p = 0.02 over cases)" in contest.conclude(rows, None, 0.02)
     nothing = [row(each.name, None, each.seconds) for each in rows]
-    assert step.conclude(nothing, None) == "The student takes 5 % of the ensemble's time per case."
+    assert contest.conclude(nothing, None) == "The student takes 5 % of the ensemble's time per case."
 
 
 def test_the_ensemble_is_tested_against_the_mean_of_its_members() -> None:
     rng = np.random.default_rng(0)
     members = [{f"c{n}": float(value) for n, value in enumerate(rng.normal(0.8, 0.01, 10))} for _ in range(3)]
-    mean = step._mean_of(members)
+    mean = contest._mean_of(members)
     assert mean["c4"] == pytest.approx(sum(member["c4"] for member in members) / 3)
     better = {name: value + 0.01 + 0.001 * n for n, (name, value) in enumerate(mean.items())}
-    assert step._chance(better, mean) == pytest.approx(2 / 2**10)
-    assert step._chance({name: better[name] for name in ("c1", "c2")}, mean) is None
-    assert step._mean_of([*members, {}]) == {}
+    assert contest._chance(better, mean) == pytest.approx(2 / 2**10)
+    assert contest._chance({name: better[name] for name in ("c1", "c2")}, mean) is None
+    assert contest._mean_of([*members, {}]) == {}
 
 
 def test_records_of_a_distillation_are_whole_after_a_round_trip(tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def _with_likeliest(overlap: Supervised, outputs: list[Tensor], teacher: Tensor,
     """`overlap` with the classes that the teachers find most likely, or its mean over the regions."""
     known = _known(teacher, regions)
     if not regions:
-        return overlap(outputs, torch.where(known, teacher.argmax(1), -1).to(torch.int16))
+        likeliest = teacher.max(1).indices  # argmax takes ten times as long on a CPU
+        return overlap(outputs, torch.where(known, likeliest, -1).to(torch.int16))
     likely = torch.where(known.unsqueeze(1), teacher[:, 1:] >= teacher[:, :1] / 2, -1).to(torch.int16)
     each = [
         overlap([output[:, number : number + 1] for output in outputs], likely[:, number])

@@ -289,7 +289,8 @@ def _dense_slab(part: _Part, wanted: Wanted, over_tiles: _Map) -> Slab:
         pass
     mean_entropy = scores[-1] if wanted.mutual else None
     scores = scores[:-1] if wanted.mutual else scores
-    labels = (painted(scores, wanted) if wanted.paints else scores.argmax(0).to(torch.int16)).cpu()
+    best = painted(scores, wanted) if wanted.paints else scores.max(0).indices  # argmax is ten times as slow on a CPU
+    labels = best.to(torch.int16).cpu()
     probabilities = activated(scores, wanted.activation, 0) if wanted.are_logits else scores
     entropy = mutual = None
     if wanted.uncertainty:
