@@ -69,7 +69,7 @@ def ensemble(
 def select(
     run: RunFolder,
     configuration: Annotated[
-        str | None, typer.Option("--configuration", "-c", help="Such as 2d,3d. [default: all that are validated]")
+        str | None, typer.Option("--configuration", "-c", help="Such as 2d,3d. [default: all validated but students]")
     ] = None,
     no_pairs: Annotated[bool, typer.Option("--no-pairs", help="Only single configurations: no segmenting.")] = False,
     device: Device = None,

@@ -7,6 +7,11 @@ STUDENT = "_student_"
 """Between the configuration of the teachers and the size of the student in a student's name."""
 
 
+def is_student(configuration: str) -> bool:
+    """Whether `distill` made this configuration."""
+    return STUDENT in configuration
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The files of one run folder; nothing here touches the disk."""

@@ -23,6 +23,7 @@ from autoseg.scoring.comparison import Agreement
 from autoseg.scoring.selection import Selection, selected
 from autoseg.steps.ensemble import ensemble, ensemble_runs
 from autoseg.steps.evaluate import Scoring, evaluate_all
+from autoseg.steps.members import members_of_runs
 from autoseg.steps.predict import predict
 from autoseg.steps.select import choose, select
 
@@ -249,6 +250,21 @@ def test_configurations_without_a_common_fold_are_refused(place, tmp_path):
     chosen = select(run, configurations=["x"], workers=1)
     assert chosen.members == ("x",)
     assert chosen.candidates[0].dice == 1.0
+
+
+def test_students_are_only_taken_where_they_are_named(place, tmp_path):
+    names = ("x", "x_student_small", "y")
+    run = a_planned_run(tmp_path / "run", place / "data", *[a_configuration(name=name) for name in names])
+    for name in names:
+        write_network(run, a_configuration(name=name), "0", 0)
+        path = prediction_file(Layout(run).model(name, "0").validation, "case_00", ".nii.gz")
+        write_labels(path, *read_labels(place / "data" / "labelsTr" / "case_00.nii.gz"))
+    tried = select(run, pairs=False, workers=1).candidates
+    assert {candidate.members for candidate in tried} == {("x",), ("y",)}
+    named = select(run, configurations=["x", "x_student_small"], pairs=False, workers=1).candidates
+    assert {candidate.members for candidate in named} == {("x",), ("x_student_small",)}
+    assert members_of_runs([run], None) == ((run, "x"), (run, "y"))
+    assert members_of_runs([run], ["x_student_small", "y"]) == ((run, "x_student_small"), (run, "y"))
 
 
 def scored(*dice: float) -> tuple[CaseScore, ...]:

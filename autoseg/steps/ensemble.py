@@ -100,7 +100,7 @@ def ensemble_runs(
         images, folds, seeds, mirroring, device: as for `predict`, for each member.
         output: folder for the label maps, each written when it is done.
         configurations: of every run; None takes what `predict` would take of each of several runs, and all that are
-            trained of a single one.
+            trained of a single one, but no students, which know nothing that their teachers do not.
         weights: one per member, in the order runs x configurations.
         method, save_probabilities: as for `ensemble`.
         rules: post-processing of the result.

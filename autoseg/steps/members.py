@@ -11,7 +11,7 @@ from autoseg.errors import UserError
 from autoseg.image.formats import ending_of, read_geometry
 from autoseg.image.labels import grid_difference, label_maps
 from autoseg.image.probabilities import ProbabilityHeader, read_header
-from autoseg.layout import PROBABILITIES, Layout
+from autoseg.layout import PROBABILITIES, Layout, is_student
 from autoseg.records import Plan
 from autoseg.scoring.selection import selected
 
@@ -106,7 +106,7 @@ def members_of_runs(runs: Sequence[Path], configurations: Sequence[str] | None) 
     if configurations:
         members = [(run, name) for run in runs for name in configurations]
     elif len(runs) == 1:
-        members = [(runs[0], name) for name in trained_configurations(runs[0])]
+        members = [(runs[0], name) for name in trained_configurations(runs[0]) if not is_student(name)]
     else:
         members = [(run, name) for run in runs for name in (default_members(run) or ("",))]
     for run, name in members:

@@ -16,7 +16,7 @@ from autoseg import store
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.labels import label_maps, some
-from autoseg.layout import Layout, ModelLayout, prediction_file, probabilities_file
+from autoseg.layout import Layout, ModelLayout, is_student, prediction_file, probabilities_file
 from autoseg.records import Case, CaseScore, Dataset, Postprocessing
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.selection import Candidate, Selection
@@ -46,7 +46,8 @@ def select(
 
     Args:
         run: run folder with validation predictions of at least one configuration.
-        configurations: which to try; None takes all that have validation predictions.
+        configurations: which to try; None takes all that have validation predictions, but no students: these are often
+            trained for fewer folds, and their teachers may have seen the cases.
         pairs: also try every two of them together, which segments the validation cases again where no probabilities
             were saved. What was combined before is kept while the networks are older.
         device: for segmenting.
@@ -161,7 +162,7 @@ def _comparable(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Configurations to try, and the folds that all of them have validated."""
     found = {name: validated_folds(run, name) for name in trained_configurations(run)}
-    names = tuple(configurations or (name for name, folds in found.items() if folds))
+    names = tuple(configurations or (name for name, folds in found.items() if folds and not is_student(name)))
     without = [name for name in names if not found.get(name)]
     if without or not names:
         raise UserError(
