@@ -17,7 +17,7 @@ from autoseg.events import Event, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
 from autoseg.network import augment
 from autoseg.network.device import Device
-from autoseg.network.distillation import from_8_bits
+from autoseg.network.distillation import from_8_bits, to_8_bits, without_padding
 from autoseg.network.distributed import ALONE
 from autoseg.network.patches import InMemory
 from autoseg.records import AugmentSpec, Configuration, Dataset, Plan, Run, Splits, TrainSpec
@@ -323,6 +323,25 @@ def test_what_teachers_say_moves_with_the_image_and_the_labels() -> None:
         assert int((labels > 0).sum()) > 0
     still_moves = augment.enlarged_patch(spec, (8, 8, 8))
     assert min(still_moves) > 8
+
+
+@pytest.mark.parametrize("classes", [3, 6])
+@pytest.mark.parametrize("regions", [(), ((1, 2), (2,))])
+def test_a_moved_image_without_labels_has_none(classes: int, regions: tuple[tuple[int, ...], ...]) -> None:
+    rng = np.random.default_rng(0)
+    said = torch.softmax(torch.from_numpy(rng.normal(0, 3, (len(regions) or classes, 9, 11, 10))), 0)
+    image, nothing = rng.normal(0, 1, (1, 9, 11, 10)).astype(np.float32), np.full((9, 11, 10), -1, np.int16)
+    source = WithTeacher(InMemory(image, nothing, {}), to_8_bits(said.numpy()), bool(regions))
+    drawn = WithTeacher(InMemory(image, nothing + 1, {}), to_8_bits(said.numpy()), bool(regions))
+    spec = AugmentSpec(rotation_rad=(0.5,) * 3, rotation_chance=1.0, scale_chance=1.0, mirror_axes=(0, 1, 2))
+    changes = {"train": tiny().train.model_copy(update={"augment": spec}), "patch_voxels": (14, 14, 14)}
+    configuration = tiny().model_copy(update=changes)
+    for one, label in ((source, -1), (drawn, 0)):
+        with Batches(configuration, 0, 1, classes, CPU, 1, teachers=True, regions=regions) as batches:
+            for step in range(8):
+                labels = batches.draw([one], ["a"], step).labels
+                assert (labels[:, 0] == 0).any()
+                assert (without_padding(labels[:, 0], labels[:, 1:], bool(regions)) == label).all()
 
 
 # ------------------------------------------------------------------------------------------------ words

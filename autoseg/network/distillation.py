@@ -25,6 +25,8 @@ LEAST = 1e-6
 """Smaller probabilities of teachers count as this."""
 LEAST_SUM = 0.5
 """Voxels of which teachers say less than this in all lie mostly outside the image: there is nothing to learn there."""
+SURELY_INSIDE = 0.9
+"""From here on the label of a moved voxel comes from inside the image, whether it was interpolated or the nearest."""
 
 
 def distilling(
@@ -49,7 +51,7 @@ def distilling(
     def supervised(logits: list[Tensor] | Tensor, target: Tensor, *rest: Tensor) -> Tensor:
         outputs = [logits] if isinstance(logits, Tensor) else logits
         labels, teacher = target[:, 0].to(torch.int16), target[:, 1:]
-        labels = _without_padding(labels, teacher)
+        labels = without_padding(labels, teacher, regions)
         total = labels_weight * labels_loss(logits, labels, *rest)
         if overlap is not None:
             total = total + (1 - labels_weight) * _with_likeliest(overlap, outputs, teacher, regions)
@@ -63,12 +65,13 @@ def distilling(
     return supervised
 
 
-def _without_padding(labels: Tensor, teacher: Tensor) -> Tensor:
+def without_padding(labels: Tensor, teacher: Tensor, regions: bool = False) -> Tensor:
     """Labels (B, ...) with -1 everywhere in samples of images without labels.
 
-    Around an image patches are filled with background, and that would be all that the labels of such a sample say.
+    Around an image patches are filled with background, and that would be all that the labels of such a sample say. What
+    teachers say is 0 there, and in between at the edge of an image that was moved.
     """
-    drawn_B = ((labels >= 0) & (teacher.amax(1) > 0)).flatten(1).any(1)
+    drawn_B = ((labels >= 0) & (_said(teacher, regions) >= SURELY_INSIDE)).flatten(1).any(1)
     return torch.where(drawn_B.view(-1, *[1] * (labels.ndim - 1)), labels, -1)
 
 
@@ -88,7 +91,12 @@ def _with_likeliest(overlap: Supervised, outputs: list[Tensor], teacher: Tensor,
 
 def _known(teacher: Tensor, regions: bool) -> Tensor:
     """(B, ...) bool: where the teachers say something."""
-    return (teacher[:, 0] if regions else teacher.sum(1)) >= LEAST_SUM
+    return _said(teacher, regions) >= LEAST_SUM
+
+
+def _said(teacher: Tensor, regions: bool) -> Tensor:
+    """(B, ...) how much the teachers say in all: 1 inside the image, 0 outside."""
+    return teacher[:, 0] if regions else teacher.sum(1)
 
 
 def divergence(
