@@ -9,10 +9,12 @@ import pytest
 import torch
 from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
+from torch import nn
 
 from autoseg.errors import UserError
 from autoseg.layout import Layout
-from autoseg.network.device import Device
+from autoseg.network import unet
+from autoseg.network.device import Device, lay_out
 from autoseg.network.patches import InMemory
 from autoseg.network.sampling import hard_rates
 from autoseg.records import AugmentSpec, TrainSpec
@@ -63,6 +65,37 @@ def test_hard_sampling_draws_the_same_however_far_it_reads_ahead_and_wherever_it
     assert drawn(8, 0) == whole
     for first in (20, 33, 41):
         assert drawn(8, first) == whole[first:]
+
+
+def test_a_compiled_network_is_validated_in_the_layout_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_cards(dimension: int, device: Device, compiled: bool = False) -> torch.memory_format:
+        return torch.channels_last_3d if compiled else torch.contiguous_format
+
+    monkeypatch.setattr("autoseg.steps.batches.layout", as_on_cards)
+    monkeypatch.setattr("autoseg.network.device.layout", as_on_cards)
+    rng, cpu = np.random.default_rng(0), Device(torch.device("cpu"), "fp32")
+    labels = rng.integers(0, 3, (8, 8, 8)).astype(np.int16)
+    case = InMemory(rng.normal(0, 1, (1, 8, 8, 8)).astype(np.float32), labels, {})
+    configuration = a_configuration(network=a_network(), train=TrainSpec(augment=STILL))
+    network = unet.build(configuration.network).eval()
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv3d) and module.in_channels > 1)
+    seen: list[tuple[bool, bool]] = []
+    first.register_forward_pre_hook(
+        lambda module, inputs: seen.append((inputs[0].is_contiguous(), module.weight.is_contiguous()))
+    )
+
+    def validated(compiled: bool) -> list[float]:
+        with Batches(configuration, 0, 1, 3, cpu, 1, compiled=compiled) as coming:
+            return coming.validation_dice(network, [case], 10)
+
+    plain = validated(False)
+    weights = dict(lay_out(network, 3, cpu, compiled=True).named_parameters())
+    places = [weight.data_ptr() for weight in weights.values()]
+    assert not first.weight.is_contiguous()
+    assert validated(True) == pytest.approx(plain, abs=1e-6)
+    assert all(both == (True, True) for both in seen)
+    assert [weight.data_ptr() for weight in network.parameters()] == places
+    assert 0 < plain[0] < 1
 
 
 def test_a_training_says_what_its_patches_were_drawn_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

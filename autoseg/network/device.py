@@ -2,13 +2,15 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from autoseg.errors import UserError
 from autoseg.parallel import make_cublas_repeatable, own_cores
@@ -138,6 +140,19 @@ def keep_freed_memory() -> bool:
 def lay_out(network: nn.Module, dimension: int, device: Device, compiled: bool = False) -> nn.Module:
     """Lay the weights out as `layout` says, in place; returns the network."""
     return network.to(memory_format=layout(dimension, device, compiled))  # type: ignore[call-overload]
+
+
+def laid_out_for_eager(network: nn.Module, dimension: int, device: Device) -> Callable[[Tensor], Any]:
+    """The network with its weights copied into the layout that is fastest when it is not compiled.
+
+    For a few passes of a network whose own weights may not move, since recorded CUDA graphs know where they lie.
+    """
+    wanted = layout(dimension, device)
+    copies = {
+        name: weight.detach().contiguous(memory_format=wanted) if weight.ndim == dimension + 2 else weight
+        for name, weight in network.named_parameters()
+    }
+    return lambda image: functional_call(network, copies, (image,))
 
 
 def layout(dimension: int, device: Device, compiled: bool = False) -> torch.memory_format:

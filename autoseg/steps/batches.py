@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.network import augment
-from autoseg.network.device import Device, layout
+from autoseg.network.device import Device, laid_out_for_eager, layout
 from autoseg.network.distributed import ALONE, Team, add_up, share
 from autoseg.network.label_kinds import Outputs
 from autoseg.network.loop import Batch
@@ -69,6 +69,7 @@ class Batches:
         self._device, self._team = device, team
         self._said = (1 + len(regions) if regions else classes) if teachers else 0
         self._format = layout(configuration.dimension, device, compiled)
+        self._eager_format = layout(configuration.dimension, device)
         self._ahead = min(MOST_AHEAD, workers or own_cores())
         self._threads = ThreadPoolExecutor(self._ahead)
         self._coming: deque[tuple[int, Future[Read]]] = deque()
@@ -129,6 +130,9 @@ class Batches:
         these are, where some were annotated in part.
         """
         totals = torch.zeros(3, self._outputs.foreground, device=self._device.torch_device)
+        forward: Callable[[Tensor], Tensor] = network
+        if self._eager_format != self._format:
+            forward = laid_out_for_eager(network, len(self._patch), self._device)
         for number in share(self._team, range(max(1, round(steps * VALIDATION_SHARE)))):
             places = draw_places(sources, self._validation, number, VALIDATION)
             image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places))
@@ -136,7 +140,7 @@ class Batches:
             if self._cascade:
                 inputs = torch.cat((inputs[:, :-1], _one_hot(inputs[:, -1].to(torch.int16), self._classes)), 1)
             with (device or self._device).autocast():
-                logits = network(inputs.contiguous(memory_format=self._format))
+                logits = forward(inputs.contiguous(memory_format=self._eager_format))
             annotated_BK = self._annotated_in([ids[place.case] for place in places]) if ids else None
             for k, (is_found, is_true) in enumerate(self._outputs.masks(logits, target, annotated_BK)):
                 totals[0, k] += (is_found & is_true).sum()
