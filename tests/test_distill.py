@@ -17,7 +17,7 @@ from autoseg.events import Event, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
 from autoseg.network import augment
 from autoseg.network.device import Device
-from autoseg.network.distillation import from_8_bits, to_8_bits, without_padding
+from autoseg.network.distillation import from_8_bits, have_labels, to_8_bits
 from autoseg.network.distributed import ALONE
 from autoseg.network.patches import InMemory
 from autoseg.records import AugmentSpec, Configuration, Dataset, Plan, Run, Splits, TrainSpec
@@ -341,7 +341,7 @@ def test_a_moved_image_without_labels_has_none(classes: int, regions: tuple[tupl
             for step in range(8):
                 labels = batches.draw([one], ["a"], step).labels
                 assert (labels[:, 0] == 0).any()
-                assert (without_padding(labels[:, 0], labels[:, 1:], bool(regions)) == label).all()
+                assert (have_labels(labels[:, 0], labels[:, 1:], bool(regions)) == (label == 0)).all()
 
 
 # ------------------------------------------------------------------------------------------------ words

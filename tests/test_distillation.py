@@ -143,6 +143,17 @@ def test_the_padding_around_an_image_without_labels_is_no_label() -> None:
     assert (seen[0][1] == -1).all()
 
 
+def test_what_labels_do_not_say_of_a_sample_its_teachers_say_with_more_weight() -> None:
+    teacher = torch.softmax(some((2, 3, 4, 4), 2), 1)
+    logits, both = some((2, 3, 4, 4)), target(teacher)
+    taught = float(divergence(logits, teacher, 1.0))
+    assert float(distilling(nothing, 1.0, 0.6)(logits, both)) == pytest.approx(0.4 * taught, rel=1e-6)
+    both[1, 0] = -1
+    assert float(distilling(nothing, 1.0, 0.6)(logits, both)) == pytest.approx(0.7 * taught, rel=1e-6)
+    both[:, 0] = -1
+    assert float(distilling(nothing, 1.0, 0.6)(logits, both)) == pytest.approx(taught, rel=1e-6)
+
+
 def test_where_nothing_is_annotated_the_teachers_alone_are_learned_from() -> None:
     hard = losses.build("dice_ce", batch_dice=False)
     logits = some((1, 3, 8, 8)).float().requires_grad_()

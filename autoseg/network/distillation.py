@@ -35,8 +35,9 @@ def distilling(
 ) -> Supervised:  # fmt: skip
     """labels_weight * (loss against the labels) + (1 - labels_weight) * (temperature^2 * `divergence` + overlap).
 
-    The divergence is summed over the outputs of deep supervision with their usual weights; lower outputs learn from
-    the mean of the probabilities in their cell.
+    Samples without any label have no part in the first term, so their weight goes to the second one. The divergence is
+    summed over the outputs of deep supervision with their usual weights; lower outputs learn from the mean of the
+    probabilities in their cell.
 
     Args:
         labels_loss: of `losses.build`; it sees the label indices.
@@ -51,28 +52,29 @@ def distilling(
     def supervised(logits: list[Tensor] | Tensor, target: Tensor, *rest: Tensor) -> Tensor:
         outputs = [logits] if isinstance(logits, Tensor) else logits
         labels, teacher = target[:, 0].to(torch.int16), target[:, 1:]
-        labels = without_padding(labels, teacher, regions)
+        drawn_B = have_labels(labels, teacher, regions)
+        labels = torch.where(drawn_B.view(-1, *[1] * (labels.ndim - 1)), labels, -1)
         total = labels_weight * labels_loss(logits, labels, *rest)
+        taught = 1 - labels_weight * reduce(drawn_B.float().sum()) / reduce(torch.ones_like(drawn_B).float().sum())
         if overlap is not None:
-            total = total + (1 - labels_weight) * _with_likeliest(overlap, outputs, teacher, regions)
+            total = total + taught * _with_likeliest(overlap, outputs, teacher, regions)
         with torch.autocast(target.device.type, enabled=False):
             for output, weight in zip(outputs, supervision_weights(len(outputs)), strict=True):
                 if weight > 0:
                     softer = divergence(output, pooled(teacher, output), temperature, regions, reduce)
-                    total = total + (1 - labels_weight) * temperature**2 * weight * softer
+                    total = total + taught * temperature**2 * weight * softer
         return total
 
     return supervised
 
 
-def without_padding(labels: Tensor, teacher: Tensor, regions: bool = False) -> Tensor:
-    """Labels (B, ...) with -1 everywhere in samples of images without labels.
+def have_labels(labels: Tensor, teacher: Tensor, regions: bool = False) -> Tensor:
+    """(B,) bool: which samples have a label somewhere inside the image.
 
-    Around an image patches are filled with background, and that would be all that the labels of such a sample say. What
-    teachers say is 0 there, and in between at the edge of an image that was moved.
+    Around an image patches are filled with background, and that would be all that the labels of a sample without labels
+    say. What teachers say is 0 there, and in between at the edge of an image that was moved.
     """
-    drawn_B = ((labels >= 0) & (_said(teacher, regions) >= SURELY_INSIDE)).flatten(1).any(1)
-    return torch.where(drawn_B.view(-1, *[1] * (labels.ndim - 1)), labels, -1)
+    return ((labels >= 0) & (_said(teacher, regions) >= SURELY_INSIDE)).flatten(1).any(1)
 
 
 def _with_likeliest(overlap: Supervised, outputs: list[Tensor], teacher: Tensor, regions: bool) -> Tensor:
