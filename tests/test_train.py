@@ -30,6 +30,7 @@ from autoseg.steps.options import (
     fit_to_time,
     resume_command,
     with_options,
+    with_suited_decay,
     with_suited_variation,
 )
 from autoseg.steps.predictor import Predictor
@@ -188,6 +189,28 @@ def test_a_short_time_limit_shrinks_the_batch_unless_it_was_asked_for() -> None:
     asked = with_options(planned, Options(max_seconds=750.0, batch_size=9))
     kept, note = fit_to_time(asked, Options(max_seconds=750.0, batch_size=9), seconds=0.02)
     assert (kept.batch_size, note) == (9, "")
+
+
+def test_weights_decay_as_much_in_a_shorter_training() -> None:
+    spec = TrainSpec(epochs=100, steps_per_epoch=50, augment=tiny().train.augment)
+    assert (spec.learning_rate, spec.weight_decay) == (1e-3, 0.01)
+    planned = tiny().model_copy(update={"train": spec})
+
+    def decay(asked: Options, seconds: float | None = None, of: Configuration = planned) -> float:
+        fitted, note = with_suited_decay(with_options(of, asked), of, asked, seconds)
+        assert bool(note) == (fitted != with_options(of, asked))
+        return fitted.train.weight_decay
+
+    assert decay(Options()) == 0.01
+    assert decay(Options(epochs=10)) == 0.1
+    assert decay(Options(epochs=10, learning_rate=5e-4)) == 0.2
+    assert decay(Options(epochs=200)) == 0.01
+    assert decay(Options(epochs=1)) == 1.0
+    assert decay(Options(epochs=1, learning_rate=1e-2)) == 0.1  # at most a thousandth per step
+    assert decay(Options(max_seconds=50.0, batch_size=2), seconds=0.1) == 0.2
+    assert decay(Options(epochs=10, init="other")) == 0.01
+    with_momentum = planned.model_copy(update={"train": spec.model_copy(update={"optimizer": "sgd"})})
+    assert decay(Options(epochs=10), of=with_momentum) == 0.01
 
 
 def mirroring_from(patches: int) -> Configuration:

@@ -235,7 +235,7 @@ def _gathered(parts: Sequence[Tensor], rows: slice, low_y: slice, low_x: slice) 
 def _candidates(tile_KZYX: Tensor) -> Sequence[int]:
     """Classes that can be the largest somewhere between the voxels of the tile."""
     flat = tile_KZYX.flatten(1)
-    low, high = torch.aminmax(flat, dim=1)
+    low, high = flat.amin(1), flat.amax(1)  # aminmax takes twenty times as long on a CPU
     return (high >= low.max()).nonzero().flatten().tolist() or range(len(flat))  # none where there are NaN
 
 

@@ -13,6 +13,7 @@ from autoseg.steps.options import (
     seconds_per_sample,
     with_class_weights,
     with_options,
+    with_suited_decay,
     with_suited_norm,
     with_suited_variation,
 )
@@ -47,6 +48,9 @@ def _fresh(work: Work, asked: Options) -> Run:
         seconds = seconds_per_sample(configuration, work.device) / work.team.size
     if seconds is not None and not work.is_paced:
         configuration, note = fit_to_time(configuration, asked, seconds, least=work.team.size)
+        notes += [note] if note else []
+    if not work.is_paced:
+        configuration, note = with_suited_decay(configuration, work.planned, asked, seconds)
         notes += [note] if note else []
     configuration, note = with_suited_variation(configuration, asked, seconds, moves=not work.is_paced)
     notes += [note] if note else []

@@ -16,6 +16,8 @@ from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
 
 STEPS_WANTED = 7500
+LARGEST_DECAY = 1e-3
+"""Share of a weight that AdamW's weight decay may take away in one step."""
 """With a time limit the batch shrinks until about this many steps fit: fewer, however large, teach less
 (docs/decisions/quality-per-minute.md)."""
 REPORTS_WANTED = 40
@@ -139,6 +141,33 @@ def with_suited_variation(
         f"{augment.mirror_from_patches:,} until mirroring pays (train.augment in the plan)."
     )
     return configuration.model_copy(update={"train": train.model_copy(update={"augment": changed})}), note
+
+
+def with_suited_decay(
+    configuration: Configuration, planned: Configuration, asked: Options, seconds: float | None
+) -> tuple[Configuration, str]:
+    """As much weight decay over a shorter training as over the planned one, for AdamW. Returns a note or "".
+
+    AdamW shrinks the weights by learning rate x weight decay in every step (Loshchilov & Hutter 2019, equation 12), so
+    what it does in all grows with the steps; how far back a network's weights remember should be a fixed share of the
+    training (Wang & Aitchison 2024, How to set AdamW's weight decay as you scale model and dataset size). Figures:
+    docs/decisions/quality-per-minute.md. One that goes on from other weights (`--init`) does not decay them more.
+
+    Args:
+        planned: the training whose length and learning rate the plan's weight decay is for.
+        seconds: of one training step per sample; None where the training is not limited in time.
+    """
+    train, before = configuration.train, planned.train
+    steps = float(train.epochs * train.steps_per_epoch)
+    if asked.max_seconds is not None and seconds is not None:
+        steps = asked.max_seconds / (seconds * configuration.batch_size)
+    whole = before.learning_rate * before.weight_decay * before.epochs * before.steps_per_epoch
+    decay = min(whole / max(steps, 1.0), LARGEST_DECAY) / train.learning_rate
+    if train.optimizer != "adamw" or asked.init or decay <= train.weight_decay:
+        return configuration, ""
+    decay = float(f"{decay:.2g}")
+    note = f"Weight decay {decay:g} instead of {train.weight_decay:g}: about {steps:,.0f} steps do as much with it."
+    return configuration.model_copy(update={"train": train.model_copy(update={"weight_decay": decay})}), note
 
 
 def with_suited_norm(configuration: Configuration) -> tuple[Configuration, str]:
