@@ -15,6 +15,7 @@ from autoseg.errors import UserError
 from autoseg.layout import Layout
 from autoseg.network import unet
 from autoseg.network.device import Device, lay_out
+from autoseg.network.loop import Batch
 from autoseg.network.patches import InMemory
 from autoseg.network.sampling import hard_rates
 from autoseg.records import AugmentSpec, TrainSpec
@@ -65,6 +66,35 @@ def test_hard_sampling_draws_the_same_however_far_it_reads_ahead_and_wherever_it
     assert drawn(8, 0) == whole
     for first in (20, 33, 41):
         assert drawn(8, first) == whole[first:]
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 8), (10, 8, 6)])
+def test_images_that_lie_inside_the_patch_are_moved_as_if_more_were_read_around_them(
+    patch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    cases = [
+        InMemory(rng.normal(0, 1, (1, *shape)).astype(np.float32), rng.integers(0, 3, shape).astype(np.int16), {})
+        for shape in ((8, 7, 8), (6, 8, 5))
+    ]
+    spec = AugmentSpec(rotation_rad=(0.5,) * 3, rotation_chance=1.0, scale_chance=0.5)
+    configuration = a_configuration(network=a_network(), train=TrainSpec(augment=spec), patch_voxels=patch)
+    read: list[tuple[int, ...]] = []
+
+    def drawn() -> list[Batch]:
+        with Batches(configuration, 0, 1, 3, Device(torch.device("cpu"), "fp32"), 1) as coming:
+            found = [coming.draw(cases, "ab", step) for step in range(4)]
+            read.append(coming._enlarged)
+            return found
+
+    fitted = drawn()
+    monkeypatch.setattr("autoseg.steps.batches._fitted", lambda enlarged, patch, sources: enlarged)
+    for small, large in zip(fitted, drawn(), strict=True):
+        torch.testing.assert_close(small.image, large.image, atol=1e-4, rtol=1e-4)
+        assert (small.labels == large.labels).float().mean() > 0.99  # ties between two labels
+    assert read[0][:2] == patch[:2]
+    assert read[1][0] > patch[0]
+    assert (read[0][2] > patch[2]) == (patch[2] < 8)
 
 
 def test_a_compiled_network_is_validated_in_the_layout_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:

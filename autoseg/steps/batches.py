@@ -58,6 +58,7 @@ class Batches:
         train = configuration.train
         self._patch = configuration.patch_voxels
         self._enlarged = augment.enlarged_patch(train.augment, self._patch)
+        self._fitted = False
         self._spec = train.augment
         self._validation = Sampling(self._patch, configuration.batch_size, train.foreground_share, seed)
         self._sampling = replace(self._validation, mode=train.sampling, class_rates=class_rates)
@@ -171,6 +172,8 @@ class Batches:
             self._held = holders(sources)
             if self._sampling.mode == "case_balanced":
                 self._cases_with = {f"case_with_{k}": frozenset(cases) for k, cases in self._held.items() if k > 0}
+        if not self._fitted:
+            self._enlarged, self._fitted = _fitted(self._enlarged, self._patch, sources), True
         if not self._coming or self._coming[0][0] != step:
             for _, unused in self._coming:
                 unused.cancel()
@@ -206,6 +209,12 @@ class Batches:
         if self._device.is_cuda:
             return tensor.pin_memory().to(self._device.torch_device, non_blocking=True)
         return tensor.to(self._device.torch_device)
+
+
+def _fitted(enlarged: tuple[int, ...], patch: tuple[int, ...], sources: Sequence[Source]) -> tuple[int, ...]:
+    """The enlarged patch, but the patch itself on axes where every image lies inside it: beyond are only zeros."""
+    largest = np.max([source.shape[3 - len(patch) :] for source in sources], axis=0)
+    return tuple(own if size <= own else wide for wide, own, size in zip(enlarged, patch, largest, strict=True))
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:
