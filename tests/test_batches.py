@@ -88,7 +88,7 @@ def test_images_that_lie_inside_the_patch_are_moved_as_if_more_were_read_around_
             return found
 
     fitted = drawn()
-    monkeypatch.setattr("autoseg.steps.batches._fitted", lambda enlarged, patch, sources: enlarged)
+    monkeypatch.setattr("autoseg.steps.batches._within_reach", lambda enlarged, patch, sources: enlarged)
     for small, large in zip(fitted, drawn(), strict=True):
         torch.testing.assert_close(small.image, large.image, atol=1e-4, rtol=1e-4)
         assert (small.labels == large.labels).float().mean() > 0.99  # ties between two labels

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from autoseg.network.losses import Supervised, supervision_weights
+from autoseg.network.losses_region import mean_of
 from autoseg.network.losses_sums import Reduce, alone, wide
 
 LARGEST_LOGIT = 8.0
@@ -55,7 +56,7 @@ def distilling(
         drawn_B = have_labels(labels, teacher, regions)
         labels = torch.where(drawn_B.view(-1, *[1] * (labels.ndim - 1)), labels, -1)
         total = labels_weight * labels_loss(logits, labels, *rest)
-        taught = 1 - labels_weight * reduce(drawn_B.float().sum()) / reduce(torch.ones_like(drawn_B).float().sum())
+        taught = 1 - labels_weight * mean_of(drawn_B.float(), False, reduce)
         if overlap is not None:
             total = total + taught * _with_likeliest(overlap, outputs, teacher, regions)
         with torch.autocast(target.device.type, enabled=False):

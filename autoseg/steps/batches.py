@@ -173,7 +173,7 @@ class Batches:
             if self._sampling.mode == "case_balanced":
                 self._cases_with = {f"case_with_{k}": frozenset(cases) for k, cases in self._held.items() if k > 0}
         if not self._fitted:
-            self._enlarged, self._fitted = _fitted(self._enlarged, self._patch, sources), True
+            self._enlarged, self._fitted = _within_reach(self._enlarged, self._patch, sources), True
         if not self._coming or self._coming[0][0] != step:
             for _, unused in self._coming:
                 unused.cancel()
@@ -211,7 +211,7 @@ class Batches:
         return tensor.to(self._device.torch_device)
 
 
-def _fitted(enlarged: tuple[int, ...], patch: tuple[int, ...], sources: Sequence[Source]) -> tuple[int, ...]:
+def _within_reach(enlarged: tuple[int, ...], patch: tuple[int, ...], sources: Sequence[Source]) -> tuple[int, ...]:
     """The enlarged patch, but the patch itself on axes where every image lies inside it: beyond are only zeros."""
     largest = np.max([source.shape[3 - len(patch) :] for source in sources], axis=0)
     return tuple(own if size <= own else wide for wide, own, size in zip(enlarged, patch, largest, strict=True))
