@@ -66,11 +66,12 @@ class _Lines:
                 self.began[what], self.counts[what] = now, (0, of)
                 self._say(f"{what}: {of} to do" if of else what, now)
             case Advanced(what, done, of, note):
-                self.counts[what] = (done, of)
+                if what in self.began:
+                    self.counts[what] = (done, of)
                 if now - self.said_at >= PLAIN_SECONDS:
                     self._say(f"{what}: {done}" + (f"/{of}" if of else "") + (f" ({note})" if note else ""), now)
-            case Finished(what):
-                seconds = now - self.began.pop(what, now)
+            case Finished(what) if what in self.began:
+                seconds = now - self.began.pop(what)
                 done, _ = self.counts.pop(what, (0, 0))
                 self._say(f"{what}: done" + (f", {done}" if done else "") + f" in {duration(seconds)}", now)
             case Said(text):

@@ -105,6 +105,7 @@ def test_the_shares_of_a_batch_are_the_batch() -> None:
     def drawn(team: Team) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
         with Batches(tiny(), 0, 1, 3, cpu, 1, team) as batches:
             batch = batches.draw(sources, ids, 4)
+        assert batch.of == 3
         return list(zip(batch.image, batch.labels, batch.cases, strict=True))
 
     whole, first, second = drawn(ALONE), drawn(Team(0, 2)), drawn(Team(1, 2))

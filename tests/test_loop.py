@@ -516,3 +516,12 @@ def test_the_loss_noise_of_an_epoch_is_that_from_step_to_step() -> None:
     for value in (1.0, 3.0, math.nan, 2.0, 4.0):
         sums.add(torch.tensor(value), nothing, 0.0)
     assert sums.noise() == pytest.approx(2.0 / math.sqrt(2))
+
+
+def test_images_per_second_are_those_of_the_whole_team() -> None:
+    """`own` images against the speed of this process, `samples` of all processes for the reader."""
+    sums = loop._Sums(CPU)
+    sums.add(torch.tensor(1.0), loop.Batch(torch.zeros(2, 1), torch.zeros(2), ("a", "b"), 0.0, 0.0, of=7), 0.5)
+    assert (sums.own, sums.samples) == (2, 7)
+    sums.add(torch.tensor(1.0), loop.Batch(torch.zeros(2, 1), torch.zeros(2), ("a", "b"), 0.0, 0.0), 0.5)
+    assert (sums.own, sums.samples) == (4, 9)

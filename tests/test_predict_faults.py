@@ -18,7 +18,7 @@ from autoseg.errors import UserError
 from autoseg.events import Event, Said, Warned
 from autoseg.records import AugmentSpec, TrainSpec
 from autoseg.steps import predict as step
-from autoseg.steps.predict import flag_limit, predict
+from autoseg.steps.predict import predict
 
 CASES = 10
 CUT = "case_04"
@@ -161,8 +161,3 @@ def test_unknown_choices_are_named(place: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             predict(place / "run", place / "whole", tmp_path, device="cpu", **wrong)
-
-
-def test_cases_are_flagged_where_networks_are_unusually_unsure() -> None:
-    assert flag_limit([0.1, 0.1, 0.9]) == float("inf")
-    assert 0.15 < flag_limit([0.10, 0.11, 0.12, 0.13, 0.9]) < 0.9

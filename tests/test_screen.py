@@ -54,6 +54,11 @@ def test_lines_in_between_are_few() -> None:
     assert len(shown(events)) <= 3
 
 
+def test_work_that_never_began_ends_without_a_line() -> None:
+    """As the tiles of a slow image, which are of interest only while they go on."""
+    assert shown([(0, Advanced("tiles of a", 1, 3)), (9, Finished("tiles of a"))]) == ["tiles of a: 1/3"]
+
+
 def test_the_last_epoch_is_always_shown() -> None:
     lines = shown([(0, Trained(1, 2, 5, 5, {"loss": 1.0})), (1, Trained(2, 2, 5, 5, {"loss": 0.5}))])
     assert lines[-1] == "epoch 2/2  step 5/5  loss 0.5"

@@ -307,6 +307,40 @@ def test_instance_norm_is_torchs_and_keeps_channels_last(dimension: int, dtype: 
     torch.testing.assert_close(norm(x).double(), expected, atol=close, rtol=close)
 
 
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_in_fp32_on_a_cpu_upsamplings_are_learned_with_a_bias_of_their_own(
+    dimension: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = unet.build(a_spec(dimension)).get_submodule("up.1")
+    nn.init.normal_(module.get_parameter("bias"))
+    compute = unet._raised
+    layout = torch.channels_last_3d if dimension == 3 else torch.channels_last
+    x = torch.randn(2, 8, *(6, 8, 10)[:dimension])
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    expected = module(x)
+    gradient = torch.randn(expected.shape)
+    wanted = (x, module.get_parameter("weight"), module.get_parameter("bias"))
+    of_expected = torch.autograd.grad(expected, wanted, gradient)
+    evaluated = compute(module.eval(), x)
+    assert torch.equal(evaluated, expected)
+
+    def none(*_: Any) -> None:
+        raise AssertionError("the convolution")
+
+    monkeypatch.setattr(module.train(), "forward", none)
+    found = compute(module, x)
+    assert found.is_contiguous(memory_format=layout)
+    of_found = torch.autograd.grad(found, wanted, gradient)
+    for one, other in zip((found, *of_found), (expected, *of_expected), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    for otherwise in (x.detach().clone(memory_format=torch.contiguous_format), x.detach().bfloat16()):
+        with pytest.raises(AssertionError, match="the convolution"):
+            compute(module, otherwise)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="the convolution"):
+        compute(module, x)
+
+
 @pytest.mark.parametrize(
     "kind", [{"kind": "plain"}, {"kind": "residual"}, {"kind": "residual", "block": "bottleneck"}], ids=str
 )

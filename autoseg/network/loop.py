@@ -78,6 +78,7 @@ class Batch:
     """One augmented batch on the device: image (B, C, ...), labels (B, ...), its cases, and seconds it took to come.
 
     `annotated` is a bool table (B, K) of what somebody drew in each sample's case; None where that is everything.
+    `of`: samples of the whole batch, where a team shares it and this is one process' part.
     """
 
     image: Tensor
@@ -86,6 +87,7 @@ class Batch:
     wait_seconds: float
     augment_seconds: float
     annotated: Tensor | None = None
+    of: int | None = None
 
 
 def device_of(state: TrainState, device: Device) -> Device:
@@ -206,7 +208,10 @@ def _learn(
 
 
 class _Sums:
-    """Totals of an epoch; losses stay on the device until the epoch ends, so that no step waits for them."""
+    """Totals of an epoch; losses stay on the device until the epoch ends, so that no step waits for them.
+
+    `samples` are those of the whole team, `own` those of this process.
+    """
 
     def __init__(self, device: Device) -> None:
         self.watch = Stopwatch(device)
@@ -214,7 +219,7 @@ class _Sums:
         self.losses: list[Tensor] = []
         self.cases: list[tuple[str, ...]] = []
         self.seconds = self.wait = self.augment = 0.0
-        self.samples = 0
+        self.own = self.samples = 0
 
     @property
     def count(self) -> int:
@@ -226,7 +231,8 @@ class _Sums:
         self.seconds += seconds
         self.wait += batch.wait_seconds
         self.augment += batch.augment_seconds
-        self.samples += len(batch.image)
+        self.own += len(batch.image)
+        self.samples += batch.of or len(batch.image)
 
     def read(self) -> tuple[float, list[tuple[str, ...]]]:
         """The mean of the losses that are finite (NaN if none is), and the cases of the steps that were skipped."""
@@ -284,7 +290,7 @@ def _end_epoch(
     learn_mode(state.network)
     mean, best = _remember(state, dice, learned=len(bad) < sums.count)
     state.epoch += 1
-    share = capacity.share(sums.samples, sum(seconds.values()) * sums.count)
+    share = capacity.share(sums.own, sum(seconds.values()) * sums.count)
     row = {
         "epoch": float(state.epoch), "step": float(state.step), "seconds": state.seconds, "learning_rate": rate,
         "loss": loss, "dice": mean, "dice_running": state.smoothed_dice,

@@ -186,6 +186,26 @@ class LinearUp(nn.Module):
         return nn.functional.interpolate(x, scale_factor=self.stride, mode=self.mode, align_corners=False).to(x.dtype)
 
 
+def _raised(up: nn.Module, x: Tensor) -> Tensor:
+    """An upsampling. Where a CPU trains in fp32, the bias of a transposed convolution is added afterwards.
+
+    oneDNN's gradient of that bias takes a third of the whole operator's time (docs/benchmarks.md).
+    """
+    if not isinstance(up, (nn.ConvTranspose2d, nn.ConvTranspose3d)) or not _trains_in_fp32_channels_last(up, x):
+        return up(x)
+    function = nn.functional.conv_transpose3d if x.ndim == 5 else nn.functional.conv_transpose2d
+    bias = up.get_parameter("bias")
+    return function(x, up.weight, stride=up.stride).add_(bias.view(-1, *(1,) * (x.ndim - 2)))
+
+
+def _trains_in_fp32_channels_last(module: nn.Module, x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not module.training:
+        return False
+    layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+    in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return in_fp32 and x.is_contiguous(memory_format=layout)
+
+
 class UNet(nn.Module):
     """Encoder, decoder and one 1x1 head per decoder level.
 
@@ -222,7 +242,7 @@ class UNet(nn.Module):
         outputs = []
         every_level = self.training and self.spec.deep_supervision
         for level in reversed(range(len(self.decoder))):
-            x = self.decoder[level](torch.cat((self.up[level](x), skips[level]), 1))
+            x = self.decoder[level](torch.cat((_raised(self.up[level], x), skips[level]), 1))
             if level == 0 or every_level:
                 outputs.append(self.head[level](x))
         return outputs[::-1] if every_level else outputs[-1]

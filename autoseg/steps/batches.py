@@ -109,7 +109,9 @@ class Batches:
         cases = tuple(ids[place.case] for place in places)
         result = result.contiguous(memory_format=self._format)
         spent = time.perf_counter() - start - waited
-        return Batch(result, result_labels, cases, waited, spent, self._annotated_in(cases))
+        return Batch(
+            result, result_labels, cases, waited, spent, self._annotated_in(cases), of=drawn_for["samples"]
+        )  # fmt: skip
 
     def _annotated_in(self, cases: Sequence[str]) -> Tensor | None:
         """(B, K) bool: what was drawn in these cases; None where nothing was left out in any case of the data set."""

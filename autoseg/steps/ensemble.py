@@ -134,7 +134,9 @@ def ensemble_runs(
         for done, case in enumerate(cases, 1):
             files = []
             for number, each in enumerate(predictors):
-                [path] = segment_cases(each, [case], staging / str(number), method == "mean", silent)
+                [path] = segment_cases(
+                    each, [case], staging / str(number), method == "mean", silent, about_tiles=report
+                )
                 files.append(probabilities_file(path.parent, case.id) if method == "mean" else path)
             target = prediction_file(staging / "out", case.id, plan.file_ending)
             found.append(METHODS[method](files, shares, target, save_probabilities))

@@ -1,8 +1,5 @@
 """`autoseg predict`: label maps for images, on the grid of their files."""
 
-import csv
-import io
-import statistics
 import threading
 import traceback
 from collections.abc import Sequence
@@ -29,28 +26,28 @@ from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, si
 from autoseg.image.formats import read_geometry
 from autoseg.image.probabilities import KINDS, Put, writing_probabilities
 from autoseg.lanes import Failure, Stage, side_by_side
-from autoseg.layout import flagged_file, prediction_file, prediction_record, probabilities_file
+from autoseg.layout import prediction_file, prediction_record, probabilities_file
 from autoseg.network.device import set_up
 from autoseg.network.export import Slab
+from autoseg.network.sliding import Progress
 from autoseg.parallel import allowed_cores
 from autoseg.records import Case, Plan
 from autoseg.scoring.selection import selected
+from autoseg.steps.flags import flag
 from autoseg.steps.models import configuration_named as configuration_named
 from autoseg.steps.models import default_configuration as default_configuration
 from autoseg.steps.models import trained_models as trained_models
 from autoseg.steps.predictor import Predictor as Predictor
 from autoseg.steps.predictor import on_grid as on_grid
 from autoseg.steps.slides import segment_slide
-from autoseg.store import load, make_folder, remove_unfinished, write_text
+from autoseg.steps.tiles import telling
+from autoseg.store import load, make_folder, remove_unfinished
 
 WHAT = "predict"
 MOST_READERS = 4
 CORES_PER_READER = 4
 FEWEST_FOR_PROCESSES = 3
 MOST_TOLD = 10
-FEW_CASES = 5
-"""With fewer cases nothing is flagged: there is no telling what is usual."""
-FLAGGED_DEVIATIONS = 3.0
 PRELOAD = ("autoseg.cases.exchange",)
 
 
@@ -154,7 +151,7 @@ def predict(
     paths = {name: prediction_file(output, name, plan.file_ending) for name in done}
     paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
     if save_uncertainty:
-        _flag(output, report)
+        flag(output, report)
     return tuple(paths[case.id] for case in cases)
 
 
@@ -183,9 +180,11 @@ def segment_cases(
     save_probabilities: bool = False,
     report: Report = silent,
     wishes: Wishes | None = None,
+    about_tiles: Report | None = None,
 ) -> tuple[Path, ...]:
     """Predict and write cases, reading, computing and writing side by side; returns the label maps in order of `cases`.
 
+    `about_tiles` hears of the tiles of slow cases, from other threads; without it `report` does.
     Raises the first failure, or with `wishes.skip_failed` one UserError at the end that lists them all.
     """
     predictors = [predictors] if isinstance(predictors, Predictor) else list(predictors)
@@ -195,7 +194,8 @@ def segment_cases(
     failures: list[Failure[Case]] = []
     report(Started(WHAT, of=len(cases)))
     flow = side_by_side(
-        largest_first(cases, predictors[0]), _stages(predictors, output, wishes, len(cases), abandoned),
+        largest_first(cases, predictors[0]),
+        _stages(predictors, output, wishes, len(cases), abandoned, about_tiles or report),
         lambda case: case.id, not wishes.skip_failed, PRELOAD, abandoned.set,
     )  # fmt: skip
     try:
@@ -238,8 +238,9 @@ def largest_first(cases: Sequence[Case], predictor: Predictor) -> list[Case]:
 
 
 def _stages(
-    predictors: Sequence[Predictor], output: Path, wishes: Wishes, cases: int, abandoned: threading.Event
-) -> tuple[Stage, ...]:
+    predictors: Sequence[Predictor], output: Path, wishes: Wishes, cases: int, abandoned: threading.Event,
+    report: Report,
+) -> tuple[Stage, ...]:  # fmt: skip
     """Reading, computing and writing. Few cases are not worth processes, which take a second to start."""
     first = predictors[0]
     readers = max(1, min(MOST_READERS, allowed_cores() // CORES_PER_READER, cases))
@@ -252,21 +253,24 @@ def _stages(
     read = partial(read_case, first.plan, first.stages)
     return (
         Stage("reading", (read,) * readers, in_process),
-        Stage("predicting", tuple(partial(_compute, each, output, wishes, abandoned) for each in predictors)),
+        Stage("predicting", tuple(partial(_compute, each, output, wishes, abandoned, report) for each in predictors)),
         Stage("writing", (partial(write_case, ending),), in_process),
     )
 
 
 def _compute(
-    predictor: Predictor, output: Path, wishes: Wishes, abandoned: threading.Event, case: Case, ready: Ready
-) -> Found:
+    predictor: Predictor, output: Path, wishes: Wishes, abandoned: threading.Event, report: Report, case: Case,
+    ready: Ready,
+) -> Found:  # fmt: skip
     """The network's part, in a thread of this process; it ends at the next tile once the run is given up."""
-
-    def progress(done: int, of: int) -> None:
-        if abandoned.is_set():
-            raise InterruptedError("the run was given up")
-
     set_up(predictor.device)  # some of it belongs to the thread
+    with telling(report, f"tiles of {case.id}", abandoned.is_set) as progress:
+        return _computed(predictor, output, wishes, progress, case, ready)
+
+
+def _computed(
+    predictor: Predictor, output: Path, wishes: Wishes, progress: Progress, case: Case, ready: Ready
+) -> Found:
     if not ready.stages:
         target = prediction_file(output, case.id, predictor.plan.file_ending)
         segment_slide(predictor, Path(case.images[0]), target, progress)
@@ -375,26 +379,3 @@ def _told(failure: Failure[Case]) -> str:
     if isinstance(failure.error, UserError):
         return str(failure.error)
     return "".join(traceback.format_exception(failure.error)).strip()
-
-
-def _flag(output: Path, report: Report) -> None:
-    """Write flagged.csv: every case with a record, the most uncertain first."""
-    records = [load(path, Predicted) for path in sorted(prediction_record(output, "*").parent.glob("*.json"))]
-    numbers = sorted(((r.uncertainty, r.case) for r in records if r.uncertainty is not None), reverse=True)
-    limit = flag_limit([number for number, _ in numbers])
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("case", "uncertainty", "flagged"))
-    writer.writerows((case, f"{number:.4f}", "yes" if number > limit else "no") for number, case in numbers)
-    write_text(flagged_file(output), table.getvalue())
-    if unusual := [case for number, case in numbers if number > limit]:
-        report(Warned(f"Look at {', '.join(unusual)}: the networks are unusually unsure there."))
-
-
-def flag_limit(numbers: Sequence[float]) -> float:
-    """What lies above is unusual: the median and three (scaled) median deviations; nothing in few cases."""
-    if len(numbers) < FEW_CASES:
-        return float("inf")
-    middle = statistics.median(numbers)
-    spread = 1.4826 * statistics.median(abs(number - middle) for number in numbers)
-    return middle + FLAGGED_DEVIATIONS * spread
