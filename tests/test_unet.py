@@ -1,6 +1,7 @@
 """network/unet.py: shapes, names, weights at the start, and the same number of weights as planning counts on paper."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -307,38 +308,39 @@ def test_instance_norm_is_torchs_and_keeps_channels_last(dimension: int, dtype: 
     torch.testing.assert_close(norm(x).double(), expected, atol=close, rtol=close)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("dimension", [2, 3])
-def test_in_fp32_on_a_cpu_upsamplings_are_learned_with_a_bias_of_their_own(
-    dimension: int, monkeypatch: pytest.MonkeyPatch
+def test_a_transposed_convolution_that_learns_on_a_cpu_has_the_gradients_of_torchs(
+    dimension: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    module = unet.build(a_spec(dimension)).get_submodule("up.1")
-    nn.init.normal_(module.get_parameter("bias"))
-    compute = unet._raised
+    up = unet.build(a_spec(dimension)).get_submodule("up.1")
+    nn.init.normal_(up.get_parameter("bias"))
     layout = torch.channels_last_3d if dimension == 3 else torch.channels_last
-    x = torch.randn(2, 8, *(6, 8, 10)[:dimension])
-    x = x.contiguous(memory_format=layout).requires_grad_()
-    expected = module(x)
-    gradient = torch.randn(expected.shape)
-    wanted = (x, module.get_parameter("weight"), module.get_parameter("bias"))
-    of_expected = torch.autograd.grad(expected, wanted, gradient)
-    evaluated = compute(module.eval(), x)
-    assert torch.equal(evaluated, expected)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.randn(2, 8, *(6, 8, 10)[:dimension]).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    up = up.to(dtype)
+    wanted = (x, up.get_parameter("weight"), up.get_parameter("bias"))
 
-    def none(*_: Any) -> None:
-        raise AssertionError("the convolution")
+    def with_gradients(compute: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            found = compute(x)
+        gradient = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+        return (found, *torch.autograd.grad(found, wanted, gradient.contiguous(memory_format=layout)))
 
-    monkeypatch.setattr(module.train(), "forward", none)
-    found = compute(module, x)
-    assert found.is_contiguous(memory_format=layout)
-    of_found = torch.autograd.grad(found, wanted, gradient)
-    for one, other in zip((found, *of_found), (expected, *of_expected), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    for otherwise in (x.detach().clone(memory_format=torch.contiguous_format), x.detach().bfloat16()):
-        with pytest.raises(AssertionError, match="the convolution"):
-            compute(module, otherwise)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="the convolution"):
-        compute(module, x)
+    expected = with_gradients(up)
+    monkeypatch.setattr(up, "forward", lambda x: (_ for _ in ()).throw(RuntimeError("torch's own")))
+    found = with_gradients(lambda x: unet._raised(up, x))
+    assert torch.equal(found[0], expected[0])
+    assert found[0].is_contiguous(memory_format=layout)
+    close = 1e-5 if precision == "fp32" else 2e-2
+    for one, other, leaf in zip(found[1:], expected[1:], wanted, strict=True):
+        assert one.dtype == leaf.dtype
+        torch.testing.assert_close(one, other, atol=close * float(other.abs().max()), rtol=close)
+    with pytest.raises(RuntimeError, match="torch's own"):
+        unet._raised(up, x.detach().clone(memory_format=torch.contiguous_format))
+    with pytest.raises(RuntimeError, match="torch's own"):
+        unet._raised(up.eval(), x)
 
 
 @pytest.mark.parametrize(

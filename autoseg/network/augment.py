@@ -200,9 +200,9 @@ def apply(
     moved = _rows(drawn.moved_B, image.device)
     if moved is not None:
         grid = _grid(drawn, image.shape[2:], patch, image.device)
-        result[moved] = _sample(_centre_fixed(image[moved], patch, drawn), grid, drawn.in_plane_only, "bilinear")
+        moved_image = _centre_fixed(image[moved], patch, drawn)
         moved_labels = _centre_fixed(labels[moved].unsqueeze(1), patch, drawn)
-        result_labels[moved] = _move_labels(moved_labels, grid, drawn.in_plane_only, classes)
+        result[moved], result_labels[moved] = _moved(moved_image, moved_labels, grid, drawn.in_plane_only, classes)
     _add_noise(result, drawn)
     rows_RN = result.flatten(0, 1)  # a view: one row per sample and channel
     for change, values in (
@@ -268,24 +268,47 @@ def _grid(drawn: Drawn, size: Sequence[int], patch: tuple[int, ...], device: tor
     return F.affine_grid(flipped.float().to(device), shape, align_corners=False)
 
 
+def _moved(
+    image: Tensor, labels: Tensor, grid: Tensor, in_plane_only: bool, classes: int | None
+) -> tuple[Tensor, Tensor]:
+    """(M, C, ...) image and (M, 1, ...) labels at the grid, labels (M, ...) background outside; see `apply`.
+
+    Labels that are interpolated linearly are sampled as further channels of the image: places are worked out once.
+    """
+    if classes is None or classes > LINEAR_LABELS:  # labels below 2^24 are exact in float32
+        found = _sample(labels.float(), grid, in_plane_only, "nearest")
+        return _sample(image, grid, in_plane_only, "bilinear"), found.squeeze(1).to(labels.dtype)
+    names = torch.arange(1, classes, device=labels.device, dtype=labels.dtype)
+    if labels.is_cuda or bool((labels < 0).any()):  # a GPU would wait for the answer
+        names = torch.cat((names, names.new_tensor([-1])))
+    hot = labels == names.view(1, -1, *[1] * (labels.ndim - 2))
+    sampled = _sample(torch.cat((image, hot.float()), 1), grid, in_plane_only, "bilinear")
+    image, shares = sampled.split((image.shape[1], len(names)), 1)
+    best, place = shares.max(1)
+    label = place.to(labels.dtype).add_(1)
+    if len(names) == classes:
+        label.masked_fill_(label == classes, -1)
+    return image, label.masked_fill_(1 - shares.sum(1) >= best, 0)
+
+
 def _sample(values: Tensor, grid: Tensor, in_plane_only: bool, mode: str) -> Tensor:
     """(M, C, Z, Y, X) or (M, C, Y, X) at the grid, 0 outside. In-plane grids have no Z: it is folded into channels."""
-    if not in_plane_only:
-        return F.grid_sample(values, grid, mode=mode, padding_mode="zeros", align_corners=False)
-    folded = F.grid_sample(values.flatten(1, 2), grid, mode=mode, padding_mode="zeros", align_corners=False)
-    return folded.unflatten(1, values.shape[1:3])
+    if in_plane_only:
+        return _read_at(values.flatten(1, 2), grid, mode).unflatten(1, values.shape[1:3])
+    threads = torch.get_num_threads()
+    if values.is_cuda or values.ndim == 4 or len(values) % threads == 0:
+        return _read_at(values, grid, mode)
+    # a CPU gives each volume to one thread, so each becomes as many as there are threads, thinner ones
+    parts = next(parts for parts in range(threads, 0, -1) if grid.shape[1] % parts == 0)
+    found = [
+        _read_at(one.expand(parts, *one.shape), places.unflatten(0, (parts, -1)), mode).transpose(0, 1).flatten(1, 2)
+        for one, places in zip(values, grid, strict=True)
+    ]
+    return torch.stack(found)
 
 
-def _move_labels(labels: Tensor, grid: Tensor, in_plane_only: bool, classes: int | None) -> Tensor:
-    """(M, 1, ...) labels at the grid, background outside; see `apply`. Returns (M, ...)."""
-    if classes is None or classes > LINEAR_LABELS:  # labels below 2^24 are exact in float32
-        return _sample(labels.float(), grid, in_plane_only, "nearest").squeeze(1).to(labels.dtype)
-    others = torch.tensor([*range(1, classes), -1], device=labels.device, dtype=labels.dtype)
-    hot = (labels == others.view(1, -1, *[1] * (labels.ndim - 2))).float()
-    shares = _sample(hot, grid, in_plane_only, "bilinear")
-    best, place = shares.max(1)
-    background = 1 - shares.sum(1)
-    return torch.where(background >= best, 0, others[place]).to(labels.dtype)
+def _read_at(values: Tensor, grid: Tensor, mode: str) -> Tensor:
+    return F.grid_sample(values, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
 def _add_noise(image: Tensor, drawn: Drawn) -> None:

@@ -15,9 +15,11 @@ Hu et al., Squeeze-and-excitation, CVPR 2018.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from autoseg.records import NetworkSpec
 
@@ -186,24 +188,40 @@ class LinearUp(nn.Module):
         return nn.functional.interpolate(x, scale_factor=self.stride, mode=self.mode, align_corners=False).to(x.dtype)
 
 
+class _Transposed(torch.autograd.Function):
+    """A transposed convolution whose bias has a gradient of its own: oneDNN's takes longer than all else of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        function = nn.functional.conv_transpose3d if x.ndim == 5 else nn.functional.conv_transpose2d
+        return function(x, weight, bias, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        none, one = [0] * len(ctx.stride), [1] * len(ctx.stride)
+        wanted = [ctx.needs_input_grad[0], True, False]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, ctx.stride, none, one, True, none, 1, wanted
+        )
+        rows = gradient.movedim(1, -1).reshape(-1, gradient.shape[1])
+        # torch's sum over half-precision rows is five times as slow as this product
+        of_bias = rows.sum(0) if rows.dtype == torch.float32 else (rows.new_ones(1, len(rows)) @ rows)[0]
+        return of_x, of_weight, of_bias, None
+
+
 def _raised(up: nn.Module, x: Tensor) -> Tensor:
-    """An upsampling. Where a CPU trains in fp32, the bias of a transposed convolution is added afterwards.
-
-    oneDNN's gradient of that bias takes a third of the whole operator's time (docs/benchmarks.md).
-    """
-    if not isinstance(up, (nn.ConvTranspose2d, nn.ConvTranspose3d)) or not _trains_in_fp32_channels_last(up, x):
-        return up(x)
-    function = nn.functional.conv_transpose3d if x.ndim == 5 else nn.functional.conv_transpose2d
-    bias = up.get_parameter("bias")
-    return function(x, up.weight, stride=up.stride).add_(bias.view(-1, *(1,) * (x.ndim - 2)))
-
-
-def _trains_in_fp32_channels_last(module: nn.Module, x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not module.training:
-        return False
+    """An upsampling; a transposed convolution that learns on a CPU, channels last, by way of `_Transposed`."""
     layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-    in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return in_fp32 and x.is_contiguous(memory_format=layout)
+    plain = torch.compiler.is_compiling() or x.device.type != "cpu" or not x.is_contiguous(memory_format=layout)
+    if plain or not up.training or not isinstance(up, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return up(x)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    weight, bias = up.weight.to(dtype), up.get_parameter("bias").to(dtype)
+    return _Transposed.apply(x.to(dtype), weight, bias, up.stride)
 
 
 class UNet(nn.Module):
