@@ -279,7 +279,7 @@ def _moved(
         found = _sample(labels.float(), grid, in_plane_only, "nearest")
         return _sample(image, grid, in_plane_only, "bilinear"), found.squeeze(1).to(labels.dtype)
     names = torch.arange(1, classes, device=labels.device, dtype=labels.dtype)
-    if labels.is_cuda or bool((labels < 0).any()):  # a GPU would wait for the answer
+    if labels.device.type != "cpu" or bool((labels < 0).any()):  # a GPU would wait for the answer
         names = torch.cat((names, names.new_tensor([-1])))
     hot = labels == names.view(1, -1, *[1] * (labels.ndim - 2))
     sampled = _sample(torch.cat((image, hot.float()), 1), grid, in_plane_only, "bilinear")
@@ -296,7 +296,7 @@ def _sample(values: Tensor, grid: Tensor, in_plane_only: bool, mode: str) -> Ten
     if in_plane_only:
         return _read_at(values.flatten(1, 2), grid, mode).unflatten(1, values.shape[1:3])
     threads = torch.get_num_threads()
-    if values.is_cuda or values.ndim == 4 or len(values) % threads == 0:
+    if values.device.type != "cpu" or values.ndim == 4 or len(values) % threads == 0:
         return _read_at(values, grid, mode)
     # a CPU gives each volume to one thread, so each becomes as many as there are threads, thinner ones
     parts = next(parts for parts in range(threads, 0, -1) if grid.shape[1] % parts == 0)
