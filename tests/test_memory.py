@@ -163,6 +163,18 @@ def test_a_simulation_changes_nothing_outside_itself() -> None:
     assert type(torch.zeros(1)) is torch.Tensor
 
 
+def test_a_replay_for_a_card_does_nothing_that_only_cpus_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instance norms would hide it: torch's leave channels last, and with it what is meant for CPUs."""
+    calls: list[str] = []
+    raised = unet._Transposed.apply
+    monkeypatch.setattr(unet._Transposed, "apply", lambda *given: calls.append("bias apart") or raised(*given))
+    planned = configuration((32, 32), batch=12, norm="batch")
+    for device, expected in (("cuda", []), ("cpu", ["bias apart", "bias apart"])):
+        calls.clear()
+        simulate.simulate(planned, "bf16", device)
+        assert calls == expected
+
+
 def test_memory_grows_linearly_with_the_batch() -> None:
     one, two, four = (
         simulate.simulate(configuration((32, 32, 32), batch=b, features=(16, 32)), "bf16") for b in (1, 2, 4)

@@ -335,6 +335,19 @@ def test_an_unfinished_training_is_not_extended_to_less_than_it_has(run: Path) -
     assert not load(Layout(run).model("3d", "0").run, Run).finished
 
 
+def test_a_training_does_not_go_on_to_less_than_it_has(run: Path) -> None:
+    with pytest.raises(Interrupted):
+        start(run, epochs=9, report=at_step(2 * STEPS, lambda: signal.raise_signal(signal.SIGINT)))
+    before = files_in(run)
+    with pytest.raises(UserError, match="--epochs 2: 2 epochs are done already"):
+        start(run, resume="yes", epochs=2)
+    with pytest.raises(UserError, match=r"--max-time 0\.001s: \d+ s are done already.*from the beginning"):
+        start(run, resume="auto", max_seconds=0.001)
+    assert files_in(run) == before
+    assert start(run, resume="yes", epochs=3).steps == 3 * STEPS
+    assert start(run, resume="yes", epochs=3).finished  # as long as before: nothing to do, nothing to refuse
+
+
 def test_a_damaged_state_is_told_before_anything_is_written(run: Path) -> None:
     start(run, epochs=1)
     model = Layout(run).model("3d", "0")

@@ -280,7 +280,7 @@ def _moved(
         return _sample(image, grid, in_plane_only, "bilinear"), found.squeeze(1).to(labels.dtype)
     names = torch.arange(1, classes, device=labels.device, dtype=labels.dtype)
     if labels.device.type != "cpu" or bool((labels < 0).any()):  # a GPU would wait for the answer
-        names = torch.cat((names, names.new_tensor([-1])))
+        names = F.pad(names, (0, 1), value=-1)
     hot = labels == names.view(1, -1, *[1] * (labels.ndim - 2))
     sampled = _sample(torch.cat((image, hot.float()), 1), grid, in_plane_only, "bilinear")
     image, shares = sampled.split((image.shape[1], len(names)), 1)

@@ -182,7 +182,7 @@ def replay(configuration: Configuration, precision: str, device_type: str = "cud
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if device_type == "cuda":
             stack.enter_context(_layouts_of_cuda())
-            stack.enter_context(_norms_of_cuda())
+            stack.enter_context(_operators_of_cuda())
         if device_type == "cuda" and precision != "fp32":
             stack.enter_context(_CudaCasts())
         live = stack.enter_context(LiveBytes())
@@ -230,14 +230,16 @@ def _few_pieces(device_type: str) -> Iterator[None]:
 
 
 @contextmanager
-def _norms_of_cuda() -> Iterator[None]:
-    """Let instance norms be torch's, as on a card, though the tensors are on the CPU."""
-    on_cpus = unet.InstanceNorm._sample_by_sample
+def _operators_of_cuda() -> Iterator[None]:
+    """Let instance norms and upsamplings be torch's, as on a card, though the tensors are on the CPU."""
+    on_cpus, raised = unet.InstanceNorm._sample_by_sample, unet._raised
     unet.InstanceNorm._sample_by_sample = lambda self, x: False  # type: ignore[method-assign]
+    unet._raised = lambda up, x: up(x)
     try:
         yield
     finally:
         unet.InstanceNorm._sample_by_sample = on_cpus  # type: ignore[method-assign]
+        unet._raised = raised
 
 
 @contextmanager

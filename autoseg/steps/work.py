@@ -92,7 +92,7 @@ def look_up(
     before = store.load(model.run, Run) if continues else None
     if before is not None:
         _check_unchanged(before, planned, plan, asked, layout.plan)
-        _check_extension(checkpoint.read_numbers(model.resume_tensors), resume, asked)
+        _check_length(checkpoint.read_numbers(model.resume_tensors), resume, asked, before)
         wished = with_options(before.configuration, asked)
     elif asked.init is not None:
         donor_of(asked.init, planned.name, fold, seed, model)
@@ -167,16 +167,21 @@ def trained_already(work: Work, asked: Options) -> Run | None:
     return record if work.model.scores.is_file() or not work.cases.validation else None
 
 
-def _check_extension(done: Mapping[str, Any], resume: str, asked: Options) -> None:
-    """Refuse an extension to less than what is `done`, the counters of the saved state."""
-    if resume != "extend":
-        return
-    epochs, seconds = done["epoch"], done["seconds"]
-    if asked.epochs is not None and asked.epochs <= epochs:
-        raise UserError(f"--extend-to {asked.epochs}: {epochs} epochs are done already.", fix="Give a larger number.")
-    if asked.max_seconds is not None and asked.max_seconds <= seconds:
+def _check_length(done: Mapping[str, Any], resume: str, asked: Options, before: Run) -> None:
+    """Refuse another length than before that is no longer than what is `done`, the counters of the saved state."""
+    extends = resume == "extend"
+    fewer = asked.epochs is not None and asked.epochs <= done["epoch"]
+    if fewer and (extends or asked.epochs != before.configuration.train.epochs):
         raise UserError(
-            f"--extend-to {asked.max_seconds:g}s: {seconds:.0f} s are done already.", fix="Give a longer time."
+            f"{'--extend-to' if extends else '--epochs'} {asked.epochs}: {done['epoch']} epochs are done already.",
+            fix="Give a larger number.",
+        )
+    shorter = asked.max_seconds is not None and asked.max_seconds <= done["seconds"]
+    if shorter and (extends or asked.max_seconds != before.max_seconds):
+        option = "--extend-to" if extends else "--max-time"
+        raise UserError(
+            f"{option} {asked.max_seconds:g}s: {done['seconds']:.0f} s are done already.",
+            fix="Give a longer time; it counts from the beginning of the training.",
         )
 
 
