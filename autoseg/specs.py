@@ -84,7 +84,8 @@ class AugmentSpec(Record):
     `rotation_rad` is the largest angle per axis (Z Y X; in 2D only the first counts, turning in the plane).
     `mirror_axes` are patch axes; prediction mirrors along the same ones. A training that sees fewer patches than
     `mirror_from_patches`, and does not turn them to all sides, mirrors along none; it turns and scales patches with at
-    least the chance `unmirrored_move_chance` instead (docs/decisions/mirroring.md).
+    least the chance `unmirrored_move_chance` instead, and so does one of up to ten times as many patches, which mirrors
+    (docs/decisions/mirroring.md).
     """
 
     rotation_rad: tuple[float, ...]
@@ -99,6 +100,6 @@ class AugmentSpec(Record):
     gamma_inverted_chance: Share = 0.1
     gamma_chance: Share = 0.3
     mirror_axes: tuple[int, ...] = ()
-    mirror_from_patches: Annotated[int, Field(ge=0)] = 50_000
+    mirror_from_patches: Annotated[int, Field(ge=0)] = 20_000
     unmirrored_move_chance: Share = 0.6
     turn_in_plane_only: bool = False

@@ -183,11 +183,11 @@ def test_a_time_limit_ends_the_training_and_is_written_down(run: Path) -> None:
 
 def test_a_short_time_limit_shrinks_the_batch_unless_it_was_asked_for() -> None:
     planned = tiny().model_copy(update={"batch_size": 12})
-    fitted, note = fit_to_time(planned, Options(max_seconds=750.0), seconds=0.02)
+    fitted, note = fit_to_time(planned, Options(max_seconds=1500.0), seconds=0.02)
     assert fitted.batch_size == 5
     assert "Batch size 5 instead of 12" in note
-    asked = with_options(planned, Options(max_seconds=750.0, batch_size=9))
-    kept, note = fit_to_time(asked, Options(max_seconds=750.0, batch_size=9), seconds=0.02)
+    asked = with_options(planned, Options(max_seconds=1500.0, batch_size=9))
+    kept, note = fit_to_time(asked, Options(max_seconds=1500.0, batch_size=9), seconds=0.02)
     assert (kept.batch_size, note) == (9, "")
 
 
@@ -240,8 +240,14 @@ def test_where_mirroring_is_left_out_patches_are_moved_more_often() -> None:
     often = planned.train.augment.model_copy(update={"rotation_chance": 0.9, "mirror_axes": ()})
     moved = planned.model_copy(update={"train": planned.train.model_copy(update={"augment": often})})
     assert with_suited_variation(moved, Options(), None)[0].train.augment.rotation_chance == 0.9
-    long = with_suited_variation(mirroring_from(8), Options(), None)[0].train.augment
-    assert (long.rotation_chance, long.scale_chance) == (0.2, 0.2)
+    longer, note = with_suited_variation(mirroring_from(8), Options(), None)
+    augment = longer.train.augment
+    assert (augment.rotation_chance, augment.scale_chance, augment.mirror_axes) == (0.6, 0.6, (0, 2))
+    assert note.startswith("About 8 patches are seen, so 60% of the patches turned and as many scaled; mirroring pays")
+    within = {"max_seconds": 8.0}
+    for seconds, chance in ((0.1001, 0.6), (0.1, 0.2)):
+        long = with_suited_variation(mirroring_from(8), Options(**within), seconds)[0].train.augment
+        assert (long.rotation_chance, long.scale_chance, long.mirror_axes) == (chance, chance, (0, 2))
 
 
 def test_patches_turned_to_all_sides_are_mirrored_however_short_the_training() -> None:

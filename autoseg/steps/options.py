@@ -15,11 +15,13 @@ from autoseg.network.device import Device
 from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
 
-STEPS_WANTED = 7500
-LARGEST_DECAY = 1e-3
-"""Share of a weight that AdamW's weight decay may take away in one step."""
+STEPS_WANTED = 15_000
 """With a time limit the batch shrinks until about this many steps fit: fewer, however large, teach less
 (docs/decisions/quality-per-minute.md)."""
+MOVED_LONGER = 10
+"""A training moves patches more often up to so many times the patches from which on it mirrors."""
+LARGEST_DECAY = 1e-3
+"""Share of a weight that AdamW's weight decay may take away in one step."""
 REPORTS_WANTED = 40
 """With a time limit an epoch is paced so that there are about this many."""
 LEAST_BATCH = 2
@@ -110,11 +112,11 @@ def fit_to_time(
 def with_suited_variation(
     configuration: Configuration, asked: Options, seconds: float | None, moves: bool = True
 ) -> tuple[Configuration, str]:
-    """In a training too short for mirroring, more movement instead of it. Returns a note or "".
+    """More movement in a training that sees few patches, and no mirroring where they are fewer still; and a note or "".
 
     Every mirrored axis doubles what the network has to learn; moved patches keep it from learning its cases by heart as
-    well. It then predicts without mirroring, too. Where patches are turned to all sides their content has no direction,
-    so that there is nothing more to learn: these are mirrored.
+    well, for a while. It then predicts without mirroring, too. Where patches are turned to all sides their content has
+    no direction, so that there is nothing more to learn: these are mirrored and moved as planned.
 
     Args:
         seconds: of one training step per sample; None where the training is not limited in time.
@@ -125,21 +127,21 @@ def with_suited_variation(
     if asked.max_seconds is not None and seconds is not None:
         patches = asked.max_seconds / seconds
     turned_to_all_sides = max(augment.rotation_rad, default=0.0) > pi / 2
-    if turned_to_all_sides or patches >= augment.mirror_from_patches:
+    if turned_to_all_sides or patches >= MOVED_LONGER * augment.mirror_from_patches:
         return configuration, ""
     chance = augment.unmirrored_move_chance if moves else 0.0
+    mirrors = patches >= augment.mirror_from_patches
     update = {
-        "mirror_axes": (), "rotation_chance": max(chance, augment.rotation_chance),
-        "scale_chance": max(chance, augment.scale_chance),
+        "mirror_axes": augment.mirror_axes if mirrors else (),
+        "rotation_chance": max(chance, augment.rotation_chance), "scale_chance": max(chance, augment.scale_chance),
     }  # fmt: skip
     changed = augment.model_copy(update=update)
     if changed == augment:
         return configuration, ""
-    instead = f", but {chance:.0%} of the patches turned and as many scaled" if chance else ""
-    note = (
-        f"No mirroring{instead}: the training sees about {patches:,.0f} patches, and it takes "
-        f"{augment.mirror_from_patches:,} until mirroring pays (train.augment in the plan)."
-    )
+    said = [] if mirrors else ["no mirroring"]
+    said += [f"{chance:.0%} of the patches turned and as many scaled"] if chance else []
+    pays = f"mirroring pays from {augment.mirror_from_patches:,} on"
+    note = f"About {patches:,.0f} patches are seen, so {', but '.join(said)}; {pays} (train.augment in the plan)."
     return configuration.model_copy(update={"train": train.model_copy(update={"augment": changed})}), note
 
 
