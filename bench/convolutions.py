@@ -19,19 +19,18 @@ from torch import Tensor, nn
 from autoseg import store
 from autoseg.network import unet
 from autoseg.network.device import channels_last_format, pick, set_up
+from autoseg.network.simulate import CONVOLUTIONS
 from autoseg.records import Plan
 from autoseg.steps.predict import configuration_named
 
-KINDS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 def calls_of(network: nn.Module, image: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
-    """(name, convolution, input, output) in the order in which they run; upsamplings are called past their module."""
+    """(name, convolution, input, output) in the order in which they run."""
     found: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-    names = {module: name for name, module in network.named_modules() if isinstance(module, KINDS)}
+    names = {module: name for name, module in network.named_modules() if isinstance(module, CONVOLUTIONS)}
     for module in names:
         module.register_forward_hook(lambda m, given, made: found.append((names[m], m, given[0], made)))
-    network.eval()(image)  # evaluation calls every module
+    network.eval()(image)  # training calls upsamplings past their module
     return found
 
 

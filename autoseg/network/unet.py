@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from autoseg.network.device import channels_last_format
 from autoseg.records import NetworkSpec
 
 CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -74,7 +75,7 @@ class InstanceNorm(nn.Module):
     def _sample_by_sample(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             return False
-        layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+        layout = channels_last_format(x.ndim - 2)
         return x.is_contiguous(memory_format=layout) and (self.training or x.dtype != torch.float32)
 
 
@@ -215,7 +216,7 @@ class _Transposed(torch.autograd.Function):
 
 def _raised(up: nn.Module, x: Tensor) -> Tensor:
     """An upsampling; a transposed convolution that learns on a CPU, channels last, by way of `_Transposed`."""
-    layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+    layout = channels_last_format(x.ndim - 2)
     plain = torch.compiler.is_compiling() or x.device.type != "cpu" or not x.is_contiguous(memory_format=layout)
     if plain or not up.training or not isinstance(up, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return up(x)

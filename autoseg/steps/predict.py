@@ -271,6 +271,7 @@ def _compute(
 def _computed(
     predictor: Predictor, output: Path, wishes: Wishes, progress: Progress, case: Case, ready: Ready
 ) -> Found:
+    """What the networks find in one case; a slide's label map, and probabilities, are written on the way."""
     if not ready.stages:
         target = prediction_file(output, case.id, predictor.plan.file_ending)
         segment_slide(predictor, Path(case.images[0]), target, progress)
