@@ -101,6 +101,7 @@ def test_there_are_as_many_weights_as_planning_counts(spec: NetworkSpec) -> None
 
 @EVERY
 def test_every_weight_takes_part_in_learning(spec: NetworkSpec) -> None:
+    torch.manual_seed(1)  # with stochastic depth other seeds leave a block out of every sample
     network = unet.build(spec).train()
     with torch.no_grad():  # residual blocks start with a norm of zero, which holds back what is before it
         for weight in network.parameters():
