@@ -244,6 +244,8 @@ class Configuration(Record):
 class Plan(Saved):
     """Every decision about a data set, with its reasons; the only thing train and predict need besides the weights."""
 
+    SCHEMA = 2
+
     autoseg_version: str
     dataset: str
     dimension: Literal[2, 3]
@@ -299,6 +301,8 @@ class Run(Saved):
     `planned`, `channels` and `labels` are the plan's, to see later whether it changed; `fresh` the tensors that `init`
     lacked; `asked_precision` is empty where the device decided.
     """
+
+    SCHEMA = 2
 
     autoseg_version: str
     torch_version: str

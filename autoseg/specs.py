@@ -83,8 +83,8 @@ class AugmentSpec(Record):
 
     `rotation_rad` is the largest angle per axis (Z Y X; in 2D only the first counts, turning in the plane).
     `mirror_axes` are patch axes; prediction mirrors along the same ones. A training that sees fewer patches than
-    `mirror_from_patches`, and does not turn them to all sides, mirrors along none; it turns and scales patches with at
-    least the chance `unmirrored_move_chance` instead, and so does one of up to ten times as many patches, which mirrors
+    `mirror_from_patches` mirrors along none, one of fewer than `extra_movement_to_patches` turns, scales and bends each
+    patch with at least `extra_movement_chance`; both only where patches are not turned to all sides anyway
     (docs/decisions/mirroring.md).
     """
 
@@ -92,6 +92,7 @@ class AugmentSpec(Record):
     rotation_chance: Share = 0.2
     scale_range: tuple[float, float] = (0.7, 1.4)
     scale_chance: Share = 0.2
+    elastic_chance: Share = 0.0
     noise_chance: Share = 0.1
     blur_chance: Share = 0.2
     brightness_chance: Share = 0.15
@@ -101,5 +102,6 @@ class AugmentSpec(Record):
     gamma_chance: Share = 0.3
     mirror_axes: tuple[int, ...] = ()
     mirror_from_patches: Annotated[int, Field(ge=0)] = 20_000
-    unmirrored_move_chance: Share = 0.6
+    extra_movement_chance: Share = 0.6
+    extra_movement_to_patches: Annotated[int, Field(ge=0)] = 200_000
     turn_in_plane_only: bool = False

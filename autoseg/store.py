@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from autoseg.errors import UserError
 from autoseg.records import Saved
+from autoseg.upgrades import UPGRADES
 
 try:
     import fcntl
@@ -29,9 +30,6 @@ TEMPORARY = ".unfinished"
 """Part of the name of every file that is not complete yet; readers skip such files, writers remove stale ones."""
 
 DAY_SECONDS = 86_400.0
-
-UPGRADES: dict[tuple[str, int], Callable[[dict], dict]] = {}
-"""(record name, old version) -> function that turns the old file's content into the next version's."""
 
 
 @contextmanager
@@ -211,7 +209,10 @@ def parse(content: object, kind: type[AnySaved], where: str) -> AnySaved:
         upgrade = UPGRADES.get((name, found))
         if upgrade is None:
             raise UserError(f"{where}: schema {found} is too old to be upgraded.", fix="Make it anew.")
-        fields, found = upgrade(fields), found + 1
+        try:
+            fields, found = upgrade(fields), found + 1
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: not what schema {found} of a {name} holds.", fix="Make it anew.") from error
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

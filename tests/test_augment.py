@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage, stats
+from scipy import interpolate, ndimage, stats
 from torch import Tensor
 
 from autoseg.errors import UserError
@@ -72,7 +72,7 @@ def test_with_all_chances_zero_a_batch_is_only_centre_cropped(patch: tuple[int, 
 @pytest.mark.parametrize("in_plane", [False, True])
 @pytest.mark.parametrize("patch", PATCHES)
 def test_the_effect_is_repeatable_and_leaves_its_input_alone(patch: tuple[int, ...], in_plane: bool) -> None:
-    spec = spec_for(patch, mirror_axes=(0, 1), turn_in_plane_only=in_plane)
+    spec = spec_for(patch, mirror_axes=(0, 1), turn_in_plane_only=in_plane, elastic_chance=0.5)
     image, labels = batch_of(enlarged_patch(spec, patch), batch=16)
     before, labels_before = image.clone(), labels.clone()
     drawn = draw(spec, 16, 2, patch, seeded(3))
@@ -90,13 +90,13 @@ def test_the_effect_is_repeatable_and_leaves_its_input_alone(patch: tuple[int, .
 @pytest.mark.parametrize("in_plane", [False, True])
 @pytest.mark.parametrize("patch", PATCHES)
 def test_what_lies_like_an_image_is_moved_like_one_and_not_changed(patch: tuple[int, ...], in_plane: bool) -> None:
-    spec = spec_for(patch, mirror_axes=(0, 1), turn_in_plane_only=in_plane)
+    spec = spec_for(patch, mirror_axes=(0, 1), turn_in_plane_only=in_plane, elastic_chance=0.5)
     image, labels = batch_of(enlarged_patch(spec, patch), batch=16)
     drawn = draw(spec, 16, 2, patch, seeded(3))
     moved, mirrored = drawn.matrix_BDD, drawn.mirror_BD
     alone = replace(
         still(patch, 16), matrix_BDD=moved, moved_B=drawn.moved_B, mirror_BD=mirrored,
-        in_plane_only=drawn.in_plane_only,
+        in_plane_only=drawn.in_plane_only, bend_BDP=drawn.bend_BDP,
     )  # fmt: skip
     assert drawn.moved_B.any()
     assert mirrored.any()
@@ -104,7 +104,7 @@ def test_what_lies_like_an_image_is_moved_like_one_and_not_changed(patch: tuple[
 
 
 def test_the_generator_is_all_the_chance_there_is() -> None:
-    spec = spec_for((8, 8, 8), mirror_axes=(0, 1, 2))
+    spec = spec_for((8, 8, 8), mirror_axes=(0, 1, 2), elastic_chance=0.5)
     one, two = (draw(spec, 8, 2, (8, 8, 8), seeded(5)) for _ in range(2))
     torch.manual_seed(1)
     for name, value in vars(one).items():
@@ -113,7 +113,7 @@ def test_the_generator_is_all_the_chance_there_is() -> None:
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_samples_do_not_influence_each_other(patch: tuple[int, ...]) -> None:
-    spec = spec_for(patch, mirror_axes=(0, 1))
+    spec = spec_for(patch, mirror_axes=(0, 1), elastic_chance=0.5)
     image, labels = batch_of(enlarged_patch(spec, patch), batch=12)
     drawn = draw(spec, 12, 2, patch, seeded(6))
     together = apply(image, labels, drawn, patch, 3)
@@ -126,14 +126,15 @@ def test_samples_do_not_influence_each_other(patch: tuple[int, ...]) -> None:
 
 def test_chances_are_met() -> None:
     patch, many, channels = (6, 6, 6), 4000, 3
-    spec = AugmentSpec(rotation_rad=(0.5, 0.4, 0.3), mirror_axes=(0, 2))
+    spec = AugmentSpec(rotation_rad=(0.5, 0.4, 0.3), mirror_axes=(0, 2), elastic_chance=0.4)
     drawn = draw(spec, many, channels, patch, seeded(7))
     scaled = torch.linalg.det(drawn.matrix_BDD).sub(1).abs() > 1e-4
     turned = (drawn.matrix_BDD / torch.linalg.det(drawn.matrix_BDD).pow(1 / 3).view(-1, 1, 1) - torch.eye(3)).abs()
     seen = {
         "rotation": (turned.flatten(1).amax(1) > 1e-4, 0.2),
         "scale": (scaled, 0.2),
-        "moved": (drawn.moved_B, 1 - 0.8 * 0.8),
+        "bending": ((drawn.bend_BDP != 0).flatten(1).all(1), 0.4),
+        "moved": (drawn.moved_B, 1 - 0.8 * 0.8 * 0.6),
         "noise": (drawn.noise_sigma_B > 0, 0.1),
         "brightness": ((drawn.brightness_BC != 1).any(1), 0.15),
         "contrast": ((drawn.contrast_BC != 1).any(1), 0.15),
@@ -152,10 +153,12 @@ def test_chances_are_met() -> None:
 
 
 def test_strengths_stay_in_their_ranges() -> None:
-    drawn = draw(AugmentSpec(rotation_rad=(0.5, 0.4, 0.3)), 2000, 2, (6, 6, 6), seeded(8))
+    spec = AugmentSpec(rotation_rad=(0.5, 0.4, 0.3), elastic_chance=1.0)
+    drawn = draw(spec, 2000, 2, (6, 6, 6), seeded(8))
     scale = torch.linalg.det(drawn.matrix_BDD).pow(1 / 3)
     for values, low, high in (
         (scale, 0.7, 1.4),
+        (drawn.bend_BDP, -0.4 * 6 / 4, 0.4 * 6 / 4),
         (drawn.noise_sigma_B, 0, 0.1),
         (drawn.blur_sigma_BCD[drawn.blur_sigma_BCD > 0], 0.5, 1),
         (drawn.brightness_BC, 0.75, 1.25),
@@ -174,7 +177,8 @@ def test_strengths_stay_in_their_ranges() -> None:
 @pytest.mark.parametrize("in_plane", [False, True])
 @pytest.mark.parametrize("patch", [(40, 44), (28, 32, 30)])
 def test_labels_move_with_the_image(patch: tuple[int, ...], in_plane: bool, classes: int | None) -> None:
-    spec = spec_for(patch, **NOTHING | {"rotation_chance": 1.0, "scale_chance": 1.0}, turn_in_plane_only=in_plane)
+    moving = dict.fromkeys(("rotation_chance", "scale_chance", "elastic_chance"), 1.0)
+    spec = spec_for(patch, **NOTHING | moving, turn_in_plane_only=in_plane)
     labels = ball(enlarged_patch(spec, patch)).repeat(4, *[1] * len(patch))
     image = labels.unsqueeze(1).float()
     moved, moved_labels = apply(image, labels, draw(spec, 4, 1, patch, seeded(9)), patch, classes)
@@ -215,6 +219,58 @@ def test_movement_equals_a_resampling_with_scipy() -> None:
         image, matrix, start + middle - matrix @ middle, patch, order=1, mode="grid-constant"
     )
     np.testing.assert_allclose(result[0, 0].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [(36, 47), (20, 31, 24)])
+def test_bending_equals_a_resampling_at_the_places_of_scipys_splines(patch: tuple[int, ...]) -> None:
+    size = tuple(s + 5 for s in patch)
+    image = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=size), 1.5)
+    chances = {"rotation_chance": 1.0, "scale_chance": 1.0, "elastic_chance": 1.0}
+    drawn = draw(spec_for(patch, **NOTHING | chances), 1, 1, patch, seeded(11))
+    result, _ = apply(torch.from_numpy(image)[None, None], torch.zeros(1, *size, dtype=torch.int16), drawn, patch)
+    bend_DP = drawn.bend_BDP[0].numpy()
+    shift_DV = bend_DP.astype(float)
+    for axis, voxels in enumerate(patch):
+        cells = bend_DP.shape[1 + axis] - 3
+        spline = interpolate.BSpline(np.arange(-3, cells + 4), np.moveaxis(shift_DV, 1 + axis, 0), 3)
+        shift_DV = np.moveaxis(spline((np.arange(voxels) + 0.5) * cells / voxels), 0, 1 + axis)
+    assert 0.3 < shift_DV.std() < 4
+    places = np.stack(np.meshgrid(*map(np.arange, patch), indexing="ij")) + shift_DV
+    middle = np.reshape((np.array(patch) - 1) / 2, (-1, *[1] * len(patch)))
+    start = np.reshape([(s - p) // 2 for s, p in zip(size, patch, strict=True)], middle.shape)
+    turned = np.einsum("ij,j...->i...", drawn.matrix_BDD[0].double().numpy(), places - middle) + middle + start
+    expected = ndimage.map_coordinates(image, turned, order=1, mode="grid-constant")
+    np.testing.assert_allclose(result[0, 0].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [(40, 44), (28, 32, 30)])
+def test_bending_never_folds_a_patch(patch: tuple[int, ...]) -> None:
+    drawn = draw(spec_for(patch, **NOTHING | {"elastic_chance": 1.0}), 200, 1, patch, seeded(12))
+    largest = augment.BEND_SHARE * (min(patch) / augment.BEND_CELLS)
+    extreme = drawn.bend_BDP.sign() * largest
+    for bend_BDP in (drawn.bend_BDP, extreme):
+        field_BDV = augment._between_points(bend_BDP, patch).double()
+        slopes = torch.stack(torch.gradient(field_BDV, dim=tuple(range(2, field_BDV.ndim))), -1)
+        jacobian = torch.linalg.det(slopes.movedim(1, -2) + torch.eye(len(patch)))
+        assert jacobian.min() > 0
+    assert (jacobian - 1).abs().max() > 0.5
+
+
+def test_bending_in_the_plane_bends_all_slices_alike() -> None:
+    patch = (6, 20, 20)
+    spec = spec_for(patch, **NOTHING | {"elastic_chance": 1.0}, turn_in_plane_only=True)
+    image = torch.rand(2, 1, 1, *enlarged_patch(spec, patch)[1:], generator=seeded(1)).expand(-1, -1, 6, -1, -1)
+    labels = torch.zeros(image.shape[:1] + image.shape[2:], dtype=torch.int16)
+    result, _ = apply(image, labels, draw(spec, 2, 1, patch, seeded(12)), patch)
+    assert torch.equal(result, result[:, :, :1].expand_as(result))
+    assert not torch.allclose(result, augment._centre(image, patch), atol=0.05)
+
+
+def test_a_patch_that_is_only_bent_is_read_with_a_margin() -> None:
+    patch = (40, 56, 40)
+    only_bent = spec_for(patch, **NOTHING | {"elastic_chance": 0.1})
+    assert enlarged_patch(spec_for(patch, **NOTHING), patch) == patch
+    assert enlarged_patch(only_bent, patch) == (47, 65, 47)
 
 
 def test_scales_above_one_make_objects_smaller() -> None:

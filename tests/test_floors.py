@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "autoseg"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "record": 0, "records": 0, "specs": 0, "store": 0, "layout": 0, "events": 0, "errors": 0, "parallel": 0, "lanes": 0,
+    "upgrades": 0,
     "image": 1, "network": 1, "scoring": 1,
     "planning": 2, "cases": 2,
     "steps": 3,
@@ -20,7 +21,7 @@ FLOORS = {
     "__init__": 5, "__main__": 5,
 }  # fmt: skip
 SHARED_ROOMS = {"records", "store", "layout", "events", "errors", "parallel", "cli", "screen", "__main__"}
-SHARED_ROOMS |= {"record", "specs", "lanes", "arguments", "cli_scores"}
+SHARED_ROOMS |= {"record", "specs", "lanes", "arguments", "cli_scores", "upgrades"}
 """Files that lie side by side in autoseg/ itself: those of one floor may import each other."""
 SLOW = {"torch", "numpy", "scipy", "skimage", "SimpleITK", "matplotlib", "blosc2", "pydantic"}
 

@@ -13,7 +13,7 @@ import pytest
 
 from autoseg import store
 from autoseg.errors import UserError
-from autoseg.records import Case, Dataset, Fold, Label, Splits
+from autoseg.records import Case, Dataset, Fold, Label, Plan, Run, Splits
 
 
 def a_dataset(cases: int = 2) -> Dataset:
@@ -69,6 +69,30 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(changed)
     with pytest.raises(UserError, match="schema 99 is newer"):
         store.load(tmp_path / "dataset.json", Dataset)
+
+
+def test_movement_of_older_plans_and_runs_keeps_its_meaning(tmp_path: Path) -> None:
+    content = json.loads((Path(__file__).parent.parent / "plans/hippocampus/plan-8GB.json").read_text())
+    plan = store.parse(content, Plan, "plan.json")
+    old = json.loads(json.dumps(content)) | {"schema": 1}
+    for configuration in old["configurations"]:
+        augment = configuration["train"]["augment"]
+        augment |= {"unmirrored_move_chance": 0.5, "mirror_from_patches": 5000}
+        del augment["extra_movement_chance"], augment["extra_movement_to_patches"], augment["elastic_chance"]
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    upgraded = store.load(tmp_path / "plan.json", Plan)
+    for found, known in zip(upgraded.configurations, plan.configurations, strict=True):
+        now = found.train.augment
+        assert (now.extra_movement_chance, now.extra_movement_to_patches, now.elastic_chance) == (0.5, 50_000, 0.0)
+        renamed = {"extra_movement_chance": 0.6, "extra_movement_to_patches": 200_000, "mirror_from_patches": 20_000}
+        assert now.model_copy(update=renamed) == known.train.augment
+    run = {"autoseg": "run", "schema": 1, "configuration": old["configurations"][0], "planned": None}
+    run |= {"autoseg_version": "0.1.0", "torch_version": "2", "fold": "0", "seed": 0}
+    run |= {"device": "cpu", "precision": "fp32", "compiled": False}
+    upgraded_run = store.parse(run, Run, "run.json")
+    assert (upgraded_run.configuration, upgraded_run.planned) == (upgraded.configurations[0], None)
+    with pytest.raises(UserError, match=r"plan.json: not what schema 1 of a plan holds"):
+        store.parse(old | {"configurations": 3}, Plan, "plan.json")
 
 
 def test_a_wrong_value_is_named_by_its_place(tmp_path: Path) -> None:

@@ -233,21 +233,26 @@ def test_a_training_of_few_patches_does_not_mirror() -> None:
     assert axes(101, Options(max_seconds=10.0), seconds=0.1) == ()
 
 
-def test_where_mirroring_is_left_out_patches_are_moved_more_often() -> None:
-    short = with_suited_variation(mirroring_from(9), Options(), None)[0].train.augment
-    assert (short.rotation_chance, short.scale_chance) == (0.6, 0.6)
-    planned = mirroring_from(9)
-    often = planned.train.augment.model_copy(update={"rotation_chance": 0.9, "mirror_axes": ()})
-    moved = planned.model_copy(update={"train": planned.train.model_copy(update={"augment": often})})
-    assert with_suited_variation(moved, Options(), None)[0].train.augment.rotation_chance == 0.9
+def test_patches_of_a_short_training_are_moved_more_often() -> None:
+    def movement(augment: AugmentSpec) -> tuple[float, float, float]:
+        return augment.rotation_chance, augment.scale_chance, augment.elastic_chance
+
+    planned, note = with_suited_variation(mirroring_from(9), Options(), None)
+    assert movement(planned.train.augment) == (0.6, 0.6, 0.6)
+    assert "no mirroring, but 60% of the patches turned, as many scaled and as many bent" in note
+    often = mirroring_from(9).train.augment.model_copy(update={"rotation_chance": 0.9, "mirror_axes": ()})
+    of_train = planned.train.model_copy(update={"augment": often})
+    moved = planned.model_copy(update={"train": of_train})
+    assert movement(with_suited_variation(moved, Options(), None)[0].train.augment) == (0.9, 0.6, 0.6)
+    still = with_suited_variation(mirroring_from(9), Options(), None, moves=False)[0].train.augment
+    assert (movement(still), still.mirror_axes) == ((0.2, 0.2, 0.0), ())
     longer, note = with_suited_variation(mirroring_from(8), Options(), None)
-    augment = longer.train.augment
-    assert (augment.rotation_chance, augment.scale_chance, augment.mirror_axes) == (0.6, 0.6, (0, 2))
-    assert note.startswith("About 8 patches are seen, so 60% of the patches turned and as many scaled; mirroring pays")
-    within = {"max_seconds": 8.0}
-    for seconds, chance in ((0.1001, 0.6), (0.1, 0.2)):
-        long = with_suited_variation(mirroring_from(8), Options(**within), seconds)[0].train.augment
-        assert (long.rotation_chance, long.scale_chance, long.mirror_axes) == (chance, chance, (0, 2))
+    assert (movement(longer.train.augment), longer.train.augment.mirror_axes) == ((0.6, 0.6, 0.6), (0, 2))
+    assert note.startswith("About 8 patches are seen, so 60% of the patches turned, as many scaled and as many bent; ")
+    for seconds, chances in ((0.1001, (0.6, 0.6, 0.6)), (0.1, (0.2, 0.2, 0.0))):
+        asked = Options(max_seconds=20_000.0)
+        long = with_suited_variation(mirroring_from(8), asked, seconds)[0].train.augment
+        assert (movement(long), long.mirror_axes) == (chances, (0, 2))
 
 
 def test_patches_turned_to_all_sides_are_mirrored_however_short_the_training() -> None:

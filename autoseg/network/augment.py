@@ -1,12 +1,13 @@
 """Varies training patches on the device that trains: chance is drawn first (`draw`), the effect repeats (`apply`).
 
 Legend: B batch, C channel, Z Y X voxels (2D: Y X), D number of spatial axes, N voxels of one channel.
-Kinds, order, chances and strengths are those of nnU-Net's default trainer (Isensee et al. 2021). What a sample gets is
-known on the host before anything runs, so only the samples that a transform hits are worked on, all of them at once.
+Kinds, order, chances and strengths are those of nnU-Net's default trainer (Isensee et al. 2021); bending is the U-Net's
+elastic deformation (Ronneberger et al. 2015) by cubic B-splines (Rueckert et al. 1999). What a sample gets is known on
+the host before anything runs, so only the samples that a transform hits are worked on, all of them at once.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoseg.errors import UserError
+from autoseg.network import intensity
 from autoseg.records import AugmentSpec
 
 NOISE_SIGMA = (0.0, 0.1)
-BLUR_SIGMA_VOXELS = (0.5, 1.0)
+BLUR_SIGMA_VOXELS = (0.5, intensity.LARGEST_BLUR_VOXELS)
 BRIGHTNESS = (0.75, 1.25)
 CONTRAST = (0.75, 1.25)
 LOW_RESOLUTION_SCALE = (0.5, 1.0)
 GAMMA = (0.7, 1.5)
 CHANNEL_CHANCE = 0.5
 """Chance of each channel to be blurred or coarsened once its sample is chosen."""
+BEND_CELLS = 4
+"""Cells of the control grid along the shortest axis that is bent; about as long along the others."""
+BEND_SHARE = 0.4
+"""How far a control point moves at most along each axis, in cells: a patch never folds (Choi & Lee 2000)."""
 MARGIN_SCALE = 0.85
 """The enlarged patch covers scaling down to 1 / 0.85; farther out zeros come in, which is rare."""
 LINEAR_LABELS = 4
@@ -36,7 +42,9 @@ class Drawn:
     """What happens to each sample; all tensors on the host. A value that changes nothing means: not this sample.
 
     matrix_BDD: from voxel offsets of the result to those of the input, both from the centre; identity where not moved.
-    moved_B: whether the sample is rotated or scaled, so that it needs more than the final patch.
+    moved_B: whether the sample is rotated, scaled or bent, so that it needs more than the final patch.
+    bend_BDP: how far each control point of the axes that are moved is shifted (0), in voxels of the result; P are the
+    points per axis. It comes before the matrix. None: nothing is bent.
     noise_sigma_B (0) with noise_seed_B. blur_sigma_BCD in voxels (0). brightness_BC, contrast_BC, low_resolution_BC,
     gamma_inverted_BC, gamma_BC (1). mirror_BD: flip along this axis.
     in_plane_only: neither movement nor low resolution touch axis 0.
@@ -54,6 +62,7 @@ class Drawn:
     gamma_BC: Tensor
     mirror_BD: Tensor
     in_plane_only: bool = False
+    bend_BDP: Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------------------ chance
@@ -90,9 +99,17 @@ def draw(
     matrix_BDD = _matrices(turn_BA, scale_B, dimension, spec.turn_in_plane_only)
     mirrored = torch.tensor([axis in spec.mirror_axes for axis in range(dimension)])
     coarse = uniform(batch, channels, of=LOW_RESOLUTION_SCALE)
+    in_plane_only = spec.turn_in_plane_only and dimension == 3
+    moved_B = (matrix_BDD != torch.eye(dimension)).flatten(1).any(1)
+    bend_BDP = None
+    if spec.elastic_chance > 0:
+        bend_BDP = _bending(patch_voxels[1:] if in_plane_only else patch_voxels, batch, generator)
+        bent_B = happens(spec.elastic_chance, batch)
+        bend_BDP[~bent_B] = 0.0
+        moved_B |= bent_B
     return Drawn(
         matrix_BDD=matrix_BDD,
-        moved_B=(matrix_BDD != torch.eye(dimension)).flatten(1).any(1),
+        moved_B=moved_B,
         noise_sigma_B=uniform(batch, of=NOISE_SIGMA) * happens(spec.noise_chance, batch),
         noise_seed_B=torch.randint(0, 2**62, (batch,), generator=generator),
         blur_sigma_BCD=uniform(batch, channels, dimension, of=BLUR_SIGMA_VOXELS)
@@ -105,7 +122,8 @@ def draw(
         gamma_inverted_BC=around_one(GAMMA, spec.gamma_inverted_chance),
         gamma_BC=around_one(GAMMA, spec.gamma_chance),
         mirror_BD=happens(0.5, batch, dimension) & mirrored,
-        in_plane_only=spec.turn_in_plane_only and dimension == 3,
+        in_plane_only=in_plane_only,
+        bend_BDP=bend_BDP,
     )
 
 
@@ -117,7 +135,7 @@ def some(drawn: Drawn, samples: Sequence[int]) -> Drawn:
 
 
 def enlarged_patch(spec: AugmentSpec, patch_voxels: Sequence[int]) -> tuple[int, ...]:
-    """Voxels to read so that a rotated and scaled sample rarely reaches beyond them (nnU-Net's rule).
+    """Voxels to read so that a rotated, scaled and bent sample rarely reaches beyond them (nnU-Net's rule).
 
     Per axis the largest extent of the patch turned by the largest angle (at most 90 degrees) about one axis, / 0.85.
     Equal to the patch if the spec never moves a sample; axis 0 is not enlarged when turning stays in the plane.
@@ -131,7 +149,7 @@ def enlarged_patch(spec: AugmentSpec, patch_voxels: Sequence[int]) -> tuple[int,
             for one, other in ((first, second), (second, first)):
                 turned = patch_voxels[one] * math.cos(angle) + patch_voxels[other] * math.sin(angle)
                 extent[one] = max(extent[one], turned)
-    elif spec.scale_chance == 0:
+    elif spec.scale_chance == 0 and spec.elastic_chance == 0:
         return tuple(patch_voxels)
     fixed = 1 if spec.turn_in_plane_only and dimension == 3 else 0
     return (*patch_voxels[:fixed], *(int(size / MARGIN_SCALE + 1e-6) for size in extent[fixed:]))
@@ -173,6 +191,15 @@ def _matrices(turn_BA: Tensor, scale_B: Tensor, dimension: int, in_plane_only: b
     return total * scale_BD.unsqueeze(1)
 
 
+def _bending(patch_voxels: Sequence[int], batch: int, generator: torch.Generator) -> Tensor:
+    """(B, D, *points): by how many voxels the control points move; they lie at all ends of cells and one beyond."""
+    cells = [round(BEND_CELLS * size / min(patch_voxels)) for size in patch_voxels]
+    shift = torch.rand((batch, len(cells), *(count + 3 for count in cells)), generator=generator)
+    for axis, (size, count) in enumerate(zip(patch_voxels, cells, strict=True)):
+        shift[:, axis].sub_(0.5).mul_(2 * BEND_SHARE * size / count)
+    return shift
+
+
 # ------------------------------------------------------------------------------------------------ effect
 
 
@@ -181,7 +208,7 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """Do what was drawn. Nothing random is left: equal input and `drawn` give equal output on the same device.
 
-    Moved samples are read through one affine map, the image linearly with 0 outside, the others are centre-cropped.
+    Moved samples are read through one map, the image linearly with 0 outside, the others are centre-cropped.
     Labels outside are 0 (background); ignored voxels (-1) move along.
 
     Args:
@@ -197,7 +224,7 @@ def apply(
     image = image.float()
     result = _centre(image, patch).clone(memory_format=torch.contiguous_format)
     result_labels = _centre(labels, patch).clone(memory_format=torch.contiguous_format)
-    moved = _rows(drawn.moved_B, image.device)
+    moved = intensity.places(drawn.moved_B, image.device)
     if moved is not None:
         grid = _grid(drawn, image.shape[2:], patch, image.device)
         moved_image = _centre_fixed(image[moved], patch, drawn)
@@ -206,14 +233,14 @@ def apply(
     _add_noise(result, drawn)
     rows_RN = result.flatten(0, 1)  # a view: one row per sample and channel
     for change, values in (
-        (_blur, drawn.blur_sigma_BCD.flatten(0, 1)),
-        (_brighten, drawn.brightness_BC.flatten()),
-        (_contrast, drawn.contrast_BC.flatten()),
-        (_coarsen_in_plane if drawn.in_plane_only else _coarsen, drawn.low_resolution_BC.flatten()),
-        (_gamma_inverted, drawn.gamma_inverted_BC.flatten()),
-        (_gamma, drawn.gamma_BC.flatten()),
+        (intensity.blur, drawn.blur_sigma_BCD.flatten(0, 1)),
+        (intensity.brighten, drawn.brightness_BC.flatten()),
+        (intensity.contrast, drawn.contrast_BC.flatten()),
+        (intensity.coarsen_in_plane if drawn.in_plane_only else intensity.coarsen, drawn.low_resolution_BC.flatten()),
+        (intensity.gamma_inverted, drawn.gamma_inverted_BC.flatten()),
+        (intensity.gamma, drawn.gamma_BC.flatten()),
     ):
-        _change_rows(rows_RN, values, change)
+        intensity.change_rows(rows_RN, values, change)
     _mirror(result, drawn.mirror_BD, 2)
     _mirror(result_labels, drawn.mirror_BD, 1)
     return result, result_labels
@@ -223,18 +250,12 @@ def move(values: Tensor, drawn: Drawn, patch_voxels: Sequence[int]) -> Tensor:
     """Values (B, C, ...) that lie like an image but are none: moved and mirrored as `apply` does, and not changed."""
     patch, values = tuple(patch_voxels), values.float()
     result = _centre(values, patch).clone(memory_format=torch.contiguous_format)
-    moved = _rows(drawn.moved_B, values.device)
+    moved = intensity.places(drawn.moved_B, values.device)
     if moved is not None:
         grid = _grid(drawn, values.shape[2:], patch, values.device)
         result[moved] = _sample(_centre_fixed(values[moved], patch, drawn), grid, drawn.in_plane_only, "bilinear")
     _mirror(result, drawn.mirror_BD, 2)
     return result
-
-
-def _rows(chosen: Tensor, device: torch.device) -> Tensor | None:
-    """Indices of the True entries on `device`, or None if there are none."""
-    places = chosen.nonzero().flatten()
-    return places.to(device) if len(places) else None
 
 
 def _centre(tensor: Tensor, patch: tuple[int, ...]) -> Tensor:
@@ -265,7 +286,23 @@ def _grid(drawn: Drawn, size: Sequence[int], patch: tuple[int, ...], device: tor
     theta = torch.cat([matrix * new / old.unsqueeze(1), (2 * shift / old).expand(len(matrix), -1).unsqueeze(-1)], dim=2)
     flipped = torch.cat([theta[:, :, :-1].flip(1, 2), theta[:, :, -1:].flip(1)], dim=2)
     shape = [len(matrix), 1, *patch[first:]]
-    return F.affine_grid(flipped.float().to(device), shape, align_corners=False)
+    grid = F.affine_grid(flipped.float().to(device), shape, align_corners=False)
+    if drawn.bend_BDP is None:
+        return grid
+    bend_MDP = drawn.bend_BDP[drawn.moved_B].double()
+    in_grid_MDP = torch.einsum("mij,mj...->mi...", theta[:, :, :-1] * 2 / new, bend_MDP).flip(1).float()
+    return grid + _between_points(in_grid_MDP.to(device), patch[first:]).movedim(1, -1)
+
+
+def _between_points(values: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Values (M, D, *points) of a control grid at each voxel of the patch, (M, D, *patch), by cubic B-splines."""
+    for size in patch:
+        points = values.shape[2]
+        place = (torch.arange(size) + 0.5) * (points - 3) / size
+        away = (place.unsqueeze(1) - torch.arange(-1, points - 1)).abs()
+        weights = torch.where(away < 1, 2 / 3 - away**2 + away**3 / 2, (2 - away).clamp(min=0) ** 3 / 6)
+        values = torch.tensordot(values, weights.to(values), dims=([2], [1]))  # the new axis comes last
+    return values
 
 
 def _moved(
@@ -320,76 +357,6 @@ def _add_noise(image: Tensor, drawn: Drawn) -> None:
 
 def _mirror(tensor: Tensor, mirror_BD: Tensor, first_axis: int) -> None:
     for axis in range(mirror_BD.shape[1]):
-        rows = _rows(mirror_BD[:, axis], tensor.device)
+        rows = intensity.places(mirror_BD[:, axis], tensor.device)
         if rows is not None:
             tensor[rows] = tensor[rows].flip(first_axis + axis)
-
-
-# ------------------------------------------------------------------------ effects on rows: (R, Z, Y, X) or (R, Y, X)
-
-
-def _change_rows(rows: Tensor, values: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Replace the rows whose value says that something happens (neither 0 nor 1) by their change."""
-    hit = ((values != 0) & (values != 1)).reshape(len(values), -1).any(1)
-    places = _rows(hit, rows.device)
-    if places is not None:
-        rows[places] = change(rows[places], values[hit])
-
-
-def _per_row(values: Tensor, rows: Tensor) -> Tensor:
-    return values.to(rows.device, rows.dtype).view(-1, *[1] * (rows.ndim - 1))
-
-
-def _blur(rows: Tensor, sigma_RD: Tensor) -> Tensor:
-    """Gaussian of `sigma_RD` (at most 1) voxels, one axis after the other, cut off at 3 voxels, edges repeated."""
-    reach = math.ceil(3 * BLUR_SIGMA_VOXELS[1])
-    steps = torch.arange(-reach, reach + 1)
-    weights_RDK = torch.exp(-0.5 * (steps / sigma_RD.unsqueeze(-1)) ** 2)
-    weights_RDK = weights_RDK / weights_RDK.sum(-1, keepdim=True)
-    for axis in range(1, rows.ndim):
-        size = rows.shape[axis]
-        places = torch.arange(-reach, size + reach).clamp(0, size - 1).to(rows.device)
-        padded = rows.index_select(axis, places)
-        rows = torch.zeros_like(rows)
-        for k in range(len(steps)):
-            rows.addcmul_(padded.narrow(axis, k, size), _per_row(weights_RDK[:, axis - 1, k], rows))
-    return rows
-
-
-def _brighten(rows: Tensor, factor_R: Tensor) -> Tensor:
-    return rows * _per_row(factor_R, rows)
-
-
-def _contrast(rows: Tensor, factor_R: Tensor) -> Tensor:
-    """Stretch around the mean, clipped to the old range."""
-    axes = tuple(range(1, rows.ndim))
-    mean, low, high = rows.mean(axes, keepdim=True), rows.amin(axes, keepdim=True), rows.amax(axes, keepdim=True)
-    return torch.minimum(torch.maximum((rows - mean) * _per_row(factor_R, rows) + mean, low), high)
-
-
-def _coarsen(rows: Tensor, scale_R: Tensor, fixed_axes: int = 0) -> Tensor:
-    """Down to `scale_R` of each axis by nearest, back up linearly."""
-    changed = []
-    for row, scale in zip(rows, scale_R.tolist(), strict=True):
-        small = [s if a < fixed_axes else max(1, round(s * scale)) for a, s in enumerate(row.shape)]
-        coarse = F.interpolate(row[None, None], small, mode="nearest-exact")
-        changed.append(F.interpolate(coarse, row.shape, mode="trilinear" if row.ndim == 3 else "bilinear")[0, 0])
-    return torch.stack(changed)
-
-
-def _coarsen_in_plane(rows: Tensor, scale_R: Tensor) -> Tensor:
-    return _coarsen(rows, scale_R, fixed_axes=1)
-
-
-def _gamma(rows: Tensor, gamma_R: Tensor) -> Tensor:
-    """((x - min) / range)^gamma, then mean and standard deviation as before."""
-    axes = tuple(range(1, rows.ndim))
-    low, high = rows.amin(axes, keepdim=True), rows.amax(axes, keepdim=True)
-    deviation, mean = torch.std_mean(rows, axes, correction=0, keepdim=True)
-    bent = ((rows - low) / (high - low).clamp(min=1e-7)).pow(_per_row(gamma_R, rows))
-    bent_deviation, bent_mean = torch.std_mean(bent, axes, correction=0, keepdim=True)
-    return (bent - bent_mean) * (deviation / bent_deviation.clamp(min=1e-7)) + mean
-
-
-def _gamma_inverted(rows: Tensor, gamma_R: Tensor) -> Tensor:
-    return -_gamma(-rows, gamma_R)

@@ -18,8 +18,7 @@ from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, Trai
 STEPS_WANTED = 15_000
 """With a time limit the batch shrinks until about this many steps fit: fewer, however large, teach less
 (docs/decisions/quality-per-minute.md)."""
-MOVED_LONGER = 10
-"""A training moves patches more often up to so many times the patches from which on it mirrors."""
+MOVEMENTS = ("rotation_chance", "scale_chance", "elastic_chance")
 LARGEST_DECAY = 1e-3
 """Share of a weight that AdamW's weight decay may take away in one step."""
 REPORTS_WANTED = 40
@@ -127,19 +126,16 @@ def with_suited_variation(
     if asked.max_seconds is not None and seconds is not None:
         patches = asked.max_seconds / seconds
     turned_to_all_sides = max(augment.rotation_rad, default=0.0) > pi / 2
-    if turned_to_all_sides or patches >= MOVED_LONGER * augment.mirror_from_patches:
+    if turned_to_all_sides:
         return configuration, ""
-    chance = augment.unmirrored_move_chance if moves else 0.0
+    chance = augment.extra_movement_chance if moves and patches < augment.extra_movement_to_patches else 0.0
     mirrors = patches >= augment.mirror_from_patches
-    update = {
-        "mirror_axes": augment.mirror_axes if mirrors else (),
-        "rotation_chance": max(chance, augment.rotation_chance), "scale_chance": max(chance, augment.scale_chance),
-    }  # fmt: skip
-    changed = augment.model_copy(update=update)
+    update: dict[str, object] = {each: max(chance, getattr(augment, each)) for each in MOVEMENTS}
+    changed = augment.model_copy(update=update | ({} if mirrors else {"mirror_axes": ()}))
     if changed == augment:
         return configuration, ""
     said = [] if mirrors else ["no mirroring"]
-    said += [f"{chance:.0%} of the patches turned and as many scaled"] if chance else []
+    said += [f"{chance:.0%} of the patches turned, as many scaled and as many bent"] if chance else []
     pays = f"mirroring pays from {augment.mirror_from_patches:,} on"
     note = f"About {patches:,.0f} patches are seen, so {', but '.join(said)}; {pays} (train.augment in the plan)."
     return configuration.model_copy(update={"train": train.model_copy(update={"augment": changed})}), note
