@@ -83,9 +83,9 @@ class AugmentSpec(Record):
 
     `rotation_rad` is the largest angle per axis (Z Y X; in 2D only the first counts, turning in the plane).
     `mirror_axes` are patch axes; prediction mirrors along the same ones. A training that sees fewer patches than
-    `mirror_from_patches` mirrors along none, one of fewer than `extra_movement_to_patches` turns, scales and bends each
-    patch with at least `extra_movement_chance`; both only where patches are not turned to all sides anyway
-    (docs/decisions/mirroring.md).
+    `mirror_from_patches` mirrors along none, one of fewer than `extra_movement_to_patches` turns and scales each patch
+    with at least `extra_movement_chance`; both only where patches are not turned to all sides anyway
+    (docs/decisions/mirroring.md). `elastic_chance`, not among nnU-Net's, is that of patches to be bent.
     """
 
     rotation_rad: tuple[float, ...]

@@ -18,7 +18,6 @@ from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, Trai
 STEPS_WANTED = 15_000
 """With a time limit the batch shrinks until about this many steps fit: fewer, however large, teach less
 (docs/decisions/quality-per-minute.md)."""
-MOVEMENTS = ("rotation_chance", "scale_chance", "elastic_chance")
 LARGEST_DECAY = 1e-3
 """Share of a weight that AdamW's weight decay may take away in one step."""
 REPORTS_WANTED = 40
@@ -130,12 +129,15 @@ def with_suited_variation(
         return configuration, ""
     chance = augment.extra_movement_chance if moves and patches < augment.extra_movement_to_patches else 0.0
     mirrors = patches >= augment.mirror_from_patches
-    update: dict[str, object] = {each: max(chance, getattr(augment, each)) for each in MOVEMENTS}
-    changed = augment.model_copy(update=update | ({} if mirrors else {"mirror_axes": ()}))
+    update = {
+        "mirror_axes": augment.mirror_axes if mirrors else (),
+        "rotation_chance": max(chance, augment.rotation_chance), "scale_chance": max(chance, augment.scale_chance),
+    }  # fmt: skip
+    changed = augment.model_copy(update=update)
     if changed == augment:
         return configuration, ""
     said = [] if mirrors else ["no mirroring"]
-    said += [f"{chance:.0%} of the patches turned, as many scaled and as many bent"] if chance else []
+    said += [f"{chance:.0%} of the patches turned and as many scaled"] if chance else []
     pays = f"mirroring pays from {augment.mirror_from_patches:,} on"
     note = f"About {patches:,.0f} patches are seen, so {', but '.join(said)}; {pays} (train.augment in the plan)."
     return configuration.model_copy(update={"train": train.model_copy(update={"augment": changed})}), note
