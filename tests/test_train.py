@@ -45,7 +45,9 @@ def tiny() -> Configuration:
     """Two epochs of two steps on patches of 8 voxels."""
     spec = TrainSpec(
         epochs=2, steps_per_epoch=STEPS, warmup_steps=1, average_decay=0.9,
-        augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(1,), mirror_from_patches=0),
+        augment=AugmentSpec(
+            rotation_rad=(0.5,) * 3, mirror_axes=(1,), mirror_from_patches=0, extra_movement_to_patches=0
+        ),
     )  # fmt: skip
     return a_configuration(network=a_network(), train=spec)
 
