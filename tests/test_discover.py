@@ -195,6 +195,35 @@ def test_images_to_predict_are_grouped_by_channel(tmp_path: Path) -> None:
     assert discover_images(tmp_path / "plain" / "a.nii.gz", 1)[0].id == "a"
 
 
+def test_one_image_has_the_name_that_it_has_among_others(tmp_path: Path) -> None:
+    for name in ("amos_0004", "amos_0007"):
+        save(tmp_path / f"{name}.nii.gz", volume())
+    together = [case.id for case in discover_images(tmp_path, 1)]
+    assert together == [discover_images(tmp_path / f"{name}.nii.gz", 1)[0].id for name in together]
+    assert together == ["amos_0004", "amos_0007"]
+    save(tmp_path / "first" / "scan_0000.nii.gz", volume())
+    assert discover_images(tmp_path / "first" / "scan_0000.nii.gz", 1)[0].id == "scan"
+
+
+def test_photographs_that_are_numbered_from_nought_are_cases_in_training_and_prediction(tmp_path: Path) -> None:
+    for number in range(3):
+        colours = np.random.default_rng(number).integers(0, 255, (6, 7, 3), np.uint8)
+        save(tmp_path / "images" / f"frame_{number:04d}.png", colours, vector=True)
+        save(tmp_path / "masks" / f"frame_{number:04d}.png", np.eye(6, 7, dtype=np.uint8))
+    trained = discover(tmp_path, workers=1)
+    assert [case.id for case in trained.cases] == ["frame_0000", "frame_0001", "frame_0002"]
+    found = discover_images(tmp_path / "images", len(trained.channels))
+    assert [(case.id, case.images) for case in found] == [(case.id, case.images) for case in trained.cases]
+    assert discover_images(tmp_path / "images" / "frame_0000.png", 3)[0].id == "frame_0000"
+
+
+def test_label_maps_as_jpeg_are_refused_before_anything_is_learned_from_them(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.jpg", np.zeros((8, 9), np.uint8))
+    save(tmp_path / "masks" / "a.jpg", np.eye(8, 9, dtype=np.uint8) * 255)
+    with pytest.raises(UserError, match=r"masks/a\.jpg: JPEG blurs label maps, 1 of 1"):
+        discover(tmp_path, workers=1)
+
+
 def test_a_missing_channel_of_an_image_to_predict_is_named(tmp_path: Path) -> None:
     for name in ("a_0000", "a_0001", "b_0000"):
         save(tmp_path / f"{name}.nii.gz", volume())

@@ -52,6 +52,16 @@ def test_a_constant_alpha_channel_does_not_count(tmp_path: Path) -> None:
             assert channels_of(slide) == channels
 
 
+def test_a_blank_marker_is_a_channel(tmp_path: Path) -> None:
+    """Four channels of a microscope, the last one blank: nothing says that it is alpha."""
+    whole = picture(40, 40, 4)
+    whole[..., 3] = 0
+    tifffile.imwrite(tmp_path / "a.tif", whole, photometric="minisblack", planarconfig="contig", tile=(16, 16))
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert channels_of(slide) == 4
+    assert len(read_image([tmp_path / "a.tif"]).array_CZYX) == 4
+
+
 def test_bands_of_labels_become_one_file_with_the_resolution_of_the_image(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", picture(700, 300).squeeze(), resolution=(40000.0, 30000.0), resolutionunit=3)
     labels = np.random.default_rng(1).integers(0, 3, (700, 300), np.uint8)
@@ -94,6 +104,13 @@ def test_a_slide_is_segmented_as_in_memory(
     assert len(np.unique(expected)) > 1
     found = tifffile.imread(tmp_path / "bands" / in_bands.name)
     np.testing.assert_array_equal(found, expected[0])
+
+
+def test_a_large_stack_is_no_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slides, "SLIDE_PIXELS", 1000)
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((3, 40, 40), np.uint8), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "flat.tif", np.zeros((40, 40), np.uint8))
+    assert [is_slide([str(tmp_path / name)]) for name in ("stack.tif", "flat.tif")] == [False, True]
 
 
 def test_small_and_other_images_are_no_slides(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from autoseg.events import Advanced, Finished, Report, Started, silent
 from autoseg.image.formats import (
     PHOTOGRAPHS,
     READABLE,
+    channels_held,
     ending_of,
     label_ending,
     read_geometry,
@@ -104,6 +105,7 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
     if not cases:
         raise _nothing(folder, "there is no readable image in it.", ACCEPTED)
     cases = _with_groups(folder, description or {}, cases)
+    _refuse_lossy_labels(cases)
     if named:
         labels, ignore_value = read_label_names(description or {}, str(folder / "dataset.json"))
     else:
@@ -126,17 +128,20 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
 def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
     """The images to predict: one file per case, or `case_0000`, `case_0001`, ... with one channel each.
 
-    `folder` may also be a single image. Raises UserError when there is none, or when a channel is missing.
+    Numbered files count cases where the first one holds all channels, such as colour photographs. `folder` may also be a single image. Raises UserError when there is none, or when a channel is missing.
     """
     folder = Path(folder).absolute()
     if folder.is_file():
-        return (Case(id=CHANNEL_SUFFIX.sub("", stem_of(folder)), images=(str(folder),)),)
+        stem = stem_of(folder)
+        case = stem if _holds_all(folder, channels) else stem.removesuffix("_0000")  # other numbers count cases
+        return (Case(id=case, images=(str(folder),)),)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.", fix="Give a folder with images, or one image.")
     files = _files(folder)
     if not files:
         raise _nothing(folder, "there is no readable image in it.", f"Endings that are read: {', '.join(READABLE)}.")
-    cases = _cases_of_files(files, set(), channels, _refuse)
+    counting = {stem_of(path) for path in files} if _holds_all(files[0], channels) else set()
+    cases = _cases_of_files(files, counting, channels, _refuse)
     missing = [path for case in cases for path in case.images if not Path(path).is_file()]
     if missing:
         raise UserError(
@@ -144,6 +149,11 @@ def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
             fix=f"Every case needs {channels} channels, named case_0000, case_0001, ...",
         )
     return cases
+
+
+def _holds_all(path: Path, channels: int) -> bool:
+    """Whether one file holds all of several channels."""
+    return channels > 1 and (_first(channels_held, path) or 1) >= channels
 
 
 # ------------------------------------------------------------------------------------------------ where files lie
@@ -316,6 +326,15 @@ def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Rep
     return tuple(Label(name="background" if v == 0 else f"class_{v}", value=v) for v in sorted(values, key=_zero_first))
 
 
+def _refuse_lossy_labels(cases: Sequence[Case]) -> None:
+    lossy = [case.label for case in cases if case.label and ending_of(case.label) in (".jpg", ".jpeg")]
+    if lossy:
+        raise UserError(
+            f"{lossy[0]}: JPEG blurs label maps, {len(lossy)} of {len(cases)} are such files.",
+            fix="Save them as PNG with one whole number per class, such as 0 and 1 below and above a half.",
+        )
+
+
 def _zero_first(value: int) -> tuple[bool, int]:
     return value != 0, value
 
@@ -366,8 +385,7 @@ def _first(read: Callable[[Any], Any], where: object) -> Any:
 
 
 def _ending_for_results(cases: Sequence[Case]) -> str:
-    """The most frequent ending of the label maps, else what fits the images."""
-    endings = [ending_of(case.label) for case in cases if case.label] or [
-        label_ending(ending_of(case.images[0])) for case in cases
-    ]
+    """The most frequent ending of the label maps, else of the images; what cannot hold labels is replaced."""
+    paths = [case.label for case in cases if case.label] or [case.images[0] for case in cases]
+    endings = [label_ending(ending_of(path)) for path in paths]
     return max(sorted(set(endings)), key=endings.count)

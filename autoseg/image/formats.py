@@ -62,6 +62,12 @@ def read_geometry(path: Path | str) -> Geometry:
     return _geometry(_read_header(path), path)
 
 
+def channels_held(path: Path | str) -> int:
+    """How many channels one file holds as its header says, alpha included. Raises UserError when it cannot be read."""
+    header = _read_header(_existing(path))
+    return 1 if _is_grey_palette(Path(path)) else max((header.components, *header.size[3:]))
+
+
 def read_image(paths: Sequence[Path | str]) -> Volume:
     """One case: a file per channel, or files whose colours, components or fourth axis are channels; float32.
 
@@ -162,7 +168,7 @@ def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
     if array is None:
         array = _read_with_itk(path)
     array_CZYX = _channels_first(array, header, geometry, path)
-    if ending_of(path) in PHOTOGRAPHS and len(array_CZYX) in (2, 4) and np.ptp(array_CZYX[-1]) == 0:
+    if len(array_CZYX) in (2, 4) and np.ptp(array_CZYX[-1]) == 0 and _has_alpha(path):
         array_CZYX = array_CZYX[:-1]
     if _is_grey_palette(path) and np.array_equal(array_CZYX[:1].repeat(len(array_CZYX) - 1, 0), array_CZYX[1:]):
         array_CZYX = array_CZYX[:1]
@@ -185,6 +191,23 @@ def _read_tiled(path: Path) -> np.ndarray | None:
         raise UserError(f"{path}: this image cannot be read ({reason}).", fix=DAMAGED) from error
     array = np.moveaxis(array, 0, -1) if planes_first else array
     return array[..., None] if array.ndim == 2 else array
+
+
+def _has_alpha(path: Path) -> bool:
+    """Whether the last of two or four channels is said to be alpha: a blank marker of a microscope is not."""
+    ending = ending_of(path)
+    if ending not in (".tif", ".tiff"):
+        return ending in PHOTOGRAPHS
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        return is_alpha(file.pages[0])
+
+
+def is_alpha(page: Any) -> bool:
+    """Whether the last sample of a TIFF page is alpha by its tag ExtraSamples; a fourth one beside RGB counts too."""
+    rgb_and_one = page.photometric == 2 and page.samplesperpixel == 4
+    return rgb_and_one or tuple(page.extrasamples or ())[-1:] in ((1,), (2,))
 
 
 def _is_grey_palette(path: Path) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from autoseg.errors import UserError
 from autoseg.image import normalize as scales
-from autoseg.image.formats import UNDECODABLE, ending_of, read_geometry
+from autoseg.image.formats import UNDECODABLE, ending_of, is_alpha, read_geometry
 from autoseg.records import Intensities
 from autoseg.store import replacing
 
@@ -71,10 +71,11 @@ class Slide:
 
 
 def is_slide(paths: Sequence[str]) -> bool:
-    """Whether an image is one TIFF file that is too large to be read whole."""
+    """Whether an image is one TIFF file of one slice that is too large to be read whole; a stack never is."""
     if len(paths) != 1 or ending_of(paths[0]) not in (".tif", ".tiff"):
         return False
-    return int(np.prod(read_geometry(paths[0]).size_voxels)) > SLIDE_PIXELS
+    slices, height, width = read_geometry(paths[0]).size_voxels
+    return slices == 1 and height * width > SLIDE_PIXELS
 
 
 @contextmanager
@@ -146,7 +147,7 @@ def bands(slide: Slide, channels: int, box: Box2 | None = None) -> Iterator[np.n
 
 def channels_of(slide: Slide) -> int:
     """Channels without a constant alpha channel, which readers of whole images drop too."""
-    if slide.shape[0] not in (2, 4):
+    if slide.shape[0] not in (2, 4) or not is_alpha(slide.page):
         return slide.shape[0]
     ends = [(int(band[-1].min()), int(band[-1].max())) for band in bands(slide, slide.shape[0])]
     constant = min(low for low, _ in ends) == max(high for _, high in ends)
