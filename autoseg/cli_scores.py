@@ -45,6 +45,7 @@ def ensemble(
         bool, typer.Option("--save-probabilities", help="Also write the averaged probabilities.")
     ] = False,
     no_mirror: Annotated[bool, typer.Option("--no-mirror", help="With --runs: no mirroring.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="With --runs: leave out what is done.")] = False,
     device: Device = None,
 ) -> None:
     """Combine predictions, or the networks of several runs."""
@@ -57,8 +58,8 @@ def ensemble(
         if images is not None:
             step.ensemble_runs(
                 predictions, images, output, configurations=names(configuration), folds=names(folds), weights=shares,
-                method=method or "mean", save_probabilities=save_probabilities, mirroring=not no_mirror, device=device,
-                report=report,
+                method=method or "mean", save_probabilities=save_probabilities, mirroring=not no_mirror, resume=resume,
+                device=device, report=report,
             )  # fmt: skip
             return
         step.ensemble(

@@ -41,8 +41,7 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
     the old or the new file, but a power failure may leave an empty one.
     Raises UserError when the disk is full or the folder can't be written.
     """
-    writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:6]}"
-    temporary = path.with_name(f"{path.name}{TEMPORARY}-{writer}{suffix}")
+    temporary = temporary_beside(path, suffix)
     make_folder(path.parent)
     try:
         yield temporary
@@ -56,6 +55,12 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path, suffix: str = "") -> Path:
+    """A name beside `path` for what is not complete, which says who writes it."""
+    writer = f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:6]}"
+    return path.with_name(f"{path.name}{TEMPORARY}-{writer}{suffix}")
 
 
 def make_folder(folder: Path) -> None:
@@ -86,11 +91,12 @@ def remove_unfinished(folder: Path) -> None:
     A process on another machine can't be asked, so its files count as left behind once they are a day old.
     """
     for found in folder.glob(f"*{TEMPORARY}-*"):
-        if not _is_being_written(found):
+        if not is_being_written(found):
             found.unlink(missing_ok=True)
 
 
-def _is_being_written(temporary: Path) -> bool:
+def is_being_written(temporary: Path) -> bool:
+    """Whether the process that a name of `temporary_beside` speaks of lives, or on another machine may."""
     writer = temporary.name.partition(f"{TEMPORARY}-")[2].split("~")
     if len(writer) != 3 or not writer[1].isdecimal():
         return False

@@ -67,6 +67,20 @@ def test_a_real_difference_is_found_where_it_is_and_only_there(tmp_path):
     assert not comparison_file(a).exists()
 
 
+def test_no_method_is_better_where_most_cases_and_the_mean_disagree(tmp_path):
+    """a is a little better 19 times and fails once: Wilcoxon's test sees the 19, the mean the one."""
+    b = drawn(2, cases=20)
+    a = b + np.linspace(0.001, 0.003, 40).reshape(20, 2)
+    a[7] -= 0.5
+    found = compare(save(tmp_path / "a", a), save(tmp_path / "b", b), metrics=["dice"])
+    organ = row_of(found, "dice", "organ")
+    assert organ.difference < 0 < organ.rank_correlation
+    assert organ.p_wilcoxon_holm < 0.05
+    assert (organ.better, organ.torn) == (None, True)
+    assert "most cases say the one and the mean the other in dice of foreground (a against b)" in found.conclusion
+    assert "may be chance" not in found.conclusion
+
+
 def test_p_values_are_those_of_the_tests_with_holm_over_classes(tmp_path):
     one, other = drawn(1, (0.01, 0.005)), drawn(2)
     found = compare(save(tmp_path / "a", one), save(tmp_path / "b", other), metrics=["dice"])
@@ -150,7 +164,7 @@ def test_equal_methods_are_found_different_no_more_often_than_they_should(tmp_pa
     """2,000 comparisons of three equal methods in three classes, as `compare` corrects them: one family of nine."""
     chance, found_any = np.random.default_rng(3), 0
     row = Difference(first="a", second="b", metric="dice", label="x", cases=20, mean_first=0, mean_second=0,
-                     difference=0.0)  # fmt: skip
+                     difference=1.0, rank_correlation=1.0)  # fmt: skip
     for _ in range(2000):
         scores_MKN = chance.normal(size=(3, 3, 20))
         p = [statistics.wilcoxon(scores_MKN[m, k] - scores_MKN[n, k]) for m, n in PAIRS for k in range(3)]

@@ -16,9 +16,10 @@ from test_predict import write_network
 
 from autoseg.errors import UserError
 from autoseg.events import Event, Said, Warned
+from autoseg.layout import prediction_record
 from autoseg.records import AugmentSpec, TrainSpec
 from autoseg.steps import predict as step
-from autoseg.steps.predict import predict
+from autoseg.steps.predict import Predictor, predict
 
 CASES = 10
 CUT = "case_04"
@@ -134,16 +135,35 @@ def test_resume_leaves_out_what_is_done_and_unchanged(place: Path, tmp_path: Pat
     os.utime(images / "case_00.nii.gz")  # another time, the same content
     shutil.copy(images / "case_01.nii.gz", images / "case_02.nii.gz")
     (out / "case_04.nii.gz").unlink()
+    shutil.copy(out / "case_08.nii.gz", out / "case_06.nii.gz")  # what another command left there
     said: list[Event] = []
     written = predict(place / "run", images, out, device="cpu", resume=True, report=said.append)
     assert [path.name for path in written] == sorted(f"{each}.nii.gz" for each in ALL)
-    assert any(isinstance(each, Said) and each.text == "3 of 10 cases are done already." for each in said)
+    assert any(isinstance(each, Said) and each.text == "2 of 10 cases are done already." for each in said)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
     kept = {name for name, when in before.items() if after[name] == when}
-    assert kept == {"case_00.nii.gz", "case_06.nii.gz", "case_08.nii.gz"}
+    assert kept == {"case_00.nii.gz", "case_08.nii.gz"}
     said.clear()
     predict(place / "run", images, out, device="cpu", resume=True, speed="fast", part="1/5", report=said.append)
     assert not any(isinstance(each, Said) and "done already" in each.text for each in said)
+
+
+def test_a_case_that_is_being_written_anew_is_not_done(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a label map and its record, the old record would vouch for the new map."""
+    [image] = [place / "whole" / "case_00.nii.gz"]
+    predict(place / "run", image, tmp_path, device="cpu", workers=0)
+    record = prediction_record(tmp_path, "case_00")
+    assert record.is_file()
+
+    def killed(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(Predictor, "compute", killed)
+    with pytest.raises(UserError, match="memory ran out"):
+        predict(place / "run", image, tmp_path, device="cpu", workers=0, speed="fast")
+    assert not record.exists()
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "2", "a/b", "1/0"])

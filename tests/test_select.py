@@ -163,14 +163,23 @@ def test_the_best_pair_is_found_and_predict_uses_it(place, tmp_path):
     predict(run, images, tmp_path / "pair", device="cpu")
     ensemble_runs([run], images, tmp_path / "both", configurations=("2d", "3d"), device="cpu")
     assert same(tmp_path / "pair", tmp_path / "both")
+    first, *others = sorted((tmp_path / "pair").glob("*.nii.gz"))
+    before = {path: path.stat().st_mtime_ns for path in (first, *others)}
+    others[0].unlink()
+    heard: list = []
+    predict(run, images, tmp_path / "pair", device="cpu", resume=True, report=heard.append)
+    assert f"{len(others)} of {len(before)} cases are done already." in {getattr(each, "text", "") for each in heard}
+    assert [path for path, when in before.items() if path.stat().st_mtime_ns != when] == [others[0]]
+    assert same(tmp_path / "pair", tmp_path / "both")
     rule = Rule(label="large", action="drop_volume", minimum_mm3=1e9, dice_before=0.0, dice_after=1.0)
     store.save(layout.postprocessing, Postprocessing(learned_on="2d+3d", cases=4, rules=(rule,)))
     predict(run, images, tmp_path / "clean", device="cpu")
     assert all((each == 255).any() and not (each == 100).any() for each in maps_in(tmp_path / "clean").values())
     layout.postprocessing.unlink()
-    heard: list = []
-    predict(run, images, tmp_path / "part", part="1/2", device="cpu", report=heard.append)
-    assert any("A pair cannot do all that is asked for, so 2d alone is used." in str(event) for event in heard)
+    for more in ({"part": "1/2"}, {"workers": 0}, {"save_probabilities": True, "probability_kind": "uint8"}):
+        heard = []
+        predict(run, images, tmp_path / "part", device="cpu", report=heard.append, **more)
+        assert any("A pair cannot do all that is asked for, so 2d alone is used." in str(event) for event in heard)
     store.save(layout.selection, chosen.model_copy(update={"members": ("2d",), "single": "2d"}))
     predict(run, images, tmp_path / "one", device="cpu")
     predict(run, images, tmp_path / "flat", configuration="2d", device="cpu")

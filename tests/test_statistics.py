@@ -9,6 +9,7 @@ from autoseg.scoring.statistics import (
     effect_size,
     holm,
     paired_t,
+    rank_correlation,
     ranking_stability,
     wilcoxon,
 )
@@ -24,6 +25,15 @@ def test_the_t_test_equals_scipy(alternative):
         differences = drawn(seed, 6 + seed)
         expected = stats.ttest_1samp(differences, 0.0, alternative=alternative).pvalue
         assert paired_t(differences, alternative) == pytest.approx(expected, abs=1e-10)
+
+
+def test_the_rank_correlation_is_the_share_of_ranks_for_less_that_against():
+    """Ranks of 1, -2, 3, 4 are 1 to 4: (1 + 3 + 4 - 2) / 10."""
+    assert rank_correlation(np.array([1.0, -2.0, 3.0, 4.0])) == pytest.approx(0.6)
+    assert rank_correlation(np.array([1.0, 0.0, 2.0])) == 1.0
+    assert rank_correlation(np.zeros(6)) == 0.0
+    few = np.append(np.linspace(0.1, 0.2, 19), -9.0)
+    assert rank_correlation(few) > 0 > few.mean()
 
 
 @pytest.mark.parametrize("alternative", ["two-sided", "greater"])

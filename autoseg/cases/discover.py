@@ -128,7 +128,8 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
 def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
     """The images to predict: one file per case, or `case_0000`, `case_0001`, ... with one channel each.
 
-    Numbered files count cases where the first one holds all channels, such as colour photographs. `folder` may also be a single image. Raises UserError when there is none, or when a channel is missing.
+    Numbers count cases where the first file holds all channels, as photographs do. `folder` may also be a single
+    image. Raises UserError when there is none, or when a channel is missing.
     """
     folder = Path(folder).absolute()
     if folder.is_file():

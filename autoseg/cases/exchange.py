@@ -19,9 +19,9 @@ from autoseg.image.formats import read_image, write_labels
 from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
 from autoseg.image.volume import Geometry, Volume
-from autoseg.layout import entropy_file, mutual_file, prediction_file, prediction_record
+from autoseg.layout import entropy_file, mutual_file, prediction_file, prediction_record, probabilities_file
 from autoseg.records import Case, Configuration, Plan, Rule
-from autoseg.store import save
+from autoseg.store import load, save
 
 PERMILLE = 1000
 """Uncertainty images hold whole numbers, 1000 for the largest possible entropy."""
@@ -83,20 +83,61 @@ def read_case(plan: Plan, configurations: Sequence[Configuration], case: Case, _
 
 def write_case(ending: Ending, case: Case, found: Found) -> Path:
     """Finish the labels of a case and write them, on the grid of its file; the record comes last."""
-    prepared, axes = found.prepared, ending.configuration.axes
-    written = prediction_file(ending.output, case.id, ending.plan.file_ending)
-    if prepared is not None:
+    prepared, axes, planned = found.prepared, ending.configuration.axes, ending.plan.file_ending
+    if prepared is None:
+        written = slide_file(ending.output, case.id, planned)
+    else:
+        written = prediction_file(ending.output, case.id, planned)
         write_labels(written, finished(found.indices_ZYX, prepared, ending), prepared.geometry)
     for values_ZYX, name in ((found.entropy_ZYX, entropy_file), (found.mutual_ZYX, mutual_file)):
         if values_ZYX is not None and prepared is not None:
-            path = name(ending.output, case.id, ending.plan.file_ending)
+            path = name(ending.output, case.id, ".png" if planned == ".bmp" else planned)  # BMP ends at 255
             write_labels(path, on_file_grid(values_ZYX, prepared, axes), prepared.geometry)
     if ending.model:
-        record = Predicted(
-            case=case.id, inputs=found.inputs, model=ending.model, written=written.name, uncertainty=found.uncertainty
-        )
-        save(prediction_record(ending.output, case.id), record, durable=False)
+        keep_record(ending.output, case, ending.model, found.inputs, written, found.uncertainty)
     return written
+
+
+def slide_file(folder: Path, case: str, planned: str) -> Path:
+    """Label map of a slide, which is a TIFF file whatever ending is planned."""
+    return prediction_file(folder, case, planned if planned in (".tif", ".tiff") else ".tif")
+
+
+# ------------------------------------------------------------------------------------------------ what is done
+
+
+def keep_record(
+    output: Path, case: Case, model: str, inputs: tuple[InputFile, ...], written: Path,
+    uncertainty: float | None = None,
+) -> None:  # fmt: skip
+    """Write down what the label map `written` was made from; `forget` it before another one takes its place."""
+    record = Predicted(
+        case=case.id, inputs=inputs, model=model, written=written.name, result=input_file(written),
+        uncertainty=uncertainty,
+    )  # fmt: skip
+    save(prediction_record(output, case.id), record, durable=False)
+
+
+def forget(output: Path, case: Case) -> None:
+    """Remove the record of a case that is about to be written anew."""
+    prediction_record(output, case.id).unlink(missing_ok=True)
+
+
+def done_before(case: Case, output: Path, model: str, probabilities: bool) -> Path | None:
+    """The label map of a case that lies there as it would be made now, from the same files; None otherwise."""
+    path = prediction_record(output, case.id)
+    if not path.is_file() or (probabilities and not probabilities_file(output, case.id).is_file()):
+        return None
+    try:
+        record = load(path, Predicted)
+    except UserError:
+        return None
+    written = output / record.written
+    known = len(record.inputs) == len(case.images) and record.model == model and written.is_file()
+    if not known or not (record.result is None or is_unchanged(written, record.result)):
+        return None
+    same = all(is_unchanged(Path(name), known) for name, known in zip(case.images, record.inputs, strict=True))
+    return written if same else None
 
 
 def finished(indices_ZYX: np.ndarray, prepared: Prepared, ending: Ending) -> np.ndarray:

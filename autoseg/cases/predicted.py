@@ -13,10 +13,14 @@ class InputFile(Record):
 
 
 class Predicted(Saved):
-    """What the prediction of one case was made from: its files, and a hash of networks, plan and options."""
+    """What the prediction of one case was made from: its files, and a hash of networks, plan and options.
+
+    `result` is the label map `written` as it was left; None in records of earlier versions.
+    """
 
     case: str
     inputs: tuple[InputFile, ...]
     model: str
     written: str
+    result: InputFile | None = None
     uncertainty: float | None = None

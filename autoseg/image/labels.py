@@ -19,7 +19,7 @@ TOLERANCE_SHARE = 0.05
 
 
 def label_maps(folder: Path) -> dict[str, Path]:
-    """The label maps in a folder by case id (file name without ending), in order.
+    """The label maps in a folder by case id (file name without ending), in order; hidden files are left out.
 
     Raises:
         UserError: the folder does not exist or holds none, or two files share one id.
@@ -28,7 +28,8 @@ def label_maps(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder}: no such folder.")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.lower().endswith(READABLE) and store.TEMPORARY not in path.name and path.is_file():
+        hidden = path.name.startswith(".") or store.TEMPORARY in path.name
+        if path.name.lower().endswith(READABLE) and not hidden and path.is_file():
             case = stem_of(path)
             if case in found:
                 raise UserError(f"{folder}: {found[case].name} and {path.name} are both {case}.", fix="Remove one.")

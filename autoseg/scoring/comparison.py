@@ -7,8 +7,9 @@ class Difference(Record):
     """One metric of one label (or "foreground": the mean over classes) compared between two methods, case by case.
 
     `difference` is the mean of first - second over the `cases` where both are defined, with its bootstrap interval at
-    the comparison's level; `better` names the better method where `p_wilcoxon_holm` is below 1 - level, else None. The
-    P values are None where there are too few cases to test.
+    the comparison's level; `better` names the better method where `p_wilcoxon_holm` is below 1 - level, else None.
+    Where it is, but cases (the sign of `rank_correlation`) and the mean disagree on which is better, there is none and
+    `torn` is true. The P values are None where there are too few cases to test.
     """
 
     first: str
@@ -22,11 +23,13 @@ class Difference(Record):
     low: float | None = None
     high: float | None = None
     effect_size: float | None = None
+    rank_correlation: float | None = None
     p_t: float | None = None
     p_t_holm: float | None = None
     p_wilcoxon: float | None = None
     p_wilcoxon_holm: float | None = None
     better: str | None = None
+    torn: bool = False
 
 
 class Comparison(Saved):

@@ -85,8 +85,11 @@ def compare(
 def conclude(rows: Sequence[Difference], methods: Sequence[str], cases: int) -> str:
     """One sentence: which differences are real, and that the others may be chance."""
     real = [row for row in rows if row.better is not None]
+    torn = [f"{row.metric} of {row.label} ({row.first} against {row.second})" for row in rows if row.torn]
     untested = sum(row.p_wilcoxon is None for row in rows)
     too_few = f"; {untested} could not be tested for lack of cases" if untested else ""
+    if torn:
+        too_few = f"; most cases say the one and the mean the other in {_listed(torn[:MOST_NAMED])}{too_few}"
     if not real:
         return f"No difference between {' and '.join(methods)} on {cases} cases is more than chance{too_few}."
     found: dict[tuple[str, str], list[str]] = {}
@@ -96,7 +99,7 @@ def conclude(rows: Sequence[Difference], methods: Sequence[str], cases: int) -> 
         found.setdefault((str(row.better), worse), []).append(f"{row.metric} of {row.label} by {size}")
     parts = [f"{better} beats {worse} in {_listed(what)}" for (better, worse), what in found.items()]
     more = f"; and {len(real) - MOST_NAMED} more are real" if len(real) > MOST_NAMED else ""
-    chance = len(rows) - len(real) - untested
+    chance = len(rows) - len(real) - len(torn) - untested
     rest = f"; the other {chance} differences may be chance" if chance else ""
     return f"On {cases} cases {'; '.join(parts)}{more}{rest}{too_few}."
 
@@ -169,6 +172,7 @@ def _difference(
         "low": low,
         "high": high,
         "effect_size": statistics.effect_size(differences),
+        "rank_correlation": statistics.rank_correlation(differences),
         "p_t": statistics.paired_t(differences),
         "p_wilcoxon": statistics.wilcoxon(differences),
     }
@@ -186,9 +190,11 @@ def _corrected(rows: Sequence[Difference], level: float) -> list[Difference]:
             result.append(row)
             continue
         p_t, p_wilcoxon = float(next(t)), float(next(signed))
-        first_is_better = (row.difference or 0.0) * BETTER[row.metric] > 0
-        better = (row.first if first_is_better else row.second) if p_wilcoxon < 1 - level else None
-        result.append(row.model_copy(update={"p_t_holm": p_t, "p_wilcoxon_holm": p_wilcoxon, "better": better}))
+        mean, cases, real = row.difference or 0.0, row.rank_correlation or 0.0, p_wilcoxon < 1 - level
+        agree = mean * cases > 0
+        better = (row.first if cases * BETTER[row.metric] > 0 else row.second) if real and agree else None
+        found = {"p_t_holm": p_t, "p_wilcoxon_holm": p_wilcoxon, "better": better, "torn": real and not agree}
+        result.append(row.model_copy(update=found))
     return result
 
 

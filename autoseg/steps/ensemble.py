@@ -4,6 +4,7 @@ Where all folders hold probabilities their mean is taken (unweighted unless aske
 Networks may work on different grids (2D and 3D of one run, two runs): they meet on the grid of the image.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ def ensemble_runs(
     save_probabilities: bool = False,
     rules: Postprocessing | None = None,
     mirroring: bool = True,
+    resume: bool = False,
     device: str | None = None,
     report: Report = silent,
 ) -> tuple[Path, ...]:
@@ -104,13 +106,15 @@ def ensemble_runs(
         weights: one per member, in the order runs x configurations.
         method, save_probabilities: as for `ensemble`.
         rules: post-processing of the result.
+        resume: leave out cases whose files and networks are those of the label map that is there; agreement is then
+            that of the others.
 
     Raises:
         UserError: fewer than two members, one that is not trained, or other channels or labels; nothing is written.
     """
     from autoseg.cases.discover import discover_images
-    from autoseg.cases.exchange import refuse_folder_of_images
-    from autoseg.steps.predict import Predictor, segment_cases
+    from autoseg.cases.exchange import forget, input_file, keep_record, refuse_folder_of_images
+    from autoseg.steps.predict import Predictor, done_cases, segment_cases
 
     refuse_folder_of_images(images, output)
     members = members_of_runs(runs, configurations)
@@ -127,12 +131,16 @@ def ensemble_runs(
     plan = same_plans([each.plan for each in predictors], names)
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
-    cases, found, written = discover_images(images, len(plan.channels)), [], list[Path]()
+    cases, found = discover_images(images, len(plan.channels)), []
+    options = {"method": method, "shares": shares, "rules": rules.model_dump(mode="json")["rules"] if rules else []}
+    model = ",".join((*(each.content for each in predictors), json.dumps(options)))
+    written = done_cases(cases, output, model, save_probabilities, report) if resume else {}
+    todo = [case for case in cases if case.id not in written]
     what = "Ensembling"
-    report(Started(what, len(cases)))
+    report(Started(what, len(todo)))
     with staged(output) as staging:
-        for done, case in enumerate(cases, 1):
-            files = []
+        for done, case in enumerate(todo, 1):
+            inputs, files = tuple(input_file(Path(path)) for path in case.images), []
             for number, each in enumerate(predictors):
                 [path] = segment_cases(
                     each, [case], staging / str(number), method == "mean", silent, about_tiles=report
@@ -144,11 +152,14 @@ def ensemble_runs(
                 apply_to_file(Pair(case.id, target, target), rules.rules, plan.labels)
             for number in range(len(predictors)):
                 shutil.rmtree(staging / str(number))
-            written += publish(staging / "out", output)
-            report(Advanced(what, done, len(cases), case.id))
+            forget(output, case)
+            [written[case.id]] = publish(staging / "out", output)
+            keep_record(output, case, model, inputs, written[case.id])
+            report(Advanced(what, done, len(todo), case.id))
     report(Finished(what))
-    say_agreement(names, found, output, report)
-    return tuple(written)
+    if found:
+        say_agreement(names, found, output, report)
+    return tuple(written[case.id] for case in cases)
 
 
 def say_agreement(members: Sequence[str], found: Sequence[Overlaps], output: Path, report: Report) -> Agreement:

@@ -14,19 +14,20 @@ from autoseg.cases.exchange import (
     Ending,
     Found,
     Ready,
-    is_unchanged,
+    done_before,
+    forget,
     read_case,
     refuse_folder_of_images,
+    slide_file,
     write_case,
 )
-from autoseg.cases.predicted import Predicted
 from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.formats import read_geometry
 from autoseg.image.probabilities import KINDS, Put, writing_probabilities
 from autoseg.lanes import Failure, Stage, side_by_side
-from autoseg.layout import prediction_file, prediction_record, probabilities_file
+from autoseg.layout import probabilities_file
 from autoseg.network.device import set_up
 from autoseg.network.export import Slab
 from autoseg.network.sliding import Progress
@@ -41,7 +42,7 @@ from autoseg.steps.predictor import Predictor as Predictor
 from autoseg.steps.predictor import on_grid as on_grid
 from autoseg.steps.slides import segment_slide
 from autoseg.steps.tiles import telling
-from autoseg.store import load, make_folder, remove_unfinished
+from autoseg.store import make_folder, remove_unfinished
 
 WHAT = "predict"
 MOST_READERS = 4
@@ -122,13 +123,15 @@ def predict(
         UserError: no images, no trained network, an unreadable file, or a killed worker; files written before stay.
     """
     refuse_folder_of_images(images, output)
-    more = bool(classes or save_uncertainty or resume or part or speed != "accurate" or on_error != "stop")
+    several = bool(device and "," in device)
+    more = bool(classes or save_uncertainty or part or speed != "accurate" or on_error != "stop" or several)
+    more = more or workers is not None or (save_probabilities and probability_kind != "float16")
     if configuration is None and _takes_pair(run, more, report):
         from autoseg.steps import select  # which imports this file
 
         return select.predict_pair(
             run, images, output, folds=folds, seeds=seeds, save_probabilities=save_probabilities, rules=postprocess,
-            mirroring=mirroring, device=device, report=report,
+            mirroring=mirroring, resume=resume, device=device, report=report,
         )  # fmt: skip
     kind = probability_kind if save_probabilities else ""
     wishes = Wishes(kind, tuple(classes or ()), save_uncertainty, _is_skip(on_error), workers)
@@ -145,19 +148,21 @@ def predict(
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     make_folder(output)
     remove_unfinished(output)
-    done = _done(cases, output, predictors[0], wishes, report) if resume else set()
-    todo = [case for case in cases if case.id not in done]
+    paths = done_cases(cases, output, _content(predictors[0], wishes), bool(kind), report) if resume else {}
+    todo = [case for case in cases if case.id not in paths]
     written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
-    paths = {name: prediction_file(output, name, plan.file_ending) for name in done}
     paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
     if save_uncertainty:
         flag(output, report)
     return tuple(paths[case.id] for case in cases)
 
 
-def _done(cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report) -> set[str]:
-    """The ids of cases whose prediction is there and as it would be made now."""
-    done = {case.id for case in cases if _is_done(case, output, predictor, wishes)}
+def done_cases(
+    cases: Sequence[Case], output: Path, model: str, probabilities: bool, report: Report
+) -> dict[str, Path]:
+    """The label maps that are there and as `model` would make them now, by case id."""
+    found = {case.id: done_before(case, output, model, probabilities) for case in cases}
+    done = {name: path for name, path in found.items() if path is not None}
     if done:
         report(Said(f"{len(done)} of {len(cases)} cases are done already."))
     return done
@@ -264,6 +269,8 @@ def _compute(
 ) -> Found:  # fmt: skip
     """The network's part, in a thread of this process; it ends at the next tile once the run is given up."""
     set_up(predictor.device)  # some of it belongs to the thread
+    if wishes.records:
+        forget(output, case)
     with telling(report, f"tiles of {case.id}", abandoned.is_set) as progress:
         return _computed(predictor, output, wishes, progress, case, ready)
 
@@ -273,7 +280,7 @@ def _computed(
 ) -> Found:
     """What the networks find in one case; a slide's label map, and probabilities, are written on the way."""
     if not ready.stages:
-        target = prediction_file(output, case.id, predictor.plan.file_ending)
+        target = slide_file(output, case.id, predictor.plan.file_ending)
         segment_slide(predictor, Path(case.images[0]), target, progress)
         return Found(np.zeros((0, 0, 0), np.int16), None, ready.inputs)
     if not wishes.probabilities:
@@ -353,23 +360,6 @@ def _content(predictor: Predictor, wishes: Wishes) -> str:
     """What results depend on beside the image, as one word."""
     more = [wishes.probabilities, *wishes.classes, "uncertainty" if wishes.uncertainty else ""]
     return ",".join([predictor.content, *(each for each in more if each)])
-
-
-def _is_done(case: Case, output: Path, predictor: Predictor, wishes: Wishes) -> bool:
-    path = prediction_record(output, case.id)
-    if not path.is_file():
-        return False
-    try:
-        record = load(path, Predicted)
-    except UserError:
-        return False
-    return (
-        record.model == _content(predictor, wishes)
-        and (output / record.written).is_file()
-        and (not wishes.probabilities or probabilities_file(output, case.id).is_file())
-        and len(record.inputs) == len(case.images)
-        and all(is_unchanged(Path(name), known) for name, known in zip(case.images, record.inputs, strict=True))
-    )
 
 
 # ------------------------------------------------------------------------------------------------ what is told

@@ -89,6 +89,7 @@ def predict_pair(
     save_probabilities: bool = False,
     rules: bool = True,
     mirroring: bool = True,
+    resume: bool = False,
     device: str | None = None,
     report: Report = silent,
 ) -> tuple[Path, ...]:
@@ -97,7 +98,7 @@ def predict_pair(
     learned = store.load(path, Postprocessing) if rules and path.is_file() else None
     return ensemble_runs(
         [run], images, output, configurations=chosen.members, folds=folds, seeds=seeds, rules=learned,
-        save_probabilities=save_probabilities, mirroring=mirroring, device=device, report=report,
+        save_probabilities=save_probabilities, mirroring=mirroring, resume=resume, device=device, report=report,
     )  # fmt: skip
 
 

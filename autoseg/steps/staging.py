@@ -1,5 +1,6 @@
 """A folder of results that appear only when they are done: they are written beside it first."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,11 +13,15 @@ from autoseg.image.formats import ending_of
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` for what is not finished; it goes at the end, with those of killed processes."""
+    """A folder beside `output` for what is not finished; it goes at the end, with those of killed processes.
+
+    Another process may work on the same output, on other cases; its folder stays.
+    """
     output = output.resolve()  # the name of "." is empty
-    for stale in output.parent.glob(f"{output.name}{store.TEMPORARY}-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    staging = output.with_name(f"{output.name}{store.TEMPORARY}-{os.getpid()}")
+    for found in output.parent.glob(f"{glob.escape(output.name)}{store.TEMPORARY}-*"):
+        if not store.is_being_written(found):
+            shutil.rmtree(found, ignore_errors=True)
+    staging = store.temporary_beside(output)
     try:
         yield staging
     finally:
