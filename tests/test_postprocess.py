@@ -9,7 +9,7 @@ from autoseg.image.formats import read_labels, write_labels
 from autoseg.image.rules import CaseParts, apply_rules, case_parts
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import Layout, ModelLayout, prediction_file
-from autoseg.records import Case, Dataset, Label, Postprocessing, Rule
+from autoseg.records import Case, Dataset, Label, Postprocessing, Region, Rule
 from autoseg.steps.postprocess import (
     ALL_ACTIONS,
     VOLUMES_MM3,
@@ -148,6 +148,31 @@ def test_chance_is_not_learned_however_many_classes_and_candidates_there_are():
             ))  # fmt: skip
         kept += bool(search(parts, labels, candidates, 0.05).rules)
     assert kept <= 6
+
+
+def with_dataset(run: Path, **change: object) -> Path:
+    dataset = store.load(Layout(run).dataset, Dataset)
+    store.save(Layout(run).dataset, dataset.model_copy(update=change))
+    return run
+
+
+def test_what_nobody_drew_is_no_false_component(tmp_path):
+    """Lesions are found in six cases where only the organ was drawn: removing them gains nothing."""
+    real = organ_map(lesions=1)
+    run = make_run(tmp_path, [(real, np.where(real == 2, 0, real))] * 6)
+    assert {each.label for each in postprocess_learn(run, workers=1).rules} == {"lesion"}
+    cases = store.load(Layout(run).dataset, Dataset).cases
+    with_dataset(run, cases=tuple(case.model_copy(update={"annotated": ("organ",)}) for case in cases))
+    assert postprocess_learn(run, workers=1).rules == ()
+
+
+def test_for_regions_nothing_is_learned_and_that_is_said(tmp_path):
+    run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(6)])
+    regions = (Region(name="whole", labels=(10, 20), paint=10), Region(name="lesion", labels=(20,), paint=20))
+    with_dataset(run, regions=regions)
+    heard: list = []
+    assert postprocess_learn(run, workers=1, report=heard.append).rules == ()
+    assert any("several regions" in getattr(event, "text", "") for event in heard)
 
 
 def test_a_joint_rule_that_makes_any_class_worse_is_not_kept(tmp_path):

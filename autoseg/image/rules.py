@@ -19,6 +19,7 @@ class CaseParts:
 
     All sizes are in voxels. `parent` is the index of the joined-foreground component that holds the component.
     `counted` and `true` leave out voxels nobody annotated; `true` are those where the reference has the same label.
+    `drawn` says of each foreground class whether somebody drew it in this reference; None is all.
     """
 
     id: str
@@ -30,6 +31,7 @@ class CaseParts:
     parent: np.ndarray
     joint_sizes: np.ndarray
     reference: np.ndarray
+    drawn: np.ndarray | None = None
 
 
 def case_parts(

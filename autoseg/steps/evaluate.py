@@ -74,6 +74,10 @@ class Scoring:
         index = {label.value: k for k, label in enumerate(self.labels)}
         return tuple(tuple(index[value] for value in region.labels) for region in self.regions) or None
 
+    def drawn(self, annotated: Sequence[str] | None) -> list[int] | None:
+        """Which of `classes` somebody drew, by the names that a case has; None is all."""
+        return None if annotated is None else [k for k, each in enumerate(self.classes) if each.name in annotated]
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -354,8 +358,6 @@ def _score_file(job: _Job) -> CaseScore:
     content = content_of(pair, scoring)
     predicted_ZYX, _ = read_labels(pair.prediction)
     referred_ZYX, geometry = read_labels(pair.reference)
-    drawn = None if pair.annotated is None else set(pair.annotated)
-    names = [each.name for each in scoring.classes]
     scored = score_case(
         pair.id,
         to_indices(predicted_ZYX, scoring.labels, None, str(pair.prediction)),
@@ -364,7 +366,7 @@ def _score_file(job: _Job) -> CaseScore:
         len(scoring.labels),
         scoring.surface,
         scoring.tolerances_mm,
-        None if drawn is None else [k for k, name in enumerate(names) if name in drawn],
+        scoring.drawn(pair.annotated),
         scoring.members,
     )
     return scored.model_copy(update={"content": content})

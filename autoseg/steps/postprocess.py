@@ -8,7 +8,7 @@ rule that removes the last false voxel of a healthy case must gain something, an
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -54,6 +54,9 @@ class Judged:
     harms: bool = False
 
 
+NOTHING = Judged((), np.zeros((0, 0)), np.zeros((0, 0)))
+
+
 # ------------------------------------------------------------------------------------------------ learning
 
 
@@ -74,6 +77,7 @@ def postprocess_learn(
     For the joined foreground first (kept only if the mean over classes rises and no class falls), then for each class
     on what is left, the candidate with the highest mean Dice is kept if that is above doing nothing by more than
     chance. A candidate that removes, in any case, a true component larger than `fraction` of the largest is out.
+    Classes that nobody drew in a case neither gain nor lose there. For regions nothing is learned.
 
     Args:
         run: run folder; `models/<configuration>/fold_*/validation/` must hold label maps.
@@ -94,7 +98,10 @@ def postprocess_learn(
     check_grids(pairs)
     if significance is not None and len(pairs) < statistics.FEWEST:
         report(Said(f"{len(pairs)} cases are too few to tell a gain from chance: no post-processing is learned."))
-        judged = Judged((), np.zeros((0, 0)), np.zeros((0, 0)))
+        judged = NOTHING
+    elif dataset.regions:
+        report(Said("A rule about one label would change several regions: no post-processing is learned."))
+        judged = NOTHING
     else:
         read = partial(_read_parts, labels=dataset.labels, ignore_value=dataset.ignore_value, connectivity=connectivity)
         parts = _over(pairs, read, "Components", workers, report)
@@ -250,7 +257,8 @@ def _counts(part: CaseParts, classes: int, kept: np.ndarray) -> np.ndarray:
     """Voxels (both, prediction, reference) per foreground class of one case with these components, (3, classes)."""
     both = np.bincount(part.label_of[kept], part.true[kept], minlength=classes)[1:]
     predicted = np.bincount(part.label_of[kept], part.counted[kept], minlength=classes)[1:]
-    return np.stack([both, predicted, part.reference])
+    counts_3K = np.stack([both, predicted, part.reference])
+    return counts_3K if part.drawn is None else counts_3K * part.drawn  # absent from both: 1 whatever is removed
 
 
 def _harms(part: CaseParts, kept: np.ndarray, rule: Rule) -> bool:
@@ -334,7 +342,15 @@ def _read_parts(
 ) -> CaseParts:
     predicted_ZYX, referred_ZYX, spacing_mm = _read_pair(pair, labels, ignore_value)
     voxel_mm3 = float(np.prod(spacing_mm))
-    return case_parts(pair.id, predicted_ZYX, referred_ZYX, len(labels), voxel_mm3, connectivity)
+    parts = case_parts(pair.id, predicted_ZYX, referred_ZYX, len(labels), voxel_mm3, connectivity)
+    return replace(parts, drawn=_drawn(pair, labels))
+
+
+def _drawn(pair: Pair, labels: tuple[Label, ...]) -> np.ndarray | None:
+    """Which foreground classes somebody drew in the reference of a case, bool; None is all."""
+    if pair.annotated is None:
+        return None
+    return np.array([label.name in pair.annotated for label in labels[1:]])
 
 
 def _count_filled(pair: Pair, dataset: Dataset, rules: tuple[Rule, ...]) -> np.ndarray:
@@ -350,7 +366,10 @@ def _count_filled(pair: Pair, dataset: Dataset, rules: tuple[Rule, ...]) -> np.n
         columns.append((
             (mask_ZYX & real_ZYX).sum(), (mask_ZYX & annotated_ZYX).sum(), real_ZYX.sum(), np.prod(spacing_mm)
         ))
-    return np.array(columns, float).T
+    counts_4K = np.array(columns, float).T
+    if (drawn := _drawn(pair, dataset.labels)) is not None:
+        counts_4K[:3] *= drawn
+    return counts_4K
 
 
 def _read_pair(

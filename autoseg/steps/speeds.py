@@ -111,10 +111,10 @@ def _reading(
         scored.append(score_case(
             case.id, to_indices(found_ZYX, scoring.labels, None, case.id),
             to_indices(referred_ZYX, scoring.labels, scoring.ignore_value, str(case.label)), geometry.spacing_mm,
-            len(scoring.labels), with_surface=False,
+            len(scoring.labels), with_surface=False, annotated=scoring.drawn(case.annotated), members=scoring.members,
         ))  # fmt: skip
         report(Advanced(WHAT, before + number + 1, len(SPEEDS) * len(cases), f"{speed}, {case.id}"))
-    means = summary(tuple(scored), scoring.labels, "", "")
+    means = summary(tuple(scored), scoring.classes, "", "")
     how = SPEEDS[speed]
     return SpeedReading(
         speed=speed, mirroring=bool(predictor.mirror_axes), overlap=how.overlap,
