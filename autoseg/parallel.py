@@ -150,11 +150,16 @@ def begin_worker() -> None:
     """Leave Ctrl-C to the parent, and end when it ends: a worker whose parent was killed would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have this worker process end when the process that started it is gone, killed perhaps."""
     # A bare thread: `threading.active_count()` stays 1, by which others tell that they may redirect standard output.
-    _thread.start_new_thread(_end_with_parent, ())
+    _thread.start_new_thread(_wait_for_parent, ())
 
 
-def _end_with_parent() -> None:
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -299,7 +299,8 @@ class Run(Saved):
     """What a training really used, once options and plan values were put together, and how it ended.
 
     `planned`, `channels` and `labels` are the plan's, to see later whether it changed; `fresh` the tensors that `init`
-    lacked; `asked_precision` is empty where the device decided.
+    lacked; `asked_precision` is empty where the device decided; `max_seconds` is half of `of_seconds` where two stages
+    of a cascade share these.
     """
 
     SCHEMA = 2
@@ -322,6 +323,7 @@ class Run(Saved):
     precision: str
     compiled: bool
     max_seconds: float | None = None
+    of_seconds: float | None = None
     seconds: float = 0.0
     steps: int = 0
     finished: bool = False

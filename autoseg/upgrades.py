@@ -18,7 +18,7 @@ def _movement(configuration: dict) -> dict:
     augment = dict(train.get("augment", {}))
     if "unmirrored_move_chance" in augment:
         augment["extra_movement_chance"] = augment.pop("unmirrored_move_chance")
-    if "mirror_from_patches" in augment:
+    if "mirror_from_patches" in augment and "extra_movement_to_patches" not in augment:
         augment["extra_movement_to_patches"] = 10 * augment["mirror_from_patches"]
     return configuration | {"train": train | {"augment": augment}}
 
@@ -26,5 +26,6 @@ def _movement(configuration: dict) -> dict:
 UPGRADES: dict[tuple[str, int], Callable[[dict], dict]] = {
     ("plan", 1): _movement_of_plan,
     ("run", 1): _movement_of_run,
+    ("study", 1): _movement_of_run,
 }
 """(record name, old version) -> the function for the step to the next version."""

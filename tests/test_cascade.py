@@ -18,7 +18,7 @@ from autoseg.events import Event, Said, Trained
 from autoseg.image.formats import read_image, read_labels
 from autoseg.layout import Layout
 from autoseg.records import AugmentSpec, Configuration, Dataset, Run, Splits, TrainSpec
-from autoseg.steps.cascade import is_trained, previous_label_maps, previous_on_grid
+from autoseg.steps.cascade import previous_label_maps, previous_on_grid, trained
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import Predictor, configuration_named, on_grid
 from autoseg.steps.train import train
@@ -65,8 +65,8 @@ def cascaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_the_second_stage_trains_the_first_one_before_it(cascaded: Path) -> None:
     layout = Layout(cascaded / "run")
-    assert is_trained(layout, "3d_lowres", "1")
-    assert not is_trained(layout, "3d_lowres", "0")
+    assert trained(layout, "3d_lowres", "1")
+    assert not trained(layout, "3d_lowres", "0")
     for name in ("3d_lowres", "3d_cascade"):
         model = layout.model(name, "1")
         record = load(model.run, Run)

@@ -56,6 +56,8 @@ def save_state(path: Path, state: TrainState) -> None:
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
     tensors |= {f"average.{i}": tensor for i, tensor in enumerate(state.average)}
     tensors["random"] = torch.get_rng_state()
+    if (where := _device_of(state.network)).type == "cuda":  # dropout draws there
+        tensors["random_cuda"] = torch.cuda.get_rng_state(where)
     about = {
         "autoseg": "training state",
         "version": str(STATE_VERSION),
@@ -102,14 +104,21 @@ def load_state(path: Path, state: TrainState) -> None:
             _, index, field = name.split(".", 2)
             entries.setdefault(int(index), {})[field] = _laid_out_like(weights[int(index)], tensor)
     state.optimizer.load_state_dict({"state": entries, "param_groups": optimizer["param_groups"]})
-    where = next(state.network.parameters()).device
+    where = _device_of(state.network)
     averages = sum(name.startswith("average.") for name in tensors)
     state.average = [tensors[f"average.{i}"].to(where) for i in range(averages)]
     torch.set_rng_state(tensors["random"])
+    if where.type == "cuda" and "random_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random_cuda"], where)
     for name, value in json.loads(about["numbers"]).items():
         setattr(state, name, value)
-    state.scaler.load_state_dict(json.loads(about["scaler"]))
+    if scaler := json.loads(about["scaler"]):  # empty where the training needed none: a scaler begins anew
+        state.scaler.load_state_dict(scaler)
     state.history = json.loads(about["history"])
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
 def _check_version(path: Path, about: Mapping[str, str]) -> None:

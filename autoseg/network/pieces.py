@@ -7,7 +7,8 @@ totals, with its own part in them as what the gradient flows through. That costs
 It asks of a loss that what it reduces does not depend on what it reduced before.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ def whole_backward(
     scaled(value).backward()
     lap("backward")
     return value.detach()
+
+
+def too_little_memory(device: str, error: Exception) -> UserError:
+    """What is said where not even one patch fits."""
+    return UserError(
+        f"{device} has too little memory for a single patch ({str(error).splitlines()[0]}).",
+        fix="Free memory on it, or plan again with less --memory.",
+    )
 
 
 class Pieces:
@@ -57,6 +66,15 @@ class Pieces:
         total = self._between(part)
         self._totals.append(total.detach())
         return total
+
+    @contextmanager
+    def by_itself(self) -> Iterator[None]:
+        """In this block sums are those of this process, so that a trial does not wait for the others."""
+        self._heard = []
+        try:
+            yield
+        finally:
+            self._heard = None
 
     def backward(
         self,
@@ -89,10 +107,7 @@ class Pieces:
             except torch.OutOfMemoryError as error:
                 short = True
                 if self.count >= len(batch[0]):
-                    raise UserError(
-                        f"{batch[0].device} has too little memory for a single patch ({str(error).splitlines()[0]}).",
-                        fix="Free memory on it, or plan again with less --memory.",
-                    ) from error
+                    raise too_little_memory(str(batch[0].device), error) from error
             if short:  # here, not above: the exception still holds every tensor of the failed pass
                 forget()
                 for buffer, old in zip(buffers, before, strict=True):

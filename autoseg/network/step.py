@@ -14,6 +14,8 @@ from autoseg.network.pieces import Pieces, whole_backward
 from autoseg.records import TrainSpec
 
 BETAS = (0.9, 0.99)
+FUSED = ("cuda", "cpu")
+"""Devices whose fused optimizers leave out a step by a flag; on others the host waits for the loss and decides."""
 
 
 def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torch.optim.Optimizer:
@@ -22,7 +24,7 @@ def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torc
     Weight decay spares norms and biases in AdamW; SGD follows nnU-Net and decays everything. Weights that need no
     gradient are left out.
     """
-    fused = device.torch_device.type in ("cuda", "cpu")
+    fused = device.torch_device.type in FUSED
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     if train.optimizer == "sgd":
         sgd = torch.optim.SGD(
@@ -100,10 +102,13 @@ def step(
         usable &= torch.isfinite(norm)
         value = torch.where(usable, value, math.nan)
         # the flag that torch's own GradScaler sets on fused optimizers: 1 means "leave the weights as they are"
-        optimizer.found_inf = (~usable).float().reshape(())  # type: ignore[attr-defined]
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+        if device.torch_device.type in FUSED:
+            optimizer.found_inf = (~usable).float().reshape(())  # type: ignore[attr-defined]
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.step()
+            del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+        elif bool(usable):
+            optimizer.step()
     for buffer, old in zip(buffers, kept, strict=True):
         buffer.copy_(torch.where(usable, buffer, old))
     optimizer.zero_grad(set_to_none=True)

@@ -59,6 +59,8 @@ class Setting(Record):
 class Study(Saved):
     """A grid of trainings under equal time or equal epochs; `configuration` is what all of them share."""
 
+    SCHEMA = 2
+
     name: str
     configuration: Configuration
     fold: str

@@ -6,8 +6,10 @@ import torch
 
 from autoseg import __version__, store
 from autoseg.events import Said
-from autoseg.records import Fingerprint, Run
+from autoseg.records import Configuration, Fingerprint, Run
 from autoseg.steps.options import (
+    DECAYS,
+    SEES,
     Options,
     fit_to_time,
     seconds_per_sample,
@@ -18,7 +20,7 @@ from autoseg.steps.options import (
     with_suited_variation,
 )
 from autoseg.steps.preprocess import preprocess
-from autoseg.steps.work import Work
+from autoseg.steps.work import Work, going_on
 
 
 def begin(work: Work, asked: Options) -> Run:
@@ -68,18 +70,47 @@ def _fresh(work: Work, asked: Options) -> Run:
         init=asked.init or "", freeze=asked.freeze or "", asked_precision=asked.precision or "",
         deterministic=bool(asked.deterministic), processes=work.team.size, fold=work.fold, seed=work.seed,
         device=work.device.name, precision=work.device.precision, compiled=False, max_seconds=asked.max_seconds,
-        notes=tuple(notes),
+        of_seconds=asked.of_seconds, notes=tuple(notes),
     )  # fmt: skip
 
 
 def _resumed(record: Run, work: Work, asked: Options) -> Run:
     """The record of a training that goes on, with what is asked for now put in."""
+    configuration, notes = going_on(work, record, asked), record.notes
+    length = (asked.epochs or record.configuration.train.epochs, asked.max_seconds)
+    is_given = asked.epochs is not None or asked.max_seconds is not None
+    if is_given and length != (record.configuration.train.epochs, record.max_seconds):
+        configuration, notes = _suited_anew(configuration, record, work, asked)
     update = {
-        "configuration": with_options(record.configuration, asked), "finished": False, "device": work.device.name,
+        "configuration": configuration, "notes": notes, "finished": False, "device": work.device.name,
         "precision": work.device.precision, "processes": work.team.size,
         "asked_precision": asked.precision or record.asked_precision,
         "deterministic": record.deterministic if asked.deterministic is None else asked.deterministic,
     }  # fmt: skip
-    if asked.epochs is not None or asked.max_seconds is not None:
-        update["max_seconds"] = asked.max_seconds
+    if is_given:
+        update |= {"max_seconds": asked.max_seconds, "of_seconds": asked.of_seconds}
     return record.model_copy(update=update)
+
+
+def _suited_anew(
+    configuration: Configuration, record: Run, work: Work, asked: Options
+) -> tuple[Configuration, tuple[str, ...]]:
+    """Weight decay and variation that suit another length than the training began with, and its notes now.
+
+    A training that goes on from other weights, one of a study, and one whose plan is not known stay as they are.
+    """
+    if record.planned is None or record.init or work.is_paced:
+        return configuration, record.notes
+    seconds = None
+    if asked.max_seconds is not None:
+        seconds = seconds_per_sample(configuration, work.device) / work.team.size
+    before = record.planned.train
+    train = configuration.train.model_copy(update={"weight_decay": before.weight_decay, "augment": before.augment})
+    configuration = configuration.model_copy(update={"train": train})
+    configuration, decays = with_suited_decay(configuration, record.planned, asked, seconds)
+    configuration, sees = with_suited_variation(configuration, asked, seconds)
+    said = [note for note in (decays, sees) if note]
+    for note in said:
+        work.report(Said(note))
+    kept = (note for note in record.notes if not note.startswith((DECAYS, SEES)))
+    return configuration, (*kept, *said)

@@ -19,11 +19,11 @@ from autoseg.steps.predictor import Predictor
 from autoseg.store import load, remove_unfinished
 
 
-def is_trained(layout: Layout, configuration: str, fold: str) -> bool:
-    """Whether some training of this fold, of whatever seed, came to its end."""
+def trained(layout: Layout, configuration: str, fold: str) -> list[Run]:
+    """The trainings of this fold, of whatever seed, that came to their end."""
     folder = layout.configuration(configuration)
-    records = (*folder.glob(f"fold_{fold}/run.json"), *folder.glob(f"fold_{fold}.seed_*/run.json"))
-    return any(load(path, Run).finished for path in records)
+    paths = (*folder.glob(f"fold_{fold}/run.json"), *folder.glob(f"fold_{fold}.seed_*/run.json"))
+    return [record for record in (load(path, Run) for path in paths) if record.finished]
 
 
 def previous_label_maps(

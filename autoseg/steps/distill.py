@@ -68,7 +68,8 @@ def distill(
     cases = fold_cases(keep_or_make_splits(layout, dataset, report), dataset, fold)
     found = teachers_named(run, planned, fold, teachers)
     _check(temperature, labels_weight)
-    own, choice = choose_student(planned, student, *measurer(plan.budget))
+    anywhere = plan.budget.model_copy(update={"device": plan.budget.device.partition(":")[0]})  # it need not be here
+    own, choice = choose_student(planned, student, *measurer(anywhere))
     model = layout.model(own.name, fold, seed)
     alone = ModelLayout(model.root.parent / "alone" / model.root.name) if baseline else None
     seen = who_saw(found, cases.validation)

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from autoseg import store
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.layout import agreement_file, prediction_file, probabilities_file
-from autoseg.records import Postprocessing
+from autoseg.records import Case, Postprocessing
 from autoseg.scoring.comparison import Agreeing, Agreement
 from autoseg.steps.combine import METHODS, Overlaps, dice_of
 from autoseg.steps.members import (
@@ -31,6 +32,9 @@ from autoseg.steps.members import (
 from autoseg.steps.pairs import Pair
 from autoseg.steps.postprocess import apply_to_file
 from autoseg.steps.staging import publish, staged
+
+if TYPE_CHECKING:
+    from autoseg.steps.predictor import Predictor
 
 
 def ensemble(
@@ -114,7 +118,7 @@ def ensemble_runs(
     """
     from autoseg.cases.discover import discover_images
     from autoseg.cases.exchange import forget, input_file, keep_record, refuse_folder_of_images
-    from autoseg.steps.predict import Predictor, done_cases, segment_cases
+    from autoseg.steps.predict import Predictor, done_cases
 
     refuse_folder_of_images(images, output)
     members = members_of_runs(runs, configurations)
@@ -140,12 +144,8 @@ def ensemble_runs(
     report(Started(what, len(todo)))
     with staged(output) as staging:
         for done, case in enumerate(todo, 1):
-            inputs, files = tuple(input_file(Path(path)) for path in case.images), []
-            for number, each in enumerate(predictors):
-                [path] = segment_cases(
-                    each, [case], staging / str(number), method == "mean", silent, about_tiles=report
-                )
-                files.append(probabilities_file(path.parent, case.id) if method == "mean" else path)
+            inputs = tuple(input_file(Path(path)) for path in case.images)
+            files = _of_members(predictors, case, staging, method == "mean", report)
             target = prediction_file(staging / "out", case.id, plan.file_ending)
             found.append(METHODS[method](files, shares, target, save_probabilities))
             if rules is not None:
@@ -160,6 +160,19 @@ def ensemble_runs(
     if found:
         say_agreement(names, found, output, report)
     return tuple(written[case.id] for case in cases)
+
+
+def _of_members(
+    predictors: Sequence["Predictor"], case: Case, staging: Path, probabilities: bool, report: Report
+) -> list[Path]:
+    """What each member finds in a case, written below `staging` in folders 0, 1, ...: probabilities or a label map."""
+    from autoseg.steps.predict import segment_cases
+
+    files = []
+    for number, each in enumerate(predictors):
+        [path] = segment_cases(each, [case], staging / str(number), probabilities, silent, about_tiles=report)
+        files.append(probabilities_file(path.parent, case.id) if probabilities else path)
+    return files
 
 
 def say_agreement(members: Sequence[str], found: Sequence[Overlaps], output: Path, report: Report) -> Agreement:

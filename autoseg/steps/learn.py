@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from autoseg.network import checkpoint, losses, unet
 from autoseg.network.compiling import Step, pays_to_compile, pays_to_record, try_compile
 from autoseg.network.device import Device, lay_out, layout
 from autoseg.network.distillation import distilling
-from autoseg.network.distributed import adding, whole_batch_statistics
+from autoseg.network.distributed import adding, agreed, whole_batch_statistics
 from autoseg.network.loop import Length, TrainState, device_of, fit
 from autoseg.network.losses import Supervised
 from autoseg.network.losses_sums import Reduce, alone
@@ -48,6 +49,7 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     state = _state(work, record, network)
     if record.max_seconds is not None:  # the time asked for is that of everything before validation
         state.seconds += seconds
+    _, state.seconds = agreed(work.team, False, state.seconds)  # learning rate and end go by it
     save = _saver(work, state)
     reached = _fit(work, record, state, sources, compiled, save, capacity, pieces)
     if work.team.is_first:
@@ -146,11 +148,15 @@ def _compiled(
         left: float | None = record.max_seconds - done.get("seconds", 0.0)
     else:
         left = capacity.seconds((train.epochs * train.steps_per_epoch - done.get("step", 0)) * samples)
+    _, same = agreed(work.team, False, math.nan if left is None else left)
     compiled = None
-    if pays_to_compile(device, left):
+    if pays_to_compile(device, None if math.isnan(same) else same):
         lay_out(network, configuration.dimension, device, compiled=True)
         learn_mode(network)
-        compiled = _tried(work, configuration, network, samples, device, pieces)
+        with pieces.by_itself() if work.team.size > 1 else nullcontext():
+            compiled = _tried(work, configuration, network, samples, device, pieces)
+        failed, _ = agreed(work.team, compiled is None, 0.0)
+        compiled = None if failed else compiled
     lay_out(network, configuration.dimension, device, compiled is not None)
     return compiled, time.perf_counter() - began
 
@@ -158,7 +164,7 @@ def _compiled(
 def _tried(
     work: Work, configuration: Configuration, network: nn.Module, samples: int, device: Device, pieces: Pieces
 ) -> Step | None:
-    """The step, compiled on a batch without content; in a team without the loss, which talks to the others."""
+    """The step, compiled on a batch without content; in a team without the loss, which then talks to the others."""
     where, alone_here = device.torch_device, work.team.size == 1
     shape = (samples, *configuration.patch_voxels)
     image = torch.zeros(samples, configuration.network.in_channels, *shape[1:], device=where)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from autoseg.errors import UserError
 from autoseg.network import losses, sampling
 from autoseg.network.device import Device
+from autoseg.network.pieces import too_little_memory
 from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
 
@@ -25,6 +26,8 @@ REPORTS_WANTED = 40
 LEAST_BATCH = 2
 DRAWN = "Patches were drawn"
 """How the note begins that says what patches were drawn for."""
+DECAYS, SEES = "Weight decay", "About"
+"""How the notes begin that say what a training's length has changed."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Options:
     """What the user asked for beside the plan; None means: as planned, or as the training that is resumed had it.
 
     init: run folder or model folder whose weights to begin with. freeze: "encoder" leaves those weights as they are.
+    of_seconds: what two stages of a cascade share, of which `max_seconds` is a half; nobody asks for it by itself.
     """
 
     epochs: int | None = None
@@ -44,6 +48,7 @@ class Options:
     init: str | None = None
     freeze: str | None = None
     sampling: str | None = None
+    of_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def with_suited_variation(
     said = [] if mirrors else ["no mirroring"]
     said += [f"{chance:.0%} of the patches turned and as many scaled"] if chance else []
     pays = f"mirroring pays from {augment.mirror_from_patches:,} on"
-    note = f"About {patches:,.0f} patches are seen, so {', but '.join(said)}; {pays} (train.augment in the plan)."
+    note = f"{SEES} {patches:,.0f} patches are seen, so {', but '.join(said)}; {pays} (train.augment in the plan)."
     return configuration.model_copy(update={"train": train.model_copy(update={"augment": changed})}), note
 
 
@@ -166,7 +171,7 @@ def with_suited_decay(
     if train.optimizer != "adamw" or asked.init or decay <= train.weight_decay:
         return configuration, ""
     decay = float(f"{decay:.2g}")
-    note = f"Weight decay {decay:g} instead of {train.weight_decay:g}: about {steps:,.0f} steps do as much with it."
+    note = f"{DECAYS} {decay:g} instead of {train.weight_decay:g}: about {steps:,.0f} steps do as much with it."
     return configuration.model_copy(update={"train": train.model_copy(update={"weight_decay": decay})}), note
 
 
@@ -255,19 +260,34 @@ def with_drawn_shares(record: Run, history: Sequence[Mapping[str, float | None]]
 def seconds_per_sample(configuration: Configuration, device: Device) -> float:
     """Seconds of one training step per sample, timed on a network of its own.
 
-    With the whole batch on a GPU, where a small one takes as long, and with as few samples as may be on a CPU.
+    With the whole batch on a GPU, where a small one takes as long, or what of it fits (the training splits it); and
+    with as few samples as may be on a CPU. Raises UserError where not even one fits.
     """
-    from autoseg.network.simulate import make_step
+    import torch
 
     batch = configuration.batch_size if device.is_cuda else min(LEAST_BATCH, configuration.batch_size)
-    small = configuration.model_copy(update={"batch_size": batch})
-    one = make_step(small, device)
+    while True:
+        try:
+            return _seconds_of_step(configuration.model_copy(update={"batch_size": batch}), device) / batch
+        except torch.OutOfMemoryError as error:
+            if batch == 1:
+                raise too_little_memory(device.name, error) from error
+        batch //= 2  # here, not above: the exception still holds every tensor of the failed step
+        if device.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _seconds_of_step(configuration: Configuration, device: Device) -> float:
+    """The shortest of three training steps."""
+    from autoseg.network.simulate import make_step
+
+    one = make_step(configuration, device)
     times = []
     for _ in range(3):
         start = time.perf_counter()
         float(one.run())
         times.append(time.perf_counter() - start)
-    return min(times) / small.batch_size
+    return min(times)
 
 
 def resume_command(

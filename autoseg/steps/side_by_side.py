@@ -6,6 +6,8 @@ from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from typing import TypeVar
 
+from autoseg.parallel import end_with_parent
+
 Job = TypeVar("Job")
 
 _DEVICE: list[str] = []
@@ -33,6 +35,7 @@ def side_by_side(work: Callable[[Job, str], None], jobs: Sequence[Job], devices:
 
 
 def _take_device(free: "Queue[str]") -> None:
+    end_with_parent()  # else a killed study would go on, and keep its device
     _DEVICE.append(free.get())
 
 

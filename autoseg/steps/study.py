@@ -26,7 +26,7 @@ from autoseg.scoring import overlap, statistics
 from autoseg.scoring import study as found
 from autoseg.scoring.comparison import Difference
 from autoseg.scoring.study import Setting, Study, Trial
-from autoseg.steps.cascade import is_trained
+from autoseg.steps.cascade import trained
 from autoseg.steps.compare import FOREGROUND, compare
 from autoseg.steps.curves import draw_study
 from autoseg.steps.evaluate import summary
@@ -128,7 +128,7 @@ def _check(
     dataset = store.load(layout.dataset, Dataset)
     splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
     fold_cases(splits, dataset, fold)
-    if planned.previous is not None and not is_trained(layout, planned.previous, fold):
+    if planned.previous is not None and not trained(layout, planned.previous, fold):
         raise UserError(
             f"{planned.name} refines {planned.previous}, which is not trained for fold {fold}.",
             fix=f"Run: autoseg train {layout.root} -c {planned.previous} -f {fold}",

@@ -15,7 +15,7 @@ from autoseg.network.device import set_up
 from autoseg.network.distributed import Team, first_goes_first, joined
 from autoseg.records import Run, Scores
 from autoseg.steps.begin import begin
-from autoseg.steps.cascade import is_trained
+from autoseg.steps.cascade import trained
 from autoseg.steps.learn import in_precision, learn
 from autoseg.steps.options import Machine, Options, resume_command
 from autoseg.steps.plan import checked
@@ -132,6 +132,7 @@ def train_one(
     with first_goes_first(team):
         work = look_up(run, configuration, fold, seed, resume, asked, machine, team, report, instead)
         warn_of_restart(work, resume)
+    asked = _own_share(work, asked, resume)
     if (ended := trained_already(work, asked)) is not None:
         report(Said(f"{work.planned.name}, fold {fold}, seed {seed}: trained already."))
         return ended
@@ -150,7 +151,7 @@ def _alone(work: Work) -> AbstractContextManager[None]:
 def _trained(work: Work, asked: Options) -> Run:
     """The training that `train_one` looked up, from its first record to its scores."""
     set_up(work.device, deterministic=bool(asked.deterministic))
-    if work.planned.previous is not None and not is_trained(work.layout, work.planned.previous, work.fold):
+    if work.planned.previous is not None and not trained(work.layout, work.planned.previous, work.fold):
         asked = _train_previous(work, asked)
     with first_goes_first(work.team):
         record = begin(work, asked)
@@ -165,10 +166,27 @@ def _trained(work: Work, asked: Options) -> Run:
     return record
 
 
+def _own_share(work: Work, asked: Options, resume: str) -> Options:
+    """Of a time that the second stage of a cascade shares with the first, its half; as they began with it."""
+    if asked.max_seconds is None or work.planned.previous is None or resume == "extend":
+        return asked
+    if work.continues:
+        shared = {store.load(work.model.run, Run).of_seconds}
+    else:
+        shared = {record.of_seconds for record in trained(work.layout, work.planned.previous, work.fold)}
+    return _halved(asked) if asked.max_seconds in shared else asked
+
+
+def _halved(asked: Options) -> Options:
+    return asked if asked.max_seconds is None else replace(
+        asked, max_seconds=asked.max_seconds / 2, of_seconds=asked.max_seconds
+    )  # fmt: skip
+
+
 def _train_previous(work: Work, asked: Options) -> Options:
     """Train the stage that a cascade refines, with the same options and half of the time; the rest is returned."""
-    half = None if asked.max_seconds is None else asked.max_seconds / 2
-    first = replace(asked, max_seconds=half)
+    first = _halved(asked)
+    half = first.max_seconds
     within = "" if half is None else f" in half of the time, {half:.0f} s"
     name, previous = work.planned.name, work.planned.previous
     work.report(Said(f"{name} refines what {previous} finds, which is trained first{within}."))

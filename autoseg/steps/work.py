@@ -13,9 +13,9 @@ from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, losses
 from autoseg.network.device import Device, pick, slow_convolutions
 from autoseg.network.distributed import Team, own_device
-from autoseg.records import Configuration, Dataset, Fold, Plan, Run, Splits
+from autoseg.records import Configuration, Dataset, Fingerprint, Fold, Plan, Run, Splits
 from autoseg.steps.finetune import donor_of
-from autoseg.steps.options import Machine, Options, class_rates, with_options
+from autoseg.steps.options import Machine, Options, class_rates, with_class_weights, with_options
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.teachers import Lesson
@@ -156,13 +156,24 @@ def _continues(model: ModelLayout, resume: str) -> bool:
     return there and resume != "restart"
 
 
+def going_on(work: Work, record: Run, asked: Options) -> Configuration:
+    """What a training goes on with: its own configuration, what is asked for put in as at its beginning."""
+    configuration = with_options(record.configuration, asked)
+    if asked.loss is None:
+        return configuration
+    path = work.layout.fingerprint
+    seen = store.load(path, Fingerprint) if path.is_file() else None
+    return with_class_weights(configuration, work.plan, seen)[0]
+
+
 def trained_already(work: Work, asked: Options) -> Run | None:
     """The record of a training that came to its end, scores included, if nothing else than that is asked for."""
     if not work.continues:
         return None
     record = store.load(work.model.run, Run)
     longer = asked.max_seconds is not None and asked.max_seconds != record.max_seconds
-    if not record.finished or longer or with_options(record.configuration, asked) != record.configuration:
+    longer = longer or (asked.epochs is not None and record.max_seconds is not None)  # the time, not they, ended it
+    if not record.finished or longer or going_on(work, record, asked) != record.configuration:
         return None
     return record if work.model.scores.is_file() or not work.cases.validation else None
 
