@@ -1,6 +1,7 @@
 """A cascade on images larger than the patch: the first stage sees them coarsely, the second refines what it found."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +149,20 @@ def test_both_stages_share_a_time_limit_and_the_command_to_go_on_is_that_of_the_
     record = load(Layout(run).model("3d_lowres", "0").run, Run)
     assert record.max_seconds == 10.0
     assert not Layout(run).model("3d_cascade", "0").run.exists()
+
+
+def test_a_half_of_a_shared_time_stays_a_half_when_the_command_is_repeated(tmp_path: Path) -> None:
+    run = planned(tmp_path)
+
+    def again(resume: str = "auto", seconds: float = 1.0) -> Run:
+        return train(
+            run, configuration="3d_cascade", max_seconds=seconds, resume=resume, batch_size=2, device="cpu", workers=1
+        )
+
+    both = again()
+    assert (both.max_seconds, both.of_seconds) == (0.5, 1.0)
+    assert load(Layout(run).model("3d_lowres", "0").run, Run).of_seconds == 1.0
+    assert again() == both
+    shutil.rmtree(Layout(run).model("3d_cascade", "0").root)  # stopped between the stages
+    assert again().max_seconds == 0.5
+    assert again("extend", 2.0).max_seconds == 2.0

@@ -156,6 +156,17 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(tmp_path: Path) -> None:
     assert back.scaler.state_dict()["_growth_tracker"] == 7
 
 
+def test_a_training_without_loss_scaling_goes_on_in_fp16(tmp_path: Path) -> None:
+    """Begun in bf16, or given up mixed precision: its state knows of no scale, and the scaler begins anew."""
+    train, half = a_train(), Device(torch.device("cpu"), "fp16")
+    save_state(tmp_path / "state", a_state(train))
+    back = a_state(train)
+    back.scaler = make_scaler(half)
+    fresh = back.scaler.state_dict()
+    load_state(tmp_path / "state", back)
+    assert back.scaler.state_dict() == fresh
+
+
 # ------------------------------------------------------------------------------------------------ weights
 
 

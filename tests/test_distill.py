@@ -59,6 +59,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Distillation
     place = tmp_path_factory.mktemp("distill")
     data = write_dataset(place / "data", cases=10, shape=(8, 10, 12), held_out=2)
     run = a_planned_run(place / "run", data, tiny())
+    plan = load(Layout(run).plan, Plan)
+    far = plan.budget.model_copy(update={"device": "cuda:3"})  # planned on another machine
+    save(Layout(run).plan, plan.model_copy(update={"budget": far}))
     for fold, seed in (("0", 0), ("0", 1), ("1", 0)):
         train(run, fold=fold, seed=seed, device="cpu", workers=1)
     ended = step.distill(run, epochs=2, unlabelled=data / "imagesTs", baseline=True, device="cpu", workers=1)

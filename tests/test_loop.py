@@ -74,8 +74,12 @@ def test_a_step_changes_every_weight_and_leaves_no_gradient(optimizer: str) -> N
 
 
 @OPTIMIZERS
-def test_a_loss_that_is_not_finite_changes_nothing_for_ever(optimizer: str) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_that_is_not_finite_changes_nothing_for_ever(
+    optimizer: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not even the moments: the good steps around it give what they give without it, to the last bit."""
+    monkeypatch.setattr("autoseg.network.step.FUSED", ("cuda", "cpu") if fused else ())
     clean, hurt = a_network(), a_network()
     train = a_train(optimizer=optimizer)
     clean_optimizer, hurt_optimizer = make_optimizer(clean, train, CPU), make_optimizer(hurt, train, CPU)

@@ -55,6 +55,18 @@ def stepped(network: nn.Module, loss: str, batch_dice: bool, pieces: Pieces) -> 
     return torch.cat([(old - new.detach()).flatten() for old, new in zip(before, network.parameters(), strict=True)])
 
 
+def test_a_trial_by_itself_asks_nobody_else_and_has_a_gradient() -> None:
+    def nobody(part: Tensor) -> Tensor:
+        raise AssertionError("the others are not there yet")
+
+    pieces, part = Pieces(nobody), torch.tensor(2.0, requires_grad=True)
+    with pieces.by_itself():
+        (3 * pieces(part)).backward()
+    assert part.grad == 3
+    with pytest.raises(AssertionError, match="not there yet"):
+        pieces(part)
+
+
 @pytest.mark.parametrize("loss", ["dice_ce", "ce", "weighted_ce", "generalized_dice", "dice_focal", "focal_tversky"])
 @pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("count", [2, 3])

@@ -14,6 +14,7 @@ import pytest
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.records import Case, Dataset, Fold, Label, Plan, Run, Splits
+from autoseg.scoring.study import Study
 
 
 def a_dataset(cases: int = 2) -> Dataset:
@@ -91,6 +92,10 @@ def test_movement_of_older_plans_and_runs_keeps_its_meaning(tmp_path: Path) -> N
     run |= {"device": "cpu", "precision": "fp32", "compiled": False}
     upgraded_run = store.parse(run, Run, "run.json")
     assert (upgraded_run.configuration, upgraded_run.planned) == (upgraded.configurations[0], None)
+    for configuration, known in ((old["configurations"][0], upgraded), (content["configurations"][0], plan)):
+        study = {"autoseg": "study", "schema": 1, "name": "x", "fold": "0", "vary": ["loss=ce,dice"], "seeds": 1}
+        found = store.parse(study | {"configuration": configuration}, Study, "study.json")
+        assert found.configuration == known.configurations[0]
     with pytest.raises(UserError, match=r"plan.json: not what schema 1 of a plan holds"):
         store.parse(old | {"configurations": 3}, Plan, "plan.json")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from fingerprints import alike, fingerprint
 from planned import a_configuration, a_network, a_planned_run
 from safetensors.numpy import load_file
 from synthetic import write_dataset
@@ -22,6 +23,7 @@ from autoseg.errors import Interrupted, UserError
 from autoseg.events import Event, Said, Started, Trained, Warned
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, unet
+from autoseg.network.device import Device
 from autoseg.records import AugmentSpec, Configuration, Memory, Plan, Run, Scores, Splits, TrainSpec
 from autoseg.steps.models import as_trained
 from autoseg.steps.options import (
@@ -29,6 +31,7 @@ from autoseg.steps.options import (
     Options,
     fit_to_time,
     resume_command,
+    seconds_per_sample,
     with_options,
     with_suited_decay,
     with_suited_variation,
@@ -337,6 +340,71 @@ def test_a_finished_training_is_extended_by_epochs_and_not_to_fewer(run: Path) -
         start(run, resume="extend", max_seconds=1e-6)
     record = start(run, resume="extend", epochs=2)
     assert (record.steps, record.configuration.train.epochs, record.finished) == (2 * STEPS, 2, True)
+
+
+def test_a_training_that_ended_by_the_clock_is_extended_to_the_planned_epochs(run: Path) -> None:
+    """A time limit leaves the number of epochs as planned, though they were not reached."""
+    start(run, epochs=4, max_seconds=1e-3)
+    record = start(run, resume="extend", epochs=4)
+    assert (record.max_seconds, record.steps) == (None, 4 * STEPS)
+
+
+def test_a_longer_training_decays_and_varies_as_one_of_that_length(run: Path) -> None:
+    """Until 12 patches are seen there is no mirroring; as many decayed weights in all are the plan's."""
+    plan = load(Layout(run).plan, Plan)
+    planned = plan.configurations[0]
+    augment = planned.train.augment.model_copy(update={"mirror_from_patches": 4 * STEPS * planned.batch_size})
+    train = planned.train.model_copy(update={"augment": augment, "weight_decay": 0.1})
+    save(Layout(run).plan, plan.model_copy(update={"configurations": (planned.model_copy(update={"train": train}),)}))
+    short = start(run, epochs=1)
+    assert short.configuration.train.weight_decay == pytest.approx(0.2)
+    assert short.configuration.train.augment.mirror_axes == ()
+    assert len(short.notes) == 3
+    longer = start(run, resume="extend", epochs=4)
+    assert longer.configuration.train.weight_decay == 0.1
+    assert longer.configuration.train.augment == augment
+    assert [note for note in longer.notes if note.startswith(("Weight", "About"))] == []
+    again = start(run, resume="yes", epochs=4)
+    assert again.configuration == longer.configuration
+
+
+def test_class_weights_stay_when_the_same_command_goes_on(run: Path) -> None:
+    classes = len(load(Layout(run).plan, Plan).labels)
+    shares = tuple(1000 // (k + 1) ** 2 for k in range(classes))
+    seen = fingerprint(alike(3, class_voxels=shares), classes=[f"class {k}" for k in range(1, classes)])
+    save(Layout(run).fingerprint, seen)
+    with pytest.raises(Interrupted):
+        start(run, loss="weighted_ce", epochs=3, report=at_step(2, lambda: signal.raise_signal(signal.SIGINT)))
+    begun = load(Layout(run).model("3d", "0").run, Run).configuration
+    assert "class_weights=" in begun.train.loss
+    ended = start(run, loss="weighted_ce", epochs=3, resume="auto")
+    assert ended.configuration == begun
+    before = files_in(run)
+    assert start(run, loss="weighted_ce", epochs=3, resume="auto") == ended
+    assert files_in(run) == before
+
+
+def test_a_step_is_timed_with_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    class Step:
+        def run(self) -> float:
+            return 0.0
+
+    def make(configuration: Configuration, device: Device) -> Step:
+        tried.append(configuration.batch_size)
+        if configuration.batch_size > holds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Step()
+
+    monkeypatch.setattr("autoseg.network.simulate.make_step", make)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    card, holds = Device(torch.device("cuda"), "fp16"), 2
+    assert seconds_per_sample(tiny().model_copy(update={"batch_size": 8}), card) > 0
+    assert tried == [8, 4, 2]
+    holds = 0
+    with pytest.raises(UserError, match="too little memory for a single patch"):
+        seconds_per_sample(tiny(), card)
 
 
 def test_an_unfinished_training_is_not_extended_to_less_than_it_has(run: Path) -> None:

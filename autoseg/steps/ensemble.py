@@ -136,8 +136,7 @@ def ensemble_runs(
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
     cases, found = discover_images(images, len(plan.channels)), []
-    options = {"method": method, "shares": shares, "rules": rules.model_dump(mode="json")["rules"] if rules else []}
-    model = ",".join((*(each.content for each in predictors), json.dumps(options)))
+    model = _content(predictors, method, shares, rules)
     written = done_cases(cases, output, model, save_probabilities, report) if resume else {}
     todo = [case for case in cases if case.id not in written]
     what = "Ensembling"
@@ -160,6 +159,15 @@ def ensemble_runs(
     if found:
         say_agreement(names, found, output, report)
     return tuple(written[case.id] for case in cases)
+
+
+def _content(
+    predictors: Sequence["Predictor"], method: str, shares: Sequence[float], rules: Postprocessing | None
+) -> str:
+    """What results depend on beside the image, as one word."""
+    chosen = [] if rules is None else [rule.model_dump(mode="json") for rule in rules.rules]
+    options = json.dumps({"method": method, "shares": list(shares), "rules": chosen})
+    return ",".join((*(each.content for each in predictors), options))
 
 
 def _of_members(
