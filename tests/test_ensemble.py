@@ -252,8 +252,10 @@ def test_the_output_may_be_the_folder_one_is_in(folders, tmp_path, monkeypatch):
 def test_files_already_in_the_output_stay_and_what_a_killed_run_left_goes(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.unfinished-1").mkdir()
+    elsewhere = store.temporary_beside(tmp_path / "out")  # of a process that lives: this one
+    elsewhere.mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     ensemble(folders, tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["a.nii.gz", "agreement.json", "b.nii.gz", "notes.txt"]
-    assert not list(tmp_path.glob("*unfinished*"))
+    assert list(tmp_path.glob("*unfinished*")) == [elsewhere]
