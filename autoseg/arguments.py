@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_type_hints
@@ -17,14 +17,23 @@ from autoseg.parallel import torchrun_setting
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from autoseg.records import Scores
-
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run (made by `autoseg plan`).", show_default=False)]
 DataFolder = Annotated[
     Path, typer.Argument(help="Decathlon folder, nnU-Net raw folder, or images/ + labels/.", show_default=False)
 ]
 ConfigurationName = Annotated[
     str | None, typer.Option("--configuration", "-c", help="Name in the plan, such as 2d or 3d. [default: 3d, else 2d]")
+]
+Trained = Annotated[
+    str | None,
+    typer.Option("--configuration", "-c", help="Such as 3d. [default: what was selected, else the best guess]"),
+]
+Validated = Annotated[
+    str | None,
+    typer.Option("--configuration", "-c", help="Such as 3d. [default: the only validated one, else the selected]"),
+]
+Prepared = Annotated[
+    str | None, typer.Option("--configuration", "-c", help="Name in the plan, such as 2d or 3d. [default: all]")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: the GPU, else the CPU]")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes for reading and preparing. [default: all cores]")]
@@ -61,6 +70,10 @@ def watched(together: bool = False) -> Iterator[Report]:
     except UserError as error:
         screen.show_error(error)
         raise typer.Exit(2) from error
+    except PermissionError as error:
+        denied = UserError(f"{error.filename}: this cannot be read or written.", fix="Are its permissions right?")
+        screen.show_error(denied)
+        raise typer.Exit(2) from error
     except Interrupted as stopped:
         if first:
             screen.show_stopped(f"Stopped; everything is saved. To go on: {stopped.how_to_resume}")
@@ -68,6 +81,15 @@ def watched(together: bool = False) -> Iterator[Report]:
     except KeyboardInterrupt as stopped:
         screen.show_stopped("Stopped; run the same command again to continue.")
         raise typer.Exit(130) from stopped
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """For commands of several steps, which go on where they were: what one of them says of itself is not enough."""
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted("the same command again.") from stopped
 
 
 def name_values(command: Callable[..., None] | None) -> None:
@@ -94,6 +116,8 @@ def parse_length(
     """How to resume, and to how many epochs or seconds; raises UserError where options contradict each other."""
     if restart and (extend_to is not None or resume != "no"):
         raise UserError("--restart begins anew, --resume and --extend-to go on.", fix="Give one of them.")
+    if epochs is not None and max_seconds is not None:
+        raise UserError("--epochs and --max-time both say how long the training shall be.", fix="Give one of them.")
     if extend_to is None:
         return "restart" if restart else resume, epochs, max_seconds
     if epochs is not None or max_seconds is not None:
@@ -151,14 +175,14 @@ def tolerances(text: str | None, default_mm: float) -> "float | dict[str, float]
     return by_name[""] if set(by_name) == {""} else by_name
 
 
-def show_all(results: "dict[str, Scores]", as_json: bool) -> None:
-    """Show one result as it is, several under their names."""
+def show_all(results: "Mapping[str, BaseModel]", as_json: bool, named: bool = True) -> None:
+    """Show one result as it is, several under their names, or without them unless `named`."""
     if as_json and len(results) > 1:
         content = {name: result.model_dump(mode="json") for name, result in results.items()}
         sys.stdout.write(json.dumps(content, indent=1) + "\n")
         return
     for name, result in results.items():
-        if name and not as_json:
+        if named and name and not as_json:
             sys.stdout.write(f"{name}:\n")
         show(result, as_json)
 

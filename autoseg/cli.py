@@ -16,12 +16,16 @@ from autoseg.arguments import (
     Device,
     MaxTime,
     Output,
+    Prepared,
     RunFolder,
+    Trained,
     Workers,
+    going_on,
     is_first_process,
     name_values,
     parse_duration,
     parse_length,
+    show_all,
 )
 from autoseg.arguments import names as _names
 from autoseg.arguments import numbers as _numbers
@@ -76,6 +80,11 @@ def plan(
         is_planned = data is not None and run is None and Layout(data).plan.is_file()
         if edit and not is_planned:
             raise UserError("--edit changes the plan of a run.", fix="Name its folder alone: autoseg plan RUN.")
+        if is_planned and (memory or device or preset != "standard" or skip_bad):
+            raise UserError(
+                "--memory, --device, --preset and --skip-bad are for planning a data set; this shows a run.",
+                fix="Name the data: autoseg plan DATA -o RUN.",
+            )
         if data is not None and is_planned:
             made = step.edited(data, edit, report) if edit else step.checked(data)
         elif data is not None and run is None:
@@ -93,7 +102,7 @@ def plan(
 
 
 @app.command()
-def preprocess(run: RunFolder, configuration: ConfigurationName = None, workers: Workers = None) -> None:
+def preprocess(run: RunFolder, configuration: Prepared = None, workers: Workers = None) -> None:
     """Crop, normalize and resample every case. They go into the run's cache; an interrupted run continues."""
     with _watched() as report:
         from autoseg.steps.preprocess import preprocess as step
@@ -106,7 +115,7 @@ def train(
     run: RunFolder,
     configuration: ConfigurationName = None,
     fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4, or all.")] = "0",
-    seed: Annotated[int, typer.Option(help="Another seed trains another network beside the first.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed trains another network beside the first.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
     max_time: MaxTime = None,
     resume: Annotated[
@@ -154,8 +163,8 @@ def train(
             run, range(seed, seed + seeds), configuration=configuration, fold=fold, resume=how, asked=asked,
             machine=Machine(device, workers, limit, tensorboard), report=report,
         )  # fmt: skip
-    for each in ended if is_first_process() else ():
-        _show(each, as_json)
+    if is_first_process():
+        show_all({str(each.seed): each for each in ended}, as_json, named=False)
 
 
 @app.command("import-nnunet")
@@ -176,7 +185,7 @@ def predict(
     run: RunFolder,
     images: Annotated[Path, typer.Option("--input", "-i", help="Folder of images, named as the training images.")],
     output: Output,
-    configuration: ConfigurationName = None,
+    configuration: Trained = None,
     folds: Annotated[
         str | None, typer.Option(help="Folds to average, such as 0,1,2. [default: all that are trained]")
     ] = None,
@@ -231,7 +240,7 @@ def distill(
     student: Annotated[str, typer.Option(help="standard, small (half the channels) or tiny (a quarter).")] = "small",
     configuration: ConfigurationName = None,
     fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4, or all.")] = "0",
-    seed: Annotated[int, typer.Option(help="Another seed trains another student beside the first.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed trains another student beside the first.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
     max_time: MaxTime = None,
     temperature: Annotated[float, typer.Option(help="How soft the teachers' probabilities are made.")] = 1.0,
@@ -297,7 +306,8 @@ def demo(
     with _watched() as report:
         from autoseg.steps.demo import demo as step
 
-        scores, picture = step(folder, max_seconds=parse_duration(max_time), report=report)
+        with going_on():
+            scores, picture = step(folder, max_seconds=parse_duration(max_time), report=report)
     _show(scores)
     sys.stdout.write(f"Image, reference and prediction side by side: {picture}\n")
 
@@ -320,10 +330,11 @@ def run(
         max_seconds = _seconds(max_time)
         from autoseg.steps.run import run as step
 
-        scores = step(
-            data, run, max_seconds=max_seconds, folds=_names(folds) or ("0",), configuration=configuration,
-            memory=memory, device=device, workers=workers, skip_bad=skip_bad, report=report,
-        )  # fmt: skip
+        with going_on():
+            scores = step(
+                data, run, max_seconds=max_seconds, folds=_names(folds) or ("0",), configuration=configuration,
+                memory=memory, device=device, workers=workers, skip_bad=skip_bad, report=report,
+            )  # fmt: skip
     _show(scores, as_json)
 
 

@@ -7,10 +7,10 @@ import typer
 
 from autoseg.arguments import (
     AsJson,
-    ConfigurationName,
     Device,
     Output,
     RunFolder,
+    Validated,
     Workers,
     decimals,
     names,
@@ -19,6 +19,7 @@ from autoseg.arguments import (
     tolerances,
     watched,
 )
+from autoseg.errors import Interrupted
 
 
 def ensemble(
@@ -45,22 +46,27 @@ def ensemble(
         bool, typer.Option("--save-probabilities", help="Also write the averaged probabilities.")
     ] = False,
     no_mirror: Annotated[bool, typer.Option("--no-mirror", help="With --runs: no mirroring.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="With --runs: leave out what is done.")] = False,
+    resume: Annotated[str, typer.Option(help="With --runs: leave out what is done.", show_default=False)] = "no",
     device: Device = None,
 ) -> None:
     """Combine predictions, or the networks of several runs."""
     if runs != (images is not None):
         raise typer.BadParameter("--runs and -i go together; leave both out to combine prediction folders")
+    if not runs and (configuration or folds or no_mirror or device or resume != "no"):
+        raise typer.BadParameter("-c, --folds, --no-mirror, --device and --resume are for networks: with --runs")
     with watched() as report:
         from autoseg.steps import ensemble as step
 
         shares = decimals(weights, "--weights")
         if images is not None:
-            step.ensemble_runs(
-                predictions, images, output, configurations=names(configuration), folds=names(folds), weights=shares,
-                method=method or "mean", save_probabilities=save_probabilities, mirroring=not no_mirror, resume=resume,
-                device=device, report=report,
-            )  # fmt: skip
+            try:
+                step.ensemble_runs(
+                    predictions, images, output, configurations=names(configuration), folds=names(folds),
+                    weights=shares, method=method or "mean", save_probabilities=save_probabilities,
+                    mirroring=not no_mirror, resume=resume != "no", device=device, report=report,
+                )  # fmt: skip
+            except KeyboardInterrupt as stopped:
+                raise Interrupted("the same command with --resume.") from stopped
             return
         step.ensemble(
             predictions, output, weights=shares, method=method, save_probabilities=save_probabilities, report=report
@@ -95,7 +101,7 @@ def postprocess(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the results go (with -i).", show_default=False)
     ] = None,
-    configuration: ConfigurationName = None,
+    configuration: Validated = None,
     fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Components below this share of the largest may go.")
     ] = 1 / 3,

@@ -62,9 +62,22 @@ def test_a_plan_that_changes_under_trained_models_is_announced(tmp_path: Path) -
     plan(data, tmp_path / "run", memory="4GB", workers=1, report=events.append)
     Layout(tmp_path / "run").configuration("2d").mkdir(parents=True)
     plan(data, tmp_path / "run", memory="4GB", workers=1, report=events.append)
+    plan(data, tmp_path / "run", memory="5GB", workers=1, report=events.append)  # small images: the same networks
     assert not [e for e in events if isinstance(e, Warned) and "trained" in e.text]
-    plan(data, tmp_path / "run", memory="5GB", workers=1, report=events.append)
+    plan(data, tmp_path / "run", memory="5GB", preset="M", workers=1, report=events.append)
     assert [e for e in events if isinstance(e, Warned) and "2d was trained by the old one" in e.text]
+
+
+def test_data_that_was_moved_leaves_the_plan_as_it_is(tmp_path: Path) -> None:
+    """Memory that was asked for, edits and students are in the plan alone."""
+    data, run = write_dataset(tmp_path / "data", cases=3, shape=(24, 20), dimension=2), tmp_path / "run"
+    plan(data, run, memory="4GB", workers=1)
+    kept = edited(run, ["2d.train.epochs=7"])
+    moved, said = data.rename(tmp_path / "elsewhere"), []
+    assert plan(moved, run, workers=1, report=said.append) == kept
+    assert any("the plan stays as it is" in getattr(each, "text", "") for each in said)
+    assert all(Path(case.images[0]).is_file() for case in load(Layout(run).dataset, Dataset).cases)
+    assert plan(moved, run, memory="4GB", workers=1) != kept
 
 
 def test_a_plan_of_a_newer_schema_is_refused(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def write(
     content: str = "",
     stamp: Stamp = (),
 ) -> None:
-    """Write a case; until the last file is there, `is_current` says no.
+    """Write a case; until the last file is there, `is_current` says no. What another process wrote meanwhile stays.
 
     Args:
         patch_voxels: of the configuration (two or three numbers); blocks are no larger.
@@ -153,6 +153,8 @@ def write(
 
     Without a label map all voxels are marked as not annotated.
     """
+    if is_current(folder, case_id, key):
+        return
     files = CachedFiles(folder, case_id)
     files.mark.unlink(missing_ok=True)
     image_CZYX, labels_ZYX = prepared.image_CZYX, prepared.labels_ZYX

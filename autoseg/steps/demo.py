@@ -88,7 +88,7 @@ def write_dataset(
     ending = ".png" if dimension == 2 else ".nii.gz"
     images, labels = ("images", "labels") if layout == "plain" else ("imagesTr", "labelsTr")
     for name in (images, labels, *(("imagesTs", "labelsTs") if held_out else ())):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        store.make_folder(folder / name)
     names = [f"case_{number:02d}" for number in range(cases + held_out)]
     for number, name in enumerate(names):
         rng = np.random.default_rng([seed, number])

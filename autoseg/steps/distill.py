@@ -81,7 +81,7 @@ def distill(
         unlabelled=len(extra), cases=len(cases.validation),
     )  # fmt: skip
     _begin(begun, model, report)
-    _add_to_plan(layout, plan, own, choice, report)
+    _add_to_plan(layout, own, choice, report)
     preprocess(run, configuration=planned.name, workers=workers, report=report)
     _prepare(extra, plan, planned, layout)
     lesson = Lesson(found, temperature, labels_weight, extra)
@@ -129,8 +129,9 @@ def _begin(begun: Distillation, model: ModelLayout, report: Report) -> None:
         store.save(file, begun)
 
 
-def _add_to_plan(layout: Layout, plan: Plan, own: Configuration, choice: object, report: Report) -> None:
-    """Put the student into the plan, in the place of an older one of its name."""
+def _add_to_plan(layout: Layout, own: Configuration, choice: object, report: Report) -> None:
+    """Put the student into the plan as it is now, in the place of an older one of its name."""
+    plan = store.load(layout.plan, Plan)
     others = tuple(each for each in plan.configurations if each.name != own.name)
     choices = tuple(each for each in plan.choices if each.field != getattr(choice, "field", ""))
     changed = plan.model_copy(update={"configurations": (*others, own), "choices": (*choices, choice)})
@@ -213,6 +214,6 @@ def _again(
     words += ["--student", student, "--seed", str(begun.seed)]
     words += ["--temperature", f"{begun.temperature:g}", "--labels", f"{begun.labels_weight:g}"]
     words += [] if asked.epochs is None else ["--epochs", str(asked.epochs)]
-    words += [] if asked.max_seconds is None else ["--max-time", f"{asked.max_seconds:g}s"]
+    words += [] if asked.max_seconds is None else ["--max-time", f"{asked.max_seconds:.12g}s"]
     words += [] if unlabelled is None else ["--unlabelled", str(unlabelled)]
     return shlex.join([*words, *(["--baseline"] if baseline else [])])

@@ -66,6 +66,7 @@ def ensemble(
         raise UserError("An ensemble needs at least two prediction folders.")
     shares = shares_of(weights, len(members))
     method = _method(method, members, report)
+    _refuse_method(method, save_probabilities)
     files = [member.probabilities if method == "mean" else member.maps for member in members]
     cases = same_cases(members, files)
     check(members, files, cases, method == "mean")
@@ -123,8 +124,7 @@ def ensemble_runs(
     refuse_folder_of_images(images, output)
     members = members_of_runs(runs, configurations)
     shares = shares_of(weights, len(members))
-    if method not in METHODS:
-        raise UserError(f"Unknown method {method!r}.", fix=f"Known: {', '.join(METHODS)}.")
+    _refuse_method(method, save_probabilities)
     predictors = [
         Predictor(
             run, configuration=name, folds=folds, seeds=seeds, device=device, mirroring=mirroring, postprocess=False
@@ -212,6 +212,16 @@ def _agreeing(first: str, second: str, dice: Mapping[str, np.ndarray]) -> Agreei
     defined = [mean for mean in means if mean is not None]
     overall = float(np.mean(defined)) if defined else None
     return Agreeing(first=first, second=second, dice=overall, per_label=tuple(means))
+
+
+def _refuse_method(method: str, save_probabilities: bool) -> None:
+    if method not in METHODS:
+        raise UserError(f"Unknown method {method!r}.", fix=f"Known: {', '.join(METHODS)}.")
+    if save_probabilities and method != "mean":
+        raise UserError(
+            f"There are no probabilities to save: the method is {method}.",
+            fix="Average probabilities (--method mean, of folders that hold some), or leave --save-probabilities out.",
+        )
 
 
 def _method(wanted: str | None, members: Sequence[Member], report: Report) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from autoseg import __version__, store
-from autoseg.cases.description import read_label_names, read_regions
+from autoseg.cases.description import channel_names, read_label_names, read_regions
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
 from autoseg.layout import Layout
@@ -62,7 +62,8 @@ def import_nnunet(
     labels, ignore_value = read_label_names(dataset, f"{folder}/dataset.json")
     regions = read_regions(dataset, f"{folder}/dataset.json")
     mirror_axes = next(iter(read.values())).mirror_axes
-    configuration = _configuration(plans, theirs, len(_channels(dataset)), len(regions or labels), mirror_axes, folder)
+    channels, outputs = len(channel_names(dataset)), len(regions or labels)
+    configuration = _configuration(plans, theirs, channels, outputs, mirror_axes, folder)
     weights = {fold: nnunet.weights_from_nnunet(each.weights, configuration.network) for fold, each in read.items()}
     made = _plan(plans, dataset, configuration, labels, ignore_value, folder).model_copy(update={"regions": regions})
     layout = Layout(run)
@@ -72,7 +73,7 @@ def import_nnunet(
         network = UNet(configuration.network)
         network.load_state_dict(tensors)
         model = layout.model(configuration.name, fold)
-        model.root.mkdir(parents=True, exist_ok=True)
+        store.make_folder(model.root)
         checkpoint.save_weights(model.weights, network)
         note = f"Trained by nnU-Net, read from {files[fold]}."
         store.save(model.run, Run(
@@ -121,21 +122,17 @@ def _plan(
     stored = plans["foreground_intensity_properties_per_channel"]
     intensities = tuple(
         Intensities.model_validate({name: stored[str(c)][THEIRS.get(name, name)] for name in Intensities.model_fields})
-        for c in range(len(_channels(dataset)))
+        for c in range(len(channel_names(dataset)))
     )
     flat = configuration.dimension == 2 and round(plans["original_median_shape_after_transp"][0]) == 1
     because = "nnU-Net trained this network; grid, normalization, network and weights are its own."
     return Plan(
         autoseg_version=__version__, dataset=plans["dataset_name"], dimension=2 if flat else 3,
-        channels=_channels(dataset), labels=labels, ignore_value=ignore_value, file_ending=dataset["file_ending"],
+        channels=channel_names(dataset), labels=labels, ignore_value=ignore_value, file_ending=dataset["file_ending"],
         intensities=intensities, preset="imported", budget=Budget(device="imported", total_bytes=1, budget_bytes=1),
         configurations=(configuration,),
         choices=(Choice(field=f"{configuration.name}.network", value=folder.name, because=because),),
     )  # fmt: skip
-
-
-def _channels(dataset: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(dataset["channel_names"][str(c)] for c in range(len(dataset["channel_names"])))
 
 
 def _joined(old: Plan, new: Plan, run: Path) -> Plan:

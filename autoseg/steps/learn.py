@@ -31,10 +31,10 @@ from autoseg.steps.batches import Batches
 from autoseg.steps.boards import board
 from autoseg.steps.curves import draw_curves
 from autoseg.steps.finetune import donor_of, freeze, load_donor, names_of, short_list, take_over
-from autoseg.steps.options import annotated_outputs, class_rates, resume_command, with_drawn_shares
+from autoseg.steps.options import annotated_outputs, class_rates, with_drawn_shares
 from autoseg.steps.stopping import stop_requests
 from autoseg.steps.teachers import Lesson
-from autoseg.steps.work import Work
+from autoseg.steps.work import Work, going_on_with
 
 
 def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainState, Run]:
@@ -55,7 +55,7 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     if work.team.is_first:
         draw_curves(work.model.curves, state.history)
     if not reached:
-        raise Interrupted(resume_command(work.run, record.configuration.name, record.fold, record.seed))
+        raise Interrupted(going_on_with(work))
     if state.step:
         save(state, False)
     if work.team.is_first:

@@ -1,5 +1,6 @@
 """Folders of predictions that are to be combined: what they hold, and whether they belong together."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def members_of_runs(runs: Sequence[Path], configurations: Sequence[str] | None) 
             raise UserError(
                 f"{run}: {name or 'nothing'} is {'not ' if name else ''}trained (trained: "
                 f"{', '.join(trained) or 'nothing yet'}).",
-                fix=f"Run: autoseg train {run}" + (f" -c {name}" if name else ""),
+                fix=f"Run: {shlex.join(['autoseg', 'train', str(run), *(['-c', name] if name else [])])}",
             )
     if len(set(members)) < max(2, len(members)):
         raise UserError(

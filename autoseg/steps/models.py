@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 
 from torch import nn
@@ -16,6 +17,8 @@ from autoseg.scoring.selection import selected
 from autoseg.store import load
 
 HASHED_AT_ONCE = 2**24
+SAME_GRID = ("dimension", "axes", "spacing_mm", "normalization", "mask_for_normalization", "resampling", "previous")
+"""What a network and a configuration must share, so that it sees cases as it learned them."""
 
 
 def load_network(model: ModelLayout, device: Device) -> nn.Module:
@@ -25,9 +28,28 @@ def load_network(model: ModelLayout, device: Device) -> nn.Module:
     return ready(network, network.spec.dimension, device)
 
 
+def unlike(learned: Configuration, planned: Configuration) -> list[str]:
+    """In which fields two configurations differ that make cases, or what is said of them, other ones."""
+    differing = [name for name in SAME_GRID if getattr(learned, name) != getattr(planned, name)]
+    inside = ("in_channels", "classes")
+    return differing + [name for name in inside if getattr(learned.network, name) != getattr(planned.network, name)]
+
+
 def as_trained(planned: Configuration, models: Sequence[ModelLayout]) -> Configuration:
-    """The configuration with the mirror axes that all of these networks learned with: prediction takes no others."""
-    learned = [set(load(model.run, Run).configuration.train.augment.mirror_axes) for model in models]
+    """The configuration with the mirror axes that all of these networks learned with: prediction takes no others.
+
+    Raises UserError where a network was trained by a plan that prepared cases otherwise.
+    """
+    records = {model: load(model.run, Run).configuration for model in models}
+    for model, learned_by in records.items():
+        differing = unlike(learned_by, planned)
+        differing += ["patch_voxels"] if learned_by.patch_voxels != planned.patch_voxels else []
+        if differing:
+            raise UserError(
+                f"{model.root} was trained by another plan: {', '.join(differing)} differ.",
+                fix="Bring the old plan back, or train again with --restart.",
+            )
+    learned = [set(each.train.augment.mirror_axes) for each in records.values()]
     axes = tuple(sorted(set.intersection(*learned)))
     augment = planned.train.augment.model_copy(update={"mirror_axes": axes})
     return planned.model_copy(update={"train": planned.train.model_copy(update={"augment": augment})})
@@ -51,11 +73,12 @@ def trained_models(
     missing_seeds = [seed for seed in seeds or () if seed not in {names[folder.name][1] for folder in chosen}]
     if missing or missing_seeds or not chosen:
         what = ", ".join([*missing, *(f"seed {seed}" for seed in missing_seeds)]) or "any fold"
-        seed = f" --seed {missing_seeds[0]}" if missing_seeds else ""
+        words = ["autoseg", "train", str(layout.root), "-c", configuration, "-f", [*missing, *(folds or ()), "0"][0]]
+        words += ["--seed", str(missing_seeds[0])] if missing_seeds else []
         raise UserError(
             f"{layout.root}: {configuration} is not trained for {what} "
             f"(trained: {', '.join(names) or 'nothing yet'}).",
-            fix=f"Run: autoseg train {layout.root} -c {configuration} -f {[*missing, *(folds or ()), '0'][0]}{seed}",
+            fix=f"Run: {shlex.join(words)}",
         )
     return tuple(ModelLayout(folder) for folder in chosen)
 

@@ -292,7 +292,7 @@ def _seconds_of_step(configuration: Configuration, device: Device) -> float:
 
 def resume_command(
     run: Path, configuration: str, fold: str, seed: int, resume: str = "yes", asked: Options | None = None,
-    seeds: int = 1,
+    seeds: int = 1, machine: Machine = Machine(),
 ) -> str:  # fmt: skip
     """The command that goes on; a training that has begun knows its options, one that has not needs them again."""
     words = ["autoseg", "train", str(run), "-c", configuration, "-f", fold]
@@ -300,8 +300,10 @@ def resume_command(
     words += ["--seeds", str(seeds)] if seeds > 1 else []
     for field, option in OPTIONS.items():
         if asked is not None and (value := getattr(asked, field)) is not None:
-            shown = [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
+            shown = [] if value is True else [f"{value:.12g}" if isinstance(value, float) else str(value)]
             words += [option, *shown]
+    words += ["--device", machine.device] if machine.device else []
+    words += ["--tensorboard"] if machine.tensorboard else []
     return shlex.join([*words, "--resume", *([] if resume == "yes" else [resume])])
 
 

@@ -11,7 +11,7 @@ from autoseg.errors import UserError
 from autoseg.image.formats import read_geometry
 from autoseg.image.labels import grid_difference, label_maps, some
 from autoseg.layout import Layout, ModelLayout
-from autoseg.records import Case, Dataset, Label
+from autoseg.records import Case, Dataset, Label, Run
 from autoseg.scoring.selection import selected
 
 
@@ -42,6 +42,8 @@ def pair_up(
         drawn = {case.id: case.annotated for case in known.cases}
     else:
         referred = label_maps(references)
+    if cases is not None and not cases:
+        raise UserError("No case is named.", fix="Name some: --cases case_01,case_02; or leave --cases out.")
     wanted = set(predicted) | set(referred) if cases is None else set(cases)
     for here, there, place in ((predicted, references, predictions), (referred, predictions, references)):
         missing = sorted(wanted - set(here))
@@ -96,10 +98,18 @@ def predicted_names(run: Path) -> tuple[str, ...]:
 
 
 def validated_folds(run: Path, name: str) -> tuple[str, ...]:
-    """Folders of the folds (unnamed seed) that hold predictions of validation cases, such as "fold_0"."""
+    """Folders of the folds (unnamed seed) whose validation cases are all predicted, such as "fold_0".
+
+    A training that is still under way, or was stopped in validation, is none.
+    """
     folders = sorted(Layout(run).cross_validation(name).glob("fold_*"))
     own = [each for each in folders if ".seed_" not in each.name and each.name != "fold_all"]
-    return tuple(each.name for each in own if any(ModelLayout(each).validation.glob("*")))
+    return tuple(each.name for each in own if _is_validated(ModelLayout(each)))
+
+
+def _is_validated(model: ModelLayout) -> bool:
+    ended = not model.run.is_file() or store.load(model.run, Run).finished
+    return ended and any(model.validation.glob("*"))
 
 
 def pair_of(case: Case, prediction: Path) -> Pair:

@@ -59,6 +59,10 @@ def plan(
     _warn_of_too_few(dataset, report)
     fingerprint = fingerprint_of(dataset, stats)
     import_early.join()
+    if _has_moved(layout, dataset, fingerprint) and not (memory or device or preset != "standard"):
+        report(Said("These are the cases that were planned for, in another place: the plan stays as it is."))
+        save(layout.dataset, dataset)
+        return checked(run)
     planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
     _warn_of_trained_models(layout, planned, report)
     remove_unfinished(run)
@@ -82,6 +86,7 @@ def from_fingerprint(
     fingerprint = load(fingerprint_file, Fingerprint)
     planned = _plan_for(fingerprint, memory, device, preset, file_ending, report)
     if output is not None:
+        _warn_of_trained_models(Layout(output), planned, report)
         save(Layout(output).fingerprint, fingerprint)
         save(Layout(output).plan, planned)
     return planned
@@ -205,8 +210,24 @@ def _warn_of_too_few(dataset: Dataset, report: Report) -> None:
         report(Warned(f"{error.what} Training needs two; this plan is only to be looked at."))
 
 
+def _has_moved(layout: Layout, dataset: Dataset, fingerprint: Fingerprint) -> bool:
+    """Whether the run was planned for the same cases, whose files lay elsewhere."""
+    if not all(path.is_file() for path in (layout.plan, layout.dataset, layout.fingerprint)):
+        return False
+    before = load(layout.dataset, Dataset)
+    elsewhere = [case.images for case in before.cases] != [case.images for case in dataset.cases]
+    return elsewhere and load(layout.fingerprint, Fingerprint) == fingerprint
+
+
 def _warn_of_trained_models(layout: Layout, planned: Plan, report: Report) -> None:
     """Say so when an older plan, by which networks were trained, is about to be replaced by another."""
-    trained = [c.name for c in planned.configurations if layout.configuration(c.name).is_dir()]
-    if trained and layout.plan.is_file() and load(layout.plan, Plan) != planned:
+    if not layout.plan.is_file():
+        return
+    known = {each.name: each for each in load(layout.plan, Plan).configurations}
+    changed = [
+        each.name for each in planned.configurations
+        if each.name not in known or known[each.name].model_copy(update={"memory": each.memory}) != each
+    ]  # fmt: skip
+    trained = [name for name in changed if layout.configuration(name).is_dir()]
+    if trained:
         report(Warned(f"The plan changes, but {', '.join(trained)} was trained by the old one: train again."))

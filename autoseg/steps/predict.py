@@ -123,9 +123,11 @@ def predict(
         UserError: no images, no trained network, an unreadable file, or a killed worker; files written before stay.
     """
     refuse_folder_of_images(images, output)
-    several = bool(device and "," in device)
-    more = bool(classes or save_uncertainty or part or speed != "accurate" or on_error != "stop" or several)
-    more = more or workers is not None or (save_probabilities and probability_kind != "float16")
+    chooses = bool(classes or probability_kind != "float16")
+    if chooses and not save_probabilities:
+        raise UserError("No probabilities are saved, of any classes or kind.", fix="Add --save-probabilities.")
+    more = chooses or save_uncertainty or part is not None or workers is not None or "," in (device or "")
+    more = more or speed != "accurate" or on_error != "stop"
     if configuration is None and _takes_pair(run, more, report):
         from autoseg.steps import select  # which imports this file
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoseg import store
+from autoseg.cases.discover import discover
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
 from autoseg.layout import Layout
@@ -12,8 +13,9 @@ from autoseg.steps.evaluate import evaluate_run
 from autoseg.steps.plan import checked, plan
 from autoseg.steps.postprocess import postprocess_learn
 from autoseg.steps.predict import default_configuration
-from autoseg.steps.preprocess import preprocess
+from autoseg.steps.preprocess import keep_or_make_splits, preprocess
 from autoseg.steps.train import train
+from autoseg.steps.work import fold_cases
 
 
 def run(
@@ -48,6 +50,10 @@ def run(
     layout = Layout(run)
     planned = _planned(data, run, memory, device, workers, skip_bad, report)
     name = configuration or default_configuration(planned)
+    dataset = store.load(layout.dataset, Dataset)
+    splits = keep_or_make_splits(layout, dataset, report)
+    for fold in folds:
+        fold_cases(splits, dataset, fold)  # refuses a fold that is none before the others are trained
     preprocess(run, configuration=name, workers=workers, report=report)
     share = None if max_seconds is None else max_seconds / len(folds)
     for fold in folds:
@@ -70,10 +76,18 @@ def _planned(
     if not layout.plan.is_file() or not layout.dataset.is_file():
         return plan(data, run, memory=memory, device=device, workers=workers, skip_bad=skip_bad, report=report)
     known = store.load(layout.dataset, Dataset)
-    if known.cases and not Path(known.cases[0].images[0]).is_relative_to(data.absolute()):
+    if known.cases and not _is_of(known, data):
         raise UserError(f"{run} was planned for other data than {data}.", fix="Choose another folder for -o.")
     report(Said(f"Going on with {layout.plan}."))
     return checked(run)
+
+
+def _is_of(known: Dataset, data: Path) -> bool:
+    """Whether a data set lies in a folder, or is what its dataset.json lists elsewhere."""
+    first = Path(known.cases[0].images[0]).resolve()
+    if first.is_relative_to(data.resolve()):
+        return True
+    return first in {Path(path).resolve() for case in discover(data).cases for path in case.images}
 
 
 def is_trained(layout: Layout, configuration: str, fold: str) -> bool:

@@ -15,13 +15,16 @@ from autoseg.image.formats import ending_of
 def staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` for what is not finished; it goes at the end, with those of killed processes.
 
-    Another process may work on the same output, on other cases; its folder stays.
+    It lies within `output` where that is another file system than the folder around it, or where this cannot be
+    written. Another process may work on the same output, on other cases; its folder stays.
     """
     output = output.resolve()  # the name of "." is empty
-    for found in output.parent.glob(f"{glob.escape(output.name)}{store.TEMPORARY}-*"):
+    within = output.is_dir() and (os.path.ismount(output) or not os.access(output.parent, os.W_OK))
+    place = output / output.name if within else output
+    for found in place.parent.glob(f"{glob.escape(place.name)}{store.TEMPORARY}-*"):
         if not store.is_being_written(found):
             shutil.rmtree(found, ignore_errors=True)
-    staging = store.temporary_beside(output)
+    staging = store.temporary_beside(place)
     try:
         yield staging
     finally:

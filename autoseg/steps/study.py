@@ -29,7 +29,7 @@ from autoseg.scoring.study import Setting, Study, Trial
 from autoseg.steps.cascade import trained
 from autoseg.steps.compare import FOREGROUND, compare
 from autoseg.steps.curves import draw_study
-from autoseg.steps.evaluate import summary
+from autoseg.steps.evaluate import scoring_of, summary
 from autoseg.steps.options import Machine, Options, fit_to_time, seconds_per_sample, with_suited_norm
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
@@ -131,7 +131,7 @@ def _check(
     if planned.previous is not None and not trained(layout, planned.previous, fold):
         raise UserError(
             f"{planned.name} refines {planned.previous}, which is not trained for fold {fold}.",
-            fix=f"Run: autoseg train {layout.root} -c {planned.previous} -f {fold}",
+            fix=f"Run: {shlex.join(['autoseg', 'train', str(layout.root), '-c', planned.previous, '-f', fold])}",
         )
 
 
@@ -202,8 +202,9 @@ def _again(run: Path, configuration: str, begun: Study, devices: Sequence[str]) 
     words += [word for text in begun.vary for word in ("--vary", text)]
     words += [word for text in begun.fixed for word in ("--set", text)]
     words += ["--seeds", str(begun.seeds), "--device", ",".join(devices)]
-    length = ("--epochs", str(begun.epochs)) if begun.max_seconds is None else ("--max-time", f"{begun.max_seconds:g}s")
-    return shlex.join([*words, *length])
+    words += ["--epochs", str(begun.epochs)] if begun.max_seconds is None else []
+    words += [] if begun.max_seconds is None else ["--max-time", f"{begun.max_seconds:.12g}s"]
+    return shlex.join(words)
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -257,11 +258,11 @@ def _concluded(
     begun: Study, files: StudyLayout, settings: Mapping[str, Configuration], run: Path, report: Report
 ) -> Study:
     """Average over seeds, test over cases, draw the curves, and write it all down."""
-    dataset = store.load(Layout(run).dataset, Dataset)
+    classes = scoring_of(store.load(Layout(run).dataset, Dataset)).classes
     cases = 0
     for name in settings:
         scores = [store.load(files.model(name, begun.fold, seed).scores, Scores) for seed in range(begun.seeds)]
-        means = summary(seed_means(scores), dataset.labels, str(files.setting(name)), str(run))
+        means = summary(seed_means(scores), classes, str(files.setting(name)), str(run))
         store.save(scores_file(files.setting(name)), means)
         cases = len(means.cases)
     histories = {name: _histories(files, name, begun.fold, begun.seeds) for name in settings}

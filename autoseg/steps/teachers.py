@@ -26,11 +26,8 @@ from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import predict_logits
 from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run, Splits
 from autoseg.steps.members import same_plans
-from autoseg.steps.models import load_network, trained_models
+from autoseg.steps.models import load_network, trained_models, unlike
 from autoseg.steps.predictor import one_hot
-
-SAME_GRID = ("dimension", "axes", "spacing_mm", "normalization", "mask_for_normalization", "resampling", "previous")
-"""What teachers and student must share, so that both see the same preprocessed cases."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def teachers_named(run: Path, planned: Configuration, fold: str, named: Sequence
         elif Layout(Path(name)).plan.is_file():
             found += trained_models(Layout(Path(name)), planned.name)
         else:
-            found.append(ModelLayout(Path(name)))
+            found.append(ModelLayout(Path(name).absolute()))
     teachers = tuple(dict.fromkeys(found))
     for model in teachers:
         _check(model, planned)
@@ -115,12 +112,7 @@ def _check(model: ModelLayout, planned: Configuration) -> None:
             f"{model.root} is no finished network.",
             fix="Name seeds, folds, fold_0..4, fold_0.seed_1, the folder of a network, or another run.",
         )
-    theirs = store.load(model.run, Run).configuration
-    differing = [name for name in SAME_GRID if getattr(theirs, name) != getattr(planned, name)]
-    for name in ("in_channels", "classes"):
-        if getattr(theirs.network, name) != getattr(planned.network, name):
-            differing.append(name)
-    if differing:
+    if differing := unlike(store.load(model.run, Run).configuration, planned):
         raise UserError(
             f"{model.root} cannot teach {planned.name}: {', '.join(differing)} differ.",
             fix="Take networks of the same configuration.",

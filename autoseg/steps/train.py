@@ -23,7 +23,7 @@ from autoseg.steps.predict import default_configuration
 from autoseg.steps.sources import sources_of
 from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import Instead, Work, look_up, trained_already, warn_of_restart
+from autoseg.steps.work import Instead, Work, going_on_with, look_up, trained_already, warn_of_restart
 
 
 def train(
@@ -119,7 +119,8 @@ def train_seeds(
             try:
                 ended.append(train_one(run, name, fold, seed, how, asked, machine, team, own_report))
             except Interrupted as stopped:
-                raise Interrupted(resume_command(run, name, fold, seeds[0], "auto", asked, len(seeds))) from stopped
+                command = resume_command(run, name, fold, seeds[0], "auto", asked, len(seeds), machine)
+                raise Interrupted(command) from stopped
     return tuple(ended)
 
 
@@ -156,7 +157,12 @@ def _trained(work: Work, asked: Options) -> Run:
     with first_goes_first(work.team):
         record = begin(work, asked)
     set_up(work.device, record.deterministic)
-    state, record = learn(work, record, sources_of(work, record.configuration))
+    try:
+        state, record = learn(work, record, sources_of(work, record.configuration))
+    except KeyboardInterrupt as stopped:  # a second Ctrl-C, which does not wait for the step
+        if work.model.resume_tensors.is_file():
+            raise Interrupted(going_on_with(work)) from stopped
+        raise
     if work.cases.validation:
         scores = _validate(in_precision(work, record), record, state.network)
         record = record.model_copy(update={"validation_dice": scores.mean["dice"]})
@@ -194,7 +200,8 @@ def _train_previous(work: Work, asked: Options) -> Options:
     try:
         train_one(work.run, previous, work.fold, work.seed, "auto", fresh, work.machine, work.team, work.report)
     except Interrupted as stopped:
-        raise Interrupted(resume_command(work.run, name, work.fold, work.seed, "auto", asked)) from stopped
+        command = resume_command(work.run, name, work.fold, work.seed, "auto", asked, machine=work.machine)
+        raise Interrupted(command) from stopped
     return first
 
 
@@ -206,4 +213,4 @@ def _validate(work: Work, record: Run, network: nn.Module) -> Scores:
             work.report, work.team,
         )  # fmt: skip
     except KeyboardInterrupt as stopped:
-        raise Interrupted(resume_command(work.run, record.configuration.name, record.fold, record.seed)) from stopped
+        raise Interrupted(going_on_with(work)) from stopped

@@ -15,7 +15,7 @@ from autoseg.network.device import Device, pick, slow_convolutions
 from autoseg.network.distributed import Team, own_device
 from autoseg.records import Configuration, Dataset, Fingerprint, Fold, Plan, Run, Splits
 from autoseg.steps.finetune import donor_of
-from autoseg.steps.options import Machine, Options, class_rates, with_class_weights, with_options
+from autoseg.steps.options import Machine, Options, class_rates, resume_command, with_class_weights, with_options
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.teachers import Lesson
@@ -164,6 +164,11 @@ def going_on(work: Work, record: Run, asked: Options) -> Configuration:
     path = work.layout.fingerprint
     seen = store.load(path, Fingerprint) if path.is_file() else None
     return with_class_weights(configuration, work.plan, seen)[0]
+
+
+def going_on_with(work: Work) -> str:
+    """The command that goes on with a training that has begun."""
+    return resume_command(work.run, work.planned.name, work.fold, work.seed, machine=work.machine)
 
 
 def trained_already(work: Work, asked: Options) -> Run | None:
