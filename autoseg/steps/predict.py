@@ -97,8 +97,6 @@ def predict(
 ) -> tuple[Path, ...]:
     """Segment every image of a folder with the mean of the trained networks; returns the label maps, in order of cases.
 
-    Reading, the network, and writing go on side by side.
-
     Args:
         run: run folder with at least one trained network.
         images: folder whose files are named as the training images were.
@@ -111,11 +109,10 @@ def predict(
         save_uncertainty: also write images of entropy (and with several networks of mutual information), in thousandths
             of the largest possible entropy, and flagged.csv with one number per case.
         postprocess: apply the learned rules, if there are any.
-        mirroring: average over the mirrorings that training used.
-        speed: a key of `predictor.SPEEDS`.
+        mirroring: average over the mirrorings that training used. speed: a key of `predictor.SPEEDS`.
         resume: leave out cases whose files and networks are those of the prediction that is there.
-        part: "3/10" takes the third of ten parts of the cases.
-        on_error: "stop" at the first case that fails, or "skip" it and fail at the end.
+        part: "3/10" takes the third of ten parts of the cases. on_error: "stop" at the first case that fails, or "skip"
+            it and fail at the end.
         device: "cuda:0,cuda:1" shares the cases between several.
         workers: processes for reading and writing; 0 for none, None chooses.
 
