@@ -298,9 +298,9 @@ class Splits(Saved):
 class Run(Saved):
     """What a training really used, once options and plan values were put together, and how it ended.
 
-    `planned`, `channels` and `labels` are the plan's, to see later whether it changed; `fresh` the tensors that `init`
-    lacked; `asked_precision` is empty where the device decided; `max_seconds` is half of `of_seconds` where two stages
-    of a cascade share these.
+    `planned`, `channels`, `labels`, `regions` (names) and `intensities` are the plan's, to see later whether it
+    changed; `fresh` the tensors that `init` lacked; `asked_precision` is empty where the device decided; `max_seconds`
+    is half of `of_seconds` where two stages of a cascade share these.
     """
 
     SCHEMA = 2
@@ -311,6 +311,8 @@ class Run(Saved):
     planned: Configuration | None = None
     channels: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    intensities: tuple[Intensities, ...] = ()
     init: str = ""
     fresh: tuple[str, ...] = ()
     freeze: str = ""

@@ -124,14 +124,26 @@ def test_entropy_is_one_where_all_classes_are_alike_and_nothing_where_one_is_sur
 def test_mutual_information_is_what_the_members_do_not_share() -> None:
     """Two members, sure of different classes in the first voxel and both undecided in the second."""
     members = torch.tensor([[[1.0, 0.5], [0.0, 0.5]], [[0.0, 0.5], [1.0, 0.5]]]).reshape(2, 2, 1, 1, 2)
-    own = -torch.xlogy(members, members).sum(1).mean(0, keepdim=True)
-    scores = torch.cat((members.mean(0), own))
+    mean = members.mean(0)
+    mutual = torch.xlogy(members, members).sum(1).mean(0) - torch.xlogy(mean, mean).sum(0)
+    scores = torch.cat((mean, mutual[None]))
     wanted = Wanted(False, uncertainty=True, mutual=True)
     [slab] = slabs([scores], (1, 1, 2), (None, None, None), wanted)
     assert slab.entropy_ZYX is not None
     assert slab.mutual_ZYX is not None
     torch.testing.assert_close(slab.entropy_ZYX.flatten(), torch.tensor([1.0, 1.0]))
     torch.testing.assert_close(slab.mutual_ZYX.flatten(), torch.tensor([1.0, 0.0]))
+
+
+def test_members_that_agree_share_everything_also_between_voxels() -> None:
+    """Two members, both sure of one class and then of the other: between the voxels the mean is undecided, not they."""
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).reshape(3, 1, 1, 2)
+    matrix = torch.from_numpy(axis_matrix(2, 4, 1).copy())
+    [slab] = slabs([scores], (1, 1, 4), (None, None, matrix), Wanted(False, uncertainty=True, mutual=True))
+    assert slab.entropy_ZYX is not None
+    assert slab.mutual_ZYX is not None
+    assert slab.entropy_ZYX.max() > 0.5
+    assert slab.mutual_ZYX.max() == 0
 
 
 def test_regions_are_painted_over_each_other_in_their_order() -> None:

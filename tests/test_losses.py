@@ -414,7 +414,9 @@ def test_rules_for_class_weights_become_numbers_of_the_data() -> None:
     assert losses.with_weights("focal:class_weights=effective_number", [(10**6, 10)]).startswith("focal:class_weights=")
     for same in ("dice_ce", "focal:gamma=1", "weighted_ce:class_weights=1/2/3", "dice:squared=yes"):
         assert losses.with_weights(same, counts) == same
-    of_regions = losses.with_weights("weighted_ce:class_weights=inverse_share", [(4, 1), (9, 3)])
+    of_one = losses.parse(losses.with_weights("weighted_ce:class_weights=inverse_share", [(4, 1)], has_regions=True))
+    assert len(of_one.options["class_weights"]) == 1
+    of_regions = losses.with_weights("weighted_ce:class_weights=inverse_share", [(4, 1), (9, 3)], has_regions=True)
     assert of_regions == "weighted_ce:class_weights=4/3"
     assert losses.parse(losses.with_weights("weighted_ce", [(10**9, 10**9, 1)])).options  # within what may be read
 

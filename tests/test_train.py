@@ -276,8 +276,9 @@ def test_prediction_mirrors_only_as_all_of_its_networks_learned(run: Path) -> No
         assert record.configuration.train.augment.mirror_axes == ((0, 2) if patches == 8 else ())
         models.append(layout.model("3d", "0", seed))
     planned = mirroring_from(8)
-    assert as_trained(planned, models[:1]) == planned
-    assert as_trained(planned, models).train.augment.mirror_axes == ()
+    plan = load(Layout(run).plan, Plan)
+    assert as_trained(planned, models[:1], plan) == planned
+    assert as_trained(planned, models, plan).train.augment.mirror_axes == ()
     found = [Predictor(run, device="cpu", seeds=seeds).tiling((9, 9, 9), 3, 1) for seeds in ([0], [1], None)]
     assert [tiling.mirror_axes for tiling in found] == [(0, 2), (), ()]
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from autoseg.cases.prepare import IGNORED, Prepared
 from autoseg.errors import UserError
+from autoseg.image.companions import files_of
 from autoseg.image.volume import Box
 from autoseg.layout import CachedFiles
 from autoseg.records import Case, Configuration, Millimetres3, Plan, Saved, Voxels3
@@ -216,12 +217,13 @@ def stamp_of(case: Case) -> Stamp:
     for path in (*case.images, case.label):
         if path is not None:
             try:
-                status = os.stat(path)
+                for part in files_of(path):
+                    status = os.stat(part)
+                    stamp.append((str(part), status.st_size, status.st_mtime_ns))
             except OSError as error:
                 raise UserError(
                     f"{path}: {error.strerror}.", fix="Has the data been moved? Run `autoseg plan` again."
                 ) from error
-            stamp.append((path, status.st_size, status.st_mtime_ns))
     return tuple(stamp)
 
 

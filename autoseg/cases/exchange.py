@@ -14,6 +14,7 @@ import numpy as np
 from autoseg.cases.predicted import InputFile, Predicted
 from autoseg.cases.prepare import Prepared, prepare, restore
 from autoseg.errors import UserError
+from autoseg.image.companions import files_of
 from autoseg.image.crop import insert
 from autoseg.image.formats import read_image, write_labels
 from autoseg.image.rules import apply_rules
@@ -191,18 +192,26 @@ def input_file(path: Path) -> InputFile:
     """Size, time and content of a file. Raises UserError when it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        with open(path, "rb") as file:
-            while block := file.read(HASHED_AT_ONCE):
-                digest.update(block)
-        status = path.stat()
+        for part in files_of(path):
+            with open(part, "rb") as file:
+                while block := file.read(HASHED_AT_ONCE):
+                    digest.update(block)
+        size, time_ns = _size_and_time(path)
     except OSError as error:
         raise UserError(f"{path}: this file cannot be read ({error.strerror}).", fix="Is the disk there?") from error
-    return InputFile(name=path.name, size_bytes=status.st_size, time_ns=status.st_mtime_ns, content=digest.hexdigest())
+    return InputFile(name=path.name, size_bytes=size, time_ns=time_ns, content=digest.hexdigest())
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes of an image's files, and when the newest of them was written."""
+    found = [part.stat() for part in files_of(path)]
+    return sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
 
 
 def is_unchanged(path: Path, known: InputFile) -> bool:
     """Whether a file is what it was: by size and time, and where only the time differs by its content."""
-    if not path.is_file() or path.name != known.name or path.stat().st_size != known.size_bytes:
+    if not path.is_file() or path.name != known.name:
         return False
-    return path.stat().st_mtime_ns == known.time_ns or input_file(path).content == known.content
+    size, time_ns = _size_and_time(path)
+    return size == known.size_bytes and (time_ns == known.time_ns or input_file(path).content == known.content)
 

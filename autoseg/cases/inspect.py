@@ -20,6 +20,7 @@ from autoseg.cases.measure import measure_case
 from autoseg.cases.prepare import to_indices
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
+from autoseg.image.companions import files_of
 from autoseg.image.formats import PHOTOGRAPHS, ending_of, read_image, read_labels
 from autoseg.image.volume import Geometry, displacement_mm
 from autoseg.layout import case_stats_file
@@ -128,9 +129,10 @@ def content_of(case: Case, labels: Sequence[Label], ignore_value: int | None) ->
         if path is None:
             continue
         try:
-            with open(path, "rb") as file:
-                while block := file.read(HASHED_AT_ONCE):
-                    digest.update(block)
+            for part in files_of(path):
+                with open(part, "rb") as file:
+                    while block := file.read(HASHED_AT_ONCE):
+                        digest.update(block)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}.", fix="Is the path right?") from error
         digest.update(b"\0end of file")
@@ -192,7 +194,8 @@ def _known(dataset: Dataset, stats_folder: Path, case: Case) -> CaseStats | None
     """The saved statistics if they belong to these files and labels."""
     try:
         stats = load(case_stats_file(stats_folder, case.id), CaseStats)
-        return stats if stats.content == content_of(case, dataset.labels, dataset.ignore_value) else None
+        same = stats.content == content_of(case, dataset.labels, dataset.ignore_value)
+        return stats if same and len(stats.intensities) == len(dataset.channels) else None
     except UserError:
         return None
 

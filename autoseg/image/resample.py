@@ -248,13 +248,18 @@ def _along(array_ZYX: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     return result.reshape(shape)
 
 
-@lru_cache(maxsize=256)
 def axis_matrix(old: int, new: int, order: int) -> np.ndarray:
     """The linear operator (new, old) float32 that interpolates `old` samples at `new` positions; read-only.
+
+    Small ones are kept (256 MiB of them at most); large ones of images that all differ would fill the memory.
 
     Args:
         order: 0 nearest, 1 linear, 3 cubic spline. Raises UserError for another one.
     """
+    return (_kept_matrix if old * new <= KEPT_ENTRIES else _matrix)(old, new, order)
+
+
+def _matrix(old: int, new: int, order: int) -> np.ndarray:
     if old == new:
         matrix = np.eye(old, dtype=np.float32)
     elif order in SPLINES:
@@ -263,6 +268,10 @@ def axis_matrix(old: int, new: int, order: int) -> np.ndarray:
         raise UserError(f"Interpolation order {order} is not one of {sorted(SPLINES)}.", fix="Change it in the plan.")
     matrix.flags.writeable = False
     return matrix
+
+
+KEPT_ENTRIES = 2**18
+_kept_matrix = lru_cache(maxsize=256)(_matrix)
 
 
 def _positions(old: int, new: int) -> np.ndarray:

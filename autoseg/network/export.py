@@ -32,7 +32,7 @@ Matrices = tuple[Tensor | None, Tensor | None, Tensor | None]
 class Wanted:
     """What to make beside labels: probabilities of all classes, and how unsure the network is.
 
-    With `mutual` the last score is no class but the members' mean entropy in nats (see `sliding.Scorer`).
+    With `mutual` the last score is no class but mutual information in nats (see `sliding.Scorer`).
     `activation` is "softmax" for classes, or "sigmoid" for regions that may overlap: then `paints` holds the label
     index of each, painted in their order where the region is likelier than not.
     """
@@ -287,7 +287,7 @@ def _dense_slab(part: _Part, wanted: Wanted, over_tiles: _Map) -> Slab:
 
     for _ in over_tiles(make, part.tiles()):
         pass
-    mean_entropy = scores[-1] if wanted.mutual else None
+    shared = scores[-1] if wanted.mutual else None
     scores = scores[:-1] if wanted.mutual else scores
     best = painted(scores, wanted) if wanted.paints else scores.max(0).indices  # argmax is ten times as slow on a CPU
     labels = best.to(torch.int16).cpu()
@@ -296,7 +296,7 @@ def _dense_slab(part: _Part, wanted: Wanted, over_tiles: _Map) -> Slab:
     if wanted.uncertainty:
         nats, largest = entropy_nats(probabilities, wanted.activation), largest_entropy(len(scores), wanted.activation)
         entropy = (nats / largest).cpu()
-        mutual = ((nats - mean_entropy).clamp_min(0) / largest).cpu() if mean_entropy is not None else None
+        mutual = None if shared is None else (torch.minimum(shared.clamp_min(0), nats) / largest).cpu()
     return Slab(part.window, labels, probabilities.cpu() if wanted.probabilities else None, entropy, mutual)
 
 

@@ -87,7 +87,7 @@ def check(spec: str, outputs: Sequence[str], has_regions: bool = False) -> None:
         )
 
 
-def with_weights(spec: str, counts: Sequence[Sequence[int]]) -> str:
+def with_weights(spec: str, counts: Sequence[Sequence[int]], has_regions: bool = False) -> str:
     """The spec with numbers in place of a rule for class weights; "weighted" losses that name none take `USUAL_RULE`.
 
     Args:
@@ -98,7 +98,7 @@ def with_weights(spec: str, counts: Sequence[Sequence[int]]) -> str:
     rule = parsed.options.get("class_weights", USUAL_RULE if parsed.name in WEIGHTED else None)
     if not isinstance(rule, str):
         return spec
-    if len(counts) == 1:
+    if not has_regions:
         weights = CLASS_WEIGHTS[rule](counts[0])
     else:
         pairs = (CLASS_WEIGHTS[rule](pair) for pair in counts)
@@ -109,7 +109,7 @@ def with_weights(spec: str, counts: Sequence[Sequence[int]]) -> str:
 
 
 def _value(name: str, option: str, text: str, default: Value | None) -> Value:
-    low, high = RANGES[option]
+    low, high = RANGES_OF.get((name, option), RANGES[option])
     wanted = "yes or no" if isinstance(default, bool) else f"a number from {low:g} to {high:g}"
     if default is None:
         wanted = f"one number per class from {low:g} to {high:g}, joined by /, or one of {', '.join(CLASS_WEIGHTS)}"
@@ -259,6 +259,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "squared": (0, 1),
 }
 """Smallest and largest value of each option."""
+RANGES_OF = {("focal_tversky", "gamma"): (0.1, 10.0)}
+"""The same where a loss takes fewer: this one divides by it."""
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "dice_ce": dice_ce,

@@ -96,13 +96,14 @@ def parse_bytes(text: str) -> int:
 
 
 def allowed_ram_bytes() -> int:
-    """Memory this process may use: the machine's, or the limit of its cgroups (version 1 or 2) if that is less."""
+    """Memory this process may use: the machine's, or the least limit of its cgroups (version 1 or 2) and theirs."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
     files = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
     for line in own.read_text().splitlines() if own.is_file() else ():
-        path = line.split(":", 2)[-1].lstrip("/")
-        files += [root / path / "memory.max", root / "memory" / path / "memory.limit_in_bytes"]
+        path = Path(line.split(":", 2)[-1].lstrip("/"))
+        for each in (path, *path.parents):  # a job's limit lies above its tasks
+            files += [root / each / "memory.max", root / "memory" / each / "memory.limit_in_bytes"]
     for file in files:
         if file.is_file() and (text := file.read_text().strip()).isdigit():
             limits.append(int(text))

@@ -49,7 +49,8 @@ class Scorer:
     Args:
         networks: in eval mode, on `device`; each takes (B, C, *patch) and returns (B, K, *patch).
         probabilities: mean probabilities also of a single network.
-        mutual: a further score beside the classes, the members' mean entropy in nats.
+        mutual: a further score beside the classes, in nats: the entropy of the members' mean less their mean entropy,
+            tile by tile. To interpolate or average both first would count what lies between classes as contradiction.
         activation: "softmax" for classes, "sigmoid" for regions.
     """
 
@@ -85,7 +86,10 @@ class Scorer:
         if total is None:
             raise ValueError("at least one network is needed")
         total /= len(self.networks)
-        return total if entropy is None else torch.cat((total, (entropy / len(self.networks)).unsqueeze(1)), 1)
+        if entropy is None:
+            return total
+        together = entropy_nats(total.transpose(0, 1), self.activation)
+        return torch.cat((total, (together - entropy / len(self.networks)).unsqueeze(1)), 1)
 
 
 def tile_starts(size: int, patch: int, overlap: float = OVERLAP) -> tuple[int, ...]:
@@ -174,7 +178,15 @@ def _whole_slices(scorer: Scorer, slices_NCYX: Tensor, tiling: Tiling, progress:
         scorer, lambda window: slices_NCYX[(everything, everything, *window)], tuple(slices_NCYX.shape[2:]), tiling,
         progress, len(slices_NCYX),
     )  # fmt: skip
-    return torch.cat([block_NKYX.transpose(0, 1).clone() for _, block_NKYX in blocks], 2)
+    scores_KNYX = None
+    for start, block_NKYX in blocks:
+        if scores_KNYX is None:
+            whole = (scorer.channels, len(slices_NCYX), *slices_NCYX.shape[2:])
+            scores_KNYX = torch.empty(whole, dtype=block_NKYX.dtype, device=block_NKYX.device)
+        scores_KNYX[:, :, start : start + block_NKYX.shape[2]] = block_NKYX.transpose(0, 1)
+    if scores_KNYX is None:
+        raise ValueError("a slice has at least one row")
+    return scores_KNYX
 
 
 def row_blocks(

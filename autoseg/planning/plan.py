@@ -7,7 +7,7 @@ from autoseg.events import Report, Said, Warned, silent
 from autoseg.planning import awareness, lowres
 from autoseg.planning.architecture import choose_base_features, most_operations, preset_named
 from autoseg.planning.checks import check_fingerprint
-from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_grid
+from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_grid, quick_enough
 from autoseg.planning.normalization import choose_masks, choose_normalization
 from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patch, Readings, once
 from autoseg.planning.spacing import choose_axes, choose_spacing, describe_shape, median_shape, transposed
@@ -109,7 +109,7 @@ def _plan_lowres(
 ) -> tuple[Configuration, tuple[Choice, ...], Grid] | None:
     """The low-resolution configuration, or None where it is not wanted or saves too little.
 
-    The grid is found with patches predicted from the 3d readings, and confirmed with its own.
+    The grid is found with patches predicted from the 3d readings, quick ones on CPUs, and confirmed with its own.
     """
     if not lowres.is_wanted(full, patch):
         return None
@@ -117,7 +117,7 @@ def _plan_lowres(
 
     def predicted_patch(grid: Grid) -> Patch:
         draft, known = drafter(grid, shared), readings if readings.taken else readings_3d
-        chain = _patches(grid)
+        chain = quick_enough(_patches(grid), draft, shared.most_operations)
         fitting = (p for p in chain if known.predict(draft(p, SMALLEST_BATCH)) <= known.budget_bytes)
         return next(fitting, chain[-1])
 

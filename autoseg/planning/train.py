@@ -78,8 +78,7 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
 def sided_labels(names: Sequence[str]) -> tuple[Sided, ...]:
     """Labels whose names tell a side: the same name with left for right (or anterior for posterior, ..) exists too."""
     spellings = {_words(name) for name in names}
-    found = ((_axis_told_by(_words(name), spellings), name) for name in names)
-    return tuple((axis, name) for axis, name in found if axis is not None)
+    return tuple((axis, name) for name in names for axis in _axes_told_by(_words(name), spellings))
 
 
 def _rotation(patch: Sequence[int]) -> tuple[tuple[float, ...], bool, Choice]:
@@ -119,7 +118,8 @@ def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple
             for axis in lost
         )
     elif sided:
-        because = f"{some([name for _, name in sided])} tell a side, but along no axis of these slices."
+        telling = list(dict.fromkeys(name for _, name in sided))
+        because = f"{some(telling)} tell a side, but along no axis of these slices."
     return mirrored, Choice(field="train.augment.mirror_axes", value=names, because=because)
 
 
@@ -128,13 +128,13 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word)
 
 
-def _axis_told_by(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> int | None:
-    """The file axis along which a mirrored label would get the name of another label, if there is one."""
-    for axis, opposites in OPPOSITES.items():
-        swapped = tuple(opposites.get(word, word) for word in words)
-        if swapped != words and swapped in spellings:
-            return axis
-    return None
+def _axes_told_by(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> tuple[int, ...]:
+    """The file axes along which a mirrored label would get the name of another label."""
+    return tuple(
+        axis
+        for axis, opposites in OPPOSITES.items()
+        if (swapped := tuple(opposites.get(word, word) for word in words)) != words and swapped in spellings
+    )
 
 
 SIDES = {0: "above from below", 1: "front from back", 2: "left from right"}

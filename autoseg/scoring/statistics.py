@@ -44,8 +44,9 @@ def paired_t(differences: np.ndarray, alternative: Alternative = "two-sided") ->
 def wilcoxon(differences: np.ndarray, alternative: Alternative = "two-sided") -> float:
     """P value of Wilcoxon's signed-rank test: are differences symmetric around zero?
 
-    Zero differences are left out (Wilcoxon 1945). Exact where 50 or fewer remain and no two sizes are equal, else the
-    normal approximation with tie correction; 1 when nothing remains.
+    Zero differences are left out (Wilcoxon 1945). Exact where 50 or fewer remain and no two sizes are equal, or 13 or
+    fewer remain, whose ties share their mean rank; else the normal approximation with tie correction. 1 when nothing
+    remains.
 
     Raises:
         UserError: fewer than six cases.
@@ -57,12 +58,22 @@ def wilcoxon(differences: np.ndarray, alternative: Alternative = "two-sided") ->
     ranks = stats.rankdata(np.abs(moved))
     n, statistic = moved.size, float(ranks[moved > 0].sum())
     sizes = np.unique(ranks, return_counts=True)[1]
-    if n <= 50 and sizes.max() == 1 and moved.size == differences.size:
+    if n <= 50 and sizes.max() == 1:
         return _exact_signed_rank(int(statistic), n, alternative)
+    if n <= EXACT_CASES:
+        return _of_all_signs(statistic, ranks, alternative)
     mean = n * (n + 1) / 4
     variance = n * (n + 1) * (2 * n + 1) / 24 - float((sizes**3 - sizes).sum()) / 48
     z = (statistic - mean) / np.sqrt(variance)
     return float(special.ndtr(-z)) if alternative == "greater" else float(2 * special.ndtr(-abs(z)))
+
+
+def _of_all_signs(statistic: float, ranks: np.ndarray, alternative: Alternative) -> float:
+    """P value of a sum of positive ranks among the sums that all signs give."""
+    bits = np.arange(1 << ranks.size)[:, None] >> np.arange(ranks.size) & 1
+    sums = bits @ ranks
+    above, below = float((sums >= statistic - 1e-9).mean()), float((sums <= statistic + 1e-9).mean())
+    return above if alternative == "greater" else min(1.0, 2 * min(above, below))
 
 
 def rank_correlation(differences: np.ndarray) -> float:

@@ -67,6 +67,7 @@ def _fresh(work: Work, asked: Options) -> Run:
     return Run(
         autoseg_version=__version__, torch_version=torch.__version__, configuration=configuration,
         planned=work.planned, channels=work.plan.channels, labels=tuple(label.name for label in work.plan.labels),
+        regions=tuple(region.name for region in work.plan.regions), intensities=work.plan.intensities,
         init=asked.init or "", freeze=asked.freeze or "", asked_precision=asked.precision or "",
         deterministic=bool(asked.deterministic), processes=work.team.size, fold=work.fold, seed=work.seed,
         device=work.device.name, precision=work.device.precision, compiled=False, max_seconds=asked.max_seconds,

@@ -88,13 +88,13 @@ def _players(school: School, device: Device, report: Report) -> list[Player]:
 
     def player(name: str, configuration: Configuration, model: ModelLayout, network: nn.Module) -> Player:
         scores = None if model in school.seen else _scores(model, cases)
-        return Player(name, as_trained(configuration, [model]), (network,), scores)
+        return Player(name, as_trained(configuration, [model], school.plan), (network,), scores)
 
     players = [
         player(school.called(model), school.planned, model, network)
         for model, network in zip(teachers, networks, strict=True)
     ]
-    together, scores = as_trained(school.planned, teachers), None
+    together, scores = as_trained(school.planned, teachers, school.plan), None
     if cases.validation:
         folder = ModelLayout(school.student.root.parent / "ensemble" / school.student.root.name)
         scores = _newer_scores(folder, (*teachers, school.student), cases)

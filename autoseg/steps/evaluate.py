@@ -17,6 +17,7 @@ from scipy import ndimage
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
+from autoseg.image.companions import files_of
 from autoseg.image.components import bounding_box, components
 from autoseg.image.formats import read_labels
 from autoseg.image.labels import labels_found, some, to_indices
@@ -340,7 +341,7 @@ def content_of(pair: Pair, scoring: Scoring) -> str:
     """Hash of the bytes of both files of a pair and of how it is scored."""
     hashed = hashlib.blake2b(digest_size=16)
     hashed.update(repr((METHOD, scoring, pair.annotated)).encode())
-    for path in (pair.prediction, pair.reference):
+    for path in (*files_of(pair.prediction), *files_of(pair.reference)):
         with open(path, "rb") as file:
             hashed.update(hashlib.file_digest(file, "blake2b").digest())
     return hashed.hexdigest()

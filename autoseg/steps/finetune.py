@@ -26,6 +26,7 @@ class Names:
 
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    are_regions: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,29 @@ def load_donor(model: ModelLayout) -> Donor:
     names = Names()
     if model.run.is_file():
         record = store.load(model.run, Run)
-        channels, labels = record.channels, record.labels
+        channels, labels, regions = record.channels, record.labels, record.regions
         plan_path = Layout(model.root.parents[2]).plan if len(model.root.parents) > 2 else None
         if not labels and plan_path is not None and plan_path.is_file():
             plan = store.load(plan_path, Plan)
             channels, labels = plan.channels, tuple(label.name for label in plan.labels)
-        names = names_of(channels, labels, record.configuration.previous is not None)
+            regions = tuple(region.name for region in plan.regions)
+        names = names_of(channels, labels, record.configuration.previous is not None, regions)
     return Donor(model.root, tensors, names)
 
 
-def names_of(channels: Sequence[str], labels: Sequence[str], cascade: bool) -> Names:
-    """Names of a network's inputs (a cascade also sees what the first stage found) and outputs."""
+def names_of(channels: Sequence[str], labels: Sequence[str], cascade: bool, regions: Sequence[str] = ()) -> Names:
+    """Names of a network's inputs (a cascade also sees what the first stage found) and outputs, classes or regions."""
     previous = tuple(f"previous {label}" for label in labels[1:]) if cascade else ()
-    return Names((*channels, *previous), tuple(labels))
+    return Names((*channels, *previous), tuple(regions or labels), bool(regions))
 
 
 def take_over(network: nn.Module, names: Names, donor: Donor) -> tuple[str, ...]:
     """Put the donor's weights into `network` where they fit; returns the names of the tensors that stay fresh.
 
     The first layer takes each input channel by name, and the mean of the donor's channels for one that it does not
-    know. The heads take each class by name and keep fresh rows for new ones; background is background. Everything else
-    is taken where name and shape agree. A tensor counts as fresh if no part of it was taken.
+    know. The heads take each class or region by name and keep fresh rows for new ones; background is background, and
+    between classes and regions nothing is taken. Everything else is taken where name and shape agree. A tensor counts
+    as fresh if no part of it was taken.
 
     Raises UserError when no convolution fits.
     """
@@ -100,7 +103,7 @@ def take_over(network: nn.Module, names: Names, donor: Donor) -> tuple[str, ...]
         if name == first:
             fitted = _by_channel(tensor, given, names.inputs, donor.names.inputs)
         elif name.startswith("head."):
-            fitted = _by_class(tensor, given, names.outputs, donor.names.outputs)
+            fitted = _by_output(tensor, given, names, donor.names)
         else:
             fitted = given if given.shape == tensor.shape else None
         if fitted is not None:
@@ -136,15 +139,18 @@ def _by_channel(fresh: Tensor, given: Tensor, own: Sequence[str], theirs: Sequen
     return torch.stack([known.get(name, given.mean(1)) for name in own], dim=1)
 
 
-def _by_class(fresh: Tensor, given: Tensor, own: Sequence[str], theirs: Sequence[str]) -> Tensor | None:
-    """(classes, ...) with the donor's rows put where their names are; the others stay fresh."""
-    if fresh.shape[1:] != given.shape[1:]:
+def _by_output(fresh: Tensor, given: Tensor, own: Names, theirs: Names) -> Tensor | None:
+    """(classes or regions, ...) with the donor's rows put where their names are; the others stay fresh."""
+    known = len(own.outputs) == len(fresh) and len(theirs.outputs) == len(given)
+    if fresh.shape[1:] != given.shape[1:] or (own.are_regions != theirs.are_regions and theirs.outputs):
         return None
-    if len(own) != len(fresh) or len(theirs) != len(given):
+    if not known:
         return given if fresh.shape == given.shape else None
-    result, rows = fresh.clone(), {name: row for row, name in enumerate(theirs) if row}
-    result[0] = given[0].to(fresh)
-    for row, name in enumerate(own):
-        if row and name in rows:
-            result[row] = given[rows[name]].to(fresh)
-    return result
+    rows = {name: row for row, name in enumerate(theirs.outputs)}
+    result, taken = fresh.clone(), 0
+    for row, name in enumerate(own.outputs):
+        from_row = rows.get(name) if row or own.are_regions else 0
+        if from_row is not None and (from_row or own.are_regions or not row):
+            result[row] = given[from_row].to(fresh)
+            taken += 1
+    return result if taken else None

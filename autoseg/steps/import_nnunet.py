@@ -31,6 +31,9 @@ NAMES = {"2d": "2d", "3d_fullres": "3d", "3d_lowres": "3d_lowres"}
 """Their name of a configuration and ours; others keep their name."""
 THEIRS = {"minimum": "min", "maximum": "max"}
 """Our name of a statistic and theirs, where they differ."""
+USUAL_RESAMPLING, LINEAR_RESAMPLING = "resample_data_or_seg_to_shape", "resample_torch_fornnunet"
+NEVER = 1e9
+"""Anisotropy that no image has: its thick axis is resampled like the others."""
 NORMALIZATIONS = {
     "ZScoreNormalization": "zscore", "CTNormalization": "ct", "NoNormalization": "none",
     "RescaleTo01Normalization": "rescale_0_1", "RGBTo01Normalization": "rgb_0_1",
@@ -95,10 +98,11 @@ def _configuration(
     if unknown:
         known = ", ".join(NORMALIZATIONS)
         raise UserError(f"{folder}: the normalization {unknown[0]} is not known here.", fix=f"Known are {known}.")
+    if plans.get("image_reader_writer") == "NibabelIOWithReorient":
+        raise UserError(f"{folder}: nnU-Net turned its images to RAS (NibabelIOWithReorient), which is not done here.")
     network = nnunet.spec_from_nnunet(nnunet.architecture_of(plans, theirs), channels, classes)
     dimension = network.dimension
     spacing, shape = entry["spacing"], [round(n) for n in entry["median_image_size_in_voxels"]]
-    images, labels = (entry.get(f"resampling_fn_{what}_kwargs", {}).get("order") for what in ("data", "seg"))
     return Configuration.model_validate({
         "name": NAMES.get(theirs, theirs), "dimension": dimension, "axes": plans["transpose_forward"],
         "spacing_mm": (None, *spacing) if dimension == 2 else spacing,
@@ -106,13 +110,28 @@ def _configuration(
         "patch_voxels": entry["patch_size"], "batch_size": entry["batch_size"],
         "normalization": [NORMALIZATIONS[name] for name in entry["normalization_schemes"]],
         "mask_for_normalization": entry["use_mask_for_norm"],
-        "resampling": Resampling(
-            image_order=3 if images is None else images, label_order=1 if labels is None else labels
-        ),
+        "resampling": _resampling(entry, folder),
         "batch_dice": entry.get("batch_dice", False), "network": network,
         "train": TrainSpec(augment=AugmentSpec(rotation_rad=(0.0,) * dimension, mirror_axes=mirror_axes)),
         "memory": Memory(source="assumed", peak_bytes=0),
     })  # fmt: skip
+
+
+def _resampling(entry: Mapping[str, Any], folder: Path) -> Resampling:
+    """How nnU-Net resampled images and labels; raises UserError for what has no like here."""
+    how = {what: entry.get(f"resampling_fn_{what}", USUAL_RESAMPLING) for what in ("data", "seg")}
+    kwargs = {what: entry.get(f"resampling_fn_{what}_kwargs", {}) for what in how}
+    separate = kwargs["data"].get("force_separate_z")
+    if unknown := set(how.values()) - {USUAL_RESAMPLING, LINEAR_RESAMPLING}:
+        raise UserError(f"{folder}: nnU-Net resampled by {unknown.pop()}, which is not known here.")
+    if separate:
+        raise UserError(f"{folder}: nnU-Net resampled slices apart whatever their spacing, which is not done here.")
+    first, second = (
+        1 if how[what] == LINEAR_RESAMPLING else kwargs[what].get("order", usual)
+        for what, usual in (("data", 3), ("seg", 1))
+    )
+    anisotropy = {} if separate is None else {"anisotropy": NEVER}
+    return Resampling.model_validate({"image_order": first, "label_order": second} | anisotropy)
 
 
 def _plan(

@@ -77,7 +77,7 @@ def _network(work: Work, record: Run) -> tuple[nn.Module, Run]:
     network: nn.Module = unet.build(configuration.network)
     if record.init and not work.continues:
         donor = load_donor(donor_of(record.init, configuration.name, record.fold, record.seed, work.model))
-        names = names_of(record.channels, record.labels, configuration.previous is not None)
+        names = names_of(record.channels, record.labels, configuration.previous is not None, record.regions)
         fresh = take_over(network, names, donor)
         if fresh:
             work.report(Warned(
@@ -170,7 +170,8 @@ def _tried(
     image = torch.zeros(samples, configuration.network.in_channels, *shape[1:], device=where)
     labels = torch.zeros(shape, dtype=torch.int16, device=where)
     if work.lesson is not None:
-        labels = torch.zeros(samples, 1 + work.plan.classes, *shape[1:], device=where)
+        said = 1 + len(work.plan.regions) if work.plan.regions else work.plan.classes  # by the teachers, see `Batches`
+        labels = torch.zeros(samples, 1 + said, *shape[1:], device=where)
     batch = [image.contiguous(memory_format=layout(configuration.dimension, device, compiled=True)), labels]
     if annotated_outputs(work.dataset, work.plan):
         batch.append(torch.ones(samples, len(work.plan.outputs), dtype=torch.bool, device=where))

@@ -35,21 +35,28 @@ def unlike(learned: Configuration, planned: Configuration) -> list[str]:
     return differing + [name for name in inside if getattr(learned.network, name) != getattr(planned.network, name)]
 
 
-def as_trained(planned: Configuration, models: Sequence[ModelLayout]) -> Configuration:
+def sees_otherwise(learned: Run, plan: Plan) -> bool:
+    """Whether a plan scales CT channels by other intensities than those that a network learned with."""
+    others = bool(learned.intensities) and learned.intensities != plan.intensities
+    return others and "ct" in learned.configuration.normalization
+
+
+def as_trained(planned: Configuration, models: Sequence[ModelLayout], plan: Plan) -> Configuration:
     """The configuration with the mirror axes that all of these networks learned with: prediction takes no others.
 
     Raises UserError where a network was trained by a plan that prepared cases otherwise.
     """
-    records = {model: load(model.run, Run).configuration for model in models}
+    records = {model: load(model.run, Run) for model in models}
     for model, learned_by in records.items():
-        differing = unlike(learned_by, planned)
-        differing += ["patch_voxels"] if learned_by.patch_voxels != planned.patch_voxels else []
+        differing = unlike(learned_by.configuration, planned)
+        differing += ["patch_voxels"] if learned_by.configuration.patch_voxels != planned.patch_voxels else []
+        differing += ["intensities"] if sees_otherwise(learned_by, plan) else []
         if differing:
             raise UserError(
                 f"{model.root} was trained by another plan: {', '.join(differing)} differ.",
                 fix="Bring the old plan back, or train again with --restart.",
             )
-    learned = [set(each.train.augment.mirror_axes) for each in records.values()]
+    learned = [set(each.configuration.train.augment.mirror_axes) for each in records.values()]
     axes = tuple(sorted(set.intersection(*learned)))
     augment = planned.train.augment.model_copy(update={"mirror_axes": axes})
     return planned.model_copy(update={"train": planned.train.model_copy(update={"augment": augment})})

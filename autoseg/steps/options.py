@@ -209,7 +209,8 @@ def with_class_weights(
     Raises UserError where there is no fingerprint to make them of.
     """
     spec = configuration.train.loss
-    if losses.with_weights(spec, [(1, 1)] * len(plan.regions or (1,))) == spec:
+    has_regions = bool(plan.regions)
+    if losses.with_weights(spec, [(1, 1)] * len(plan.regions or (1,)), has_regions) == spec:
         return configuration, ""
     if fingerprint is None:
         raise UserError(
@@ -221,7 +222,7 @@ def with_class_weights(
     if plan.regions:
         within = [sum(voxels[k] for k in indices) for indices in plan.region_indices]
         counts = [(sum(voxels) - each, each) for each in within]
-    weighted = losses.with_weights(spec, counts)
+    weighted = losses.with_weights(spec, counts, has_regions)
     train = configuration.train.model_copy(update={"loss": weighted})
     return configuration.model_copy(update={"train": train}), f"Loss {weighted}: class weights from the class shares."
 

@@ -223,10 +223,12 @@ def _warn_of_trained_models(layout: Layout, planned: Plan, report: Report) -> No
     """Say so when an older plan, by which networks were trained, is about to be replaced by another."""
     if not layout.plan.is_file():
         return
-    known = {each.name: each for each in load(layout.plan, Plan).configurations}
+    before = load(layout.plan, Plan)
+    known, rescaled = {each.name: each for each in before.configurations}, before.intensities != planned.intensities
     changed = [
         each.name for each in planned.configurations
         if each.name not in known or known[each.name].model_copy(update={"memory": each.memory}) != each
+        or (rescaled and "ct" in each.normalization)
     ]  # fmt: skip
     trained = [name for name in changed if layout.configuration(name).is_dir()]
     if trained:

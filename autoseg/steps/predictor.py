@@ -125,7 +125,7 @@ class Predictor:
         name = configuration or trained_configuration(layout, plan)
         planned = configuration_named(plan, name)
         models = trained_models(layout, name, folds, seeds)
-        chosen = as_trained(planned, models)
+        chosen = as_trained(planned, models, plan)
         target = pick(device)
         set_up(target)
         networks = [load_network(model, target) for model in models]

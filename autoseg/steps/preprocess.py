@@ -110,7 +110,8 @@ def chosen_configurations(plan: Plan, name: str | None) -> tuple[Configuration, 
 def keep_or_make_splits(layout: Layout, dataset: Dataset, report: Report = silent) -> Splits:
     """The splits of the run, made anew where there are none.
 
-    Raises UserError when they name a case that the data set does not have; warns of cases that no fold uses.
+    Raises UserError when they name a case that the data set does not have; warns of cases that no fold uses, and of
+    groups that are on both sides.
     """
     if not layout.splits.is_file():
         splits = make_splits(dataset.cases)
@@ -128,6 +129,12 @@ def keep_or_make_splits(layout: Layout, dataset: Dataset, report: Report = silen
         )
     if unused := sorted(ids - used):
         report(Warned(f"{layout.splits}: {len(unused)} case(s) are in no fold, e.g. {unused[0]}."))
+    group = {case.id: case.group for case in dataset.cases if case.group}
+    for number, fold in enumerate(splits.folds):
+        if both := {group.get(each) for each in fold.train} & {group.get(each) for each in fold.validation} - {None}:
+            what = f"fold {number} validates on groups that it learns from, e.g. {min(map(str, both))}"
+            report(Warned(f"{layout.splits}: {what}. Remove the file to have it made anew."))
+            break
     return splits
 
 

@@ -21,7 +21,7 @@ from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started
 from autoseg.layout import Layout, ModelLayout, teacher_file
 from autoseg.network.device import Device
-from autoseg.network.distillation import from_8_bits, to_8_bits
+from autoseg.network.distillation import LARGEST_LOGIT, from_8_bits, to_8_bits
 from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import predict_logits
 from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run, Splits
@@ -193,4 +193,4 @@ def _input(source: Source, configuration: Configuration, classes: int) -> np.nda
 def _key(teachers: Sequence[ModelLayout]) -> str:
     """Changes with the teachers' weights, whatever their names and order."""
     content = sorted(hashlib.blake2b(model.weights.read_bytes(), digest_size=8).hexdigest() for model in teachers)
-    return hashlib.blake2b("".join(content).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(f"{LARGEST_LOGIT}{''.join(content)}".encode(), digest_size=8).hexdigest()

@@ -15,6 +15,7 @@ from autoseg.network.device import Device, pick, slow_convolutions
 from autoseg.network.distributed import Team, own_device
 from autoseg.records import Configuration, Dataset, Fingerprint, Fold, Plan, Run, Splits
 from autoseg.steps.finetune import donor_of
+from autoseg.steps.models import sees_otherwise
 from autoseg.steps.options import Machine, Options, class_rates, resume_command, with_class_weights, with_options
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
@@ -209,6 +210,7 @@ def _check_unchanged(before: Run, planned: Configuration, plan: Plan, asked: Opt
     for name, now in (("channels", plan.channels), ("labels", tuple(label.name for label in plan.labels))):
         then = getattr(before, name)
         changed += [f"{name} (was {then}, is {now})"] if then and then != now else []
+    changed += ["intensities of the CT channels"] if sees_otherwise(before, plan) else []
     if changed:
         more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
