@@ -11,16 +11,20 @@ import SimpleITK as sitk
 from planned import a_configuration, a_plan
 
 from autoseg import store
-from autoseg.cases.cache import is_current, key_of, open_case, write
+from autoseg.cases.cache import is_current, key_of, open_case, stamp_of, write
+from autoseg.cases.exchange import input_file, is_unchanged
+from autoseg.cases.inspect import content_of
 from autoseg.cases.prepare import Prepared, class_locations, prepare
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Event
+from autoseg.image.companions import files_of
 from autoseg.image.formats import read_image, read_labels, write_labels
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import CachedFiles, Layout
 from autoseg.parallel import over_cases
-from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Splits
-from autoseg.steps.preprocess import preprocess
+from autoseg.records import Case, Configuration, Dataset, Fold, Label, Plan, Splits
+from autoseg.steps.preprocess import keep_or_make_splits, preprocess
+from autoseg.store import save
 
 
 def a_prepared(image_CZYX: np.ndarray, labels_ZYX: np.ndarray | None = None) -> Prepared:
@@ -90,6 +94,42 @@ def test_a_case_counts_only_when_whole_and_of_the_same_key(tmp_path: Path) -> No
     assert not is_current(tmp_path, "a", "key")
     with pytest.raises(UserError, match="case a is not preprocessed"):
         open_case(tmp_path, "a")
+
+
+def test_voxels_beside_their_header_are_part_of_a_case(tmp_path: Path) -> None:
+    """The header of an .mhd file stays the same where its .raw file changes."""
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "lab.mhd"))
+    case = Case(id="a", images=(str(tmp_path / "lab.mhd"),), label=str(tmp_path / "lab.mhd"))
+    before = (stamp_of(case), content_of(case, (), None), input_file(tmp_path / "lab.mhd"))
+    assert is_unchanged(tmp_path / "lab.mhd", before[2])
+    raw = tmp_path / "lab.raw"
+    raw.write_bytes(b"\1" * raw.stat().st_size)
+    os.utime(raw, ns=(2**61, 2**61))  # later, whatever the clock's resolution
+    after = (stamp_of(case), content_of(case, (), None), input_file(tmp_path / "lab.mhd"))
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert not is_unchanged(tmp_path / "lab.mhd", before[2])
+
+
+@pytest.mark.parametrize(
+    ("named", "files"),
+    [
+        ("LOCAL", []), ("a.raw", ["a.raw"]), ("gone.raw", []), ("s%02d.raw 1 3 2", ["s01.raw", "s03.raw"]),
+        ("LIST\na.raw\ns02.raw", ["a.raw", "s02.raw"]),
+    ],  # fmt: skip
+)
+def test_the_files_that_a_header_names(tmp_path: Path, named: str, files: list[str]) -> None:
+    for name in ("a.raw", "s01.raw", "s02.raw", "s03.raw"):
+        (tmp_path / name).touch()
+    (tmp_path / "x.mhd").write_text(f"ObjectType = Image\nElementDataFile = {named}\n")
+    assert files_of(tmp_path / "x.mhd") == (tmp_path / "x.mhd", *(tmp_path / name for name in files))
+
+
+def test_a_case_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    """Two trainings that start at once prepare the same cases: the slower one must not take the mark away."""
+    write(tmp_path, "a", a_prepared(noise()[0]), {}, "key")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    write(tmp_path, "a", a_prepared(noise()[0]), {}, "key")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_a_writer_that_stops_half_way_leaves_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +274,21 @@ def test_only_the_named_configuration_is_prepared_and_a_wrong_name_is_refused(tm
     assert Layout(run).cache("low").is_dir()
     with pytest.raises(UserError, match="Choose one of: 3d, low"):
         preprocess(run, configuration="4d", workers=1)
+
+
+def test_groups_that_splits_tear_apart_are_warned_of(tmp_path: Path) -> None:
+    layout, said = Layout(tmp_path), []
+    groups = {"a": "1", "b": "1", "c": "2", "d": "2"}
+    cases = tuple(Case(id=name, images=("x",), label="y", group=group) for name, group in groups.items())
+    labels = (Label(name="background", value=0), Label(name="organ", value=1))
+    dataset = Dataset(name="x", dimension=3, channels=("MRI",), labels=labels, cases=cases)
+    save(layout.splits, Splits(seed=0, grouped=False, folds=(Fold(train=("a", "c"), validation=("b", "d")),)))
+    keep_or_make_splits(layout, dataset, said.append)
+    assert any("fold 0 validates on groups that it learns from, e.g. 1" in getattr(each, "text", "") for each in said)
+    said.clear()
+    save(layout.splits, Splits(seed=0, grouped=True, folds=(Fold(train=("a", "b"), validation=("c", "d")),)))
+    keep_or_make_splits(layout, dataset, said.append)
+    assert said == []
 
 
 def test_own_splits_are_kept_and_must_name_known_cases(tmp_path: Path) -> None:

@@ -152,6 +152,55 @@ def test_a_defect_keeps_its_traceback(step: ModuleType, tmp_path: Path) -> None:
     assert isinstance(ended.exception, ZeroDivisionError)
 
 
+def test_what_may_not_be_read_is_named(step: ModuleType, tmp_path: Path) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/data/images")
+
+    step.preprocess = denied  # type: ignore[attr-defined]
+    ended = CliRunner().invoke(cli.app, ["preprocess", str(tmp_path)])
+    assert ended.exit_code == 2
+    assert "/data/images: this cannot be read or written. Are its permissions right?" in ended.stderr
+
+
+def test_an_ensemble_of_runs_goes_on_and_one_of_folders_takes_no_options_of_networks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[bool] = []
+
+    def stops(*_: object, resume: bool, **__: object) -> None:
+        seen.append(resume)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autoseg.steps.ensemble.ensemble_runs", stops)
+    words = ["ensemble", "--runs", "A", "B", "-i", str(tmp_path), "-o", "OUT"]
+    for given in (words, [*words, "--resume"]):
+        ended = CliRunner().invoke(cli.app, cli.with_resume_value(given))
+        assert ended.exit_code == 130
+        assert "the same command with --resume" in ended.stderr
+    assert seen == [False, True]
+    for option in (["-c", "3d"], ["--no-mirror"], ["--resume"], ["--device", "cpu"]):
+        ended = CliRunner().invoke(cli.app, cli.with_resume_value(["ensemble", "A", "B", "-o", "OUT", *option]))
+        assert ended.exit_code == 2
+        assert "with --runs" in ended.stderr.replace("\n", " ")
+
+
+def test_what_a_plan_is_made_with_is_not_ignored_where_one_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").touch()
+    ended = CliRunner().invoke(cli.app, ["plan", str(tmp_path), "--memory", "24GB"])
+    assert ended.exit_code == 2
+    assert "autoseg plan DATA -o RUN" in ended.stderr.replace("\n", " ")
+
+
+def test_commands_of_several_steps_go_on_by_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stops(*_: object, **__: object) -> None:
+        raise Interrupted("autoseg train RUN --resume")
+
+    monkeypatch.setattr("autoseg.steps.run.run", stops)
+    ended = CliRunner().invoke(cli.app, ["run", str(tmp_path), "-o", str(tmp_path / "run")])
+    assert ended.exit_code == 130
+    assert "To go on: the same command again." in ended.stderr
+
+
 def test_a_missing_argument_exits_with_code_2() -> None:
     assert CliRunner().invoke(cli.app, ["train"]).exit_code == 2
 
@@ -191,6 +240,7 @@ def test_a_training_is_resumed_extended_or_restarted(given: tuple, meant: tuple)
         (("no", True, "200", None, None), "--restart begins anew"),
         (("no", False, "200", 300, None), "so do --epochs and --max-time"),
         (("no", False, "long", None, None), "not a duration"),
+        (("no", False, None, 300, 60.0), "--epochs and --max-time both"),
     ],
 )
 def test_contradicting_lengths_are_refused(given: tuple, message: str) -> None:

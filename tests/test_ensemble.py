@@ -11,6 +11,7 @@ from autoseg.image.volume import Geometry, plain_geometry
 from autoseg.layout import agreement_file, prediction_file, probabilities_file
 from autoseg.scoring.comparison import Agreement
 from autoseg.steps import combine
+from autoseg.steps import ensemble as step
 from autoseg.steps.combine import majority, overlaps_of_maps
 from autoseg.steps.ensemble import ensemble
 
@@ -247,6 +248,33 @@ def test_the_output_may_be_the_folder_one_is_in(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     assert [path.name for path in ensemble(folders, Path())] == ["a.nii.gz", "b.nii.gz"]
     assert sorted(path.name for path in tmp_path.glob("here*")) == ["here"]
+
+
+def test_probabilities_of_a_vote_are_refused_not_left_out(folders, tmp_path):
+    with pytest.raises(UserError, match="the method is vote"):
+        ensemble(folders, tmp_path / "out", method="vote", save_probabilities=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("why", ["mount", "parent"])
+def test_an_output_that_is_a_place_of_its_own_is_filled_from_within(folders, tmp_path, monkeypatch, why):
+    """A mounted folder: what lies beside it is on another file system, or may not be written."""
+    (tmp_path / "out").mkdir()
+    if why == "mount":
+        monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
+    else:
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    beside: list[Path] = []
+    original = step.publish
+
+    def noting(staging: Path, output: Path) -> tuple[Path, ...]:
+        beside.append(staging.parent)
+        return original(staging, output)
+
+    monkeypatch.setattr(step, "publish", noting)
+    assert [path.name for path in ensemble(folders, tmp_path / "out")] == ["a.nii.gz", "b.nii.gz"]
+    assert beside == [tmp_path / "out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "agreement.json", "b.nii.gz"]
 
 
 def test_files_already_in_the_output_stay_and_what_a_killed_run_left_goes(folders, tmp_path):

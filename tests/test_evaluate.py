@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from planned import a_configuration
 from scipy import ndimage
 
 from autoseg import store
@@ -13,9 +14,10 @@ from autoseg.image.formats import write_labels
 from autoseg.image.labels import label_maps, labels_found, to_indices
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import Layout, scores_csv, scores_file
-from autoseg.records import Case, Dataset, Fold, Label, Scores, Splits
+from autoseg.records import Case, Dataset, Fold, Label, Run, Scores, Splits
 from autoseg.steps import evaluate as step
 from autoseg.steps.evaluate import evaluate, evaluate_all, evaluate_run, score_case
+from autoseg.steps.pairs import validated_folds
 
 SPACING_MM = (3.0, 1.0, 0.5)
 LABELS = (Label(name="background", value=0), Label(name="liver", value=10), Label(name="tumour", value=20))
@@ -48,6 +50,26 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         save(predictions, case, predicted)
         save(references, case, real)
     return predictions, references
+
+
+def test_a_fold_that_is_still_validated_is_none(tmp_path: Path) -> None:
+    for fold, finished in (("0", True), ("1", False), ("2", None)):
+        model = Layout(tmp_path).model("3d", fold)
+        model.validation.mkdir(parents=True)
+        (model.validation / "a.nii.gz").touch()
+        if finished is not None:
+            store.save(model.run, Run(
+                autoseg_version="", torch_version="", configuration=a_configuration(), fold=fold, seed=0, device="cpu",
+                precision="fp32", compiled=False, finished=finished,
+            ))  # fmt: skip
+    assert validated_folds(tmp_path, "3d") == ("fold_0", "fold_2")
+
+
+def test_no_case_at_all_is_no_choice_of_cases(tmp_path: Path) -> None:
+    for name in ("predicted", "real"):
+        save(tmp_path / name, "a", cube(2))
+    with pytest.raises(UserError, match="No case is named"):
+        evaluate(tmp_path / "predicted", tmp_path / "real", cases=())
 
 
 def test_scores_per_case_and_their_means_follow_the_policy(folders):

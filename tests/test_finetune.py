@@ -70,6 +70,19 @@ def test_classes_are_taken_by_name_and_new_ones_stay_fresh() -> None:
         assert torch.equal(found[2], before[name][2])
 
 
+def test_regions_are_taken_by_name_and_classes_are_no_regions() -> None:
+    ours, theirs = network(0), network(1)
+    before, regions = weights(ours), ("whole", "core", "inner")
+    donor = Donor(Path("x"), weights(theirs), Names(("T1",), regions, are_regions=True))
+    fresh = take_over(ours, Names(("T1",), ("core", "whole", "rim"), are_regions=True), donor)
+    assert fresh == ()
+    found, given = ours.state_dict()["head.0.weight"], theirs.state_dict()["head.0.weight"]
+    assert torch.equal(found[:2], given[[1, 0]])
+    assert torch.equal(found[2], before["head.0.weight"][2])
+    fresh = take_over(network(0), Names(("T1",), ("background", "core", "whole")), donor)
+    assert set(fresh) == {"head.0.weight", "head.0.bias"}
+
+
 def test_without_names_only_equal_shapes_are_taken() -> None:
     ours, theirs = network(0, classes=4), network(1)
     fresh = take_over(ours, Names(("T1",), ("background", "a", "b", "c")), Donor(Path("x"), weights(theirs), Names()))

@@ -12,6 +12,7 @@ import SimpleITK as sitk
 from autoseg.cases.discover import discover
 from autoseg.cases.inspect import BadDataset, Problem, content_of, fingerprint_of, inspect
 from autoseg.cases.measure import measure_case
+from autoseg.errors import UserError
 from autoseg.events import Event, Warned
 from autoseg.records import Case, CaseStats, Dataset, Label, LeftOut
 
@@ -218,6 +219,14 @@ def test_a_second_run_reads_only_what_changed(tmp_path: Path, monkeypatch: pytes
     assert sorted(read) == ["c0", "c2"]
     assert second[:2] == first[:2]
     assert second[2] != first[2]
+
+
+def test_other_channel_names_make_the_statistics_stale(tmp_path: Path) -> None:
+    """One name more than the files have channels is a problem of every case, also where they were measured before."""
+    dataset = a_dataset(tmp_path)
+    inspect(dataset, tmp_path / "stats", workers=1)
+    with pytest.raises(UserError, match=r"channel\(s\) instead of"):
+        inspect(dataset.model_copy(update={"channels": (*dataset.channels, "more")}), tmp_path / "stats", workers=1)
 
 
 def test_other_label_values_make_the_statistics_stale(tmp_path: Path) -> None:

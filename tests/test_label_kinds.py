@@ -22,6 +22,7 @@ from autoseg.records import AugmentSpec, NetworkSpec, Scores, TrainSpec
 from autoseg.steps.distill import distill
 from autoseg.steps.evaluate import score_case
 from autoseg.steps.predict import predict
+from autoseg.steps.study import study
 from autoseg.steps.train import train
 from autoseg.store import load, save
 
@@ -239,6 +240,18 @@ def test_cases_with_some_classes_annotated_train_to_a_dice_above_nine_tenths(tmp
         drawn = annotated[case.id]
         for name, dice in zip("abc", case.values["dice"], strict=True):
             assert (dice is None) == (name not in drawn)
+
+
+def test_a_study_of_regions_names_and_scores_regions(tmp_path: Path) -> None:
+    """Of three regions the scores are three, though there may be more labels or fewer, or as many of other names."""
+    described = {"labels": LABELS, "regions_class_order": [1, 2, 3]}
+    run, _ = trained(tmp_path, write(tmp_path / "data", described, lambda case, labels: labels), epochs=1)
+    study(run, ["loss=dice_ce,ce"], seeds=1, epochs=1, devices=("cpu",), workers=1)
+    for name in ("loss=ce", "loss=dice_ce"):
+        [folder] = Layout(run).root.glob(f"studies/*/{name}")
+        scores = load(folder / "scores.json", Scores)
+        assert scores.labels == ("whole", "core", "inner")
+        assert all(len(case.values["dice"]) == 3 for case in scores.cases)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for

@@ -276,6 +276,16 @@ def test_what_a_process_may_use_is_never_more_than_the_machine_has() -> None:
     assert 0 < memory.allowed_ram_bytes() < 2**50
 
 
+def test_the_limit_of_a_job_counts_for_its_tasks(tmp_path: Path) -> None:
+    """A scheduler limits the job; its tasks, cgroups below, have no limit of their own."""
+    task = tmp_path / "system.slice" / "job_7" / "step_0" / "task_0"
+    task.mkdir(parents=True)
+    (task / "memory.max").write_text("max\n")
+    (tmp_path / "system.slice" / "job_7" / "memory.max").write_text("1234567\n")
+    (tmp_path / "own").write_text("0::/system.slice/job_7/step_0/task_0\n")
+    assert memory.allowed_ram_bytes(tmp_path, tmp_path / "own") == 1234567
+
+
 def test_a_card_gives_what_other_processes_leave_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "pick", lambda name: Device(torch.device("cuda", 1), "bf16"))
     monkeypatch.setattr(memory, "native_precision", lambda device: "bf16")

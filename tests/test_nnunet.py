@@ -271,6 +271,8 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
         ("dataset.json", {"labels": {"background": 0, "whole": [1, 2]}}, "whole need 'regions_class_order'"),
         ("plans.json", {"previous_stage": "3d_lowres"}, "second stage of a cascade"),
         ("plans.json", {"normalization_schemes": ["Own", "Own"]}, "Own is not known here. Known are ZScore"),
+        ("plans.json", {"resampling_fn_data": "no_resampling_hack"}, "resampled by no_resampling_hack"),
+        ("plans.json", {"resampling_fn_data_kwargs": {"force_separate_z": True}}, "resampled slices apart"),
     ):
         original = (folder / file).read_text()
         content = json.loads(original)
@@ -279,6 +281,11 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=sentence):
             import_nnunet(folder, tmp_path / "run")
         (folder / file).write_text(original)
+    plans = json.loads((folder / "plans.json").read_text())
+    (folder / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": "NibabelIOWithReorient"}))
+    with pytest.raises(UserError, match="turned its images to RAS"):
+        import_nnunet(folder, tmp_path / "run")
+    (folder / "plans.json").write_text(json.dumps(plans))
     made = import_nnunet(folder, tmp_path / "run")
     store.save(tmp_path / "run" / "plan.json", made.model_copy(update={"preset": "standard"}))
     with pytest.raises(UserError, match="was planned here"):
@@ -286,6 +293,22 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
     store.save(tmp_path / "run" / "plan.json", made.model_copy(update={"channels": ("other",)}))
     with pytest.raises(UserError, match="another data set"):
         import_nnunet(folder, tmp_path / "run")
+
+
+def test_linear_resampling_without_thick_axes_is_imported(tmp_path: Path) -> None:
+    folder = a_model_folder(tmp_path)
+    plans = json.loads((folder / "plans.json").read_text())
+    how = {f"resampling_fn_{what}": "resample_torch_fornnunet" for what in ("data", "seg")}
+    how |= {f"resampling_fn_{what}_kwargs": {"force_separate_z": False} for what in ("data", "seg")}
+    plans["configurations"]["3d_fullres"].update(how)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    dataset = json.loads((folder / "dataset.json").read_text())
+    dataset["modality"] = dataset.pop("channel_names")
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    made = import_nnunet(folder, tmp_path / "run")
+    resampling = made.configurations[0].resampling
+    assert (resampling.image_order, resampling.label_order, resampling.anisotropy) == (1, 1, 1e9)
+    assert made.channels == ("MRI", "MRI")
 
 
 class _Harmful:

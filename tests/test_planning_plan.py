@@ -43,6 +43,16 @@ def test_small_volumes_get_2d_and_3d_with_two_readings_in_all() -> None:
     assert len(seen) == 2
 
 
+def test_a_low_resolution_is_planned_with_patches_that_are_quick_enough() -> None:
+    """A CPU's patches are small because steps cost time, not because of memory; they see as little of the volume."""
+    slow = budget(64).model_copy(update={"device": "cpu", "precision": "fp32"})
+    plan = make_plan(fingerprint(alike(20, shape=(115, 320, 232), spacing=(1.37, 1.25, 1.25))), slow, counting())
+    found = by_name(plan)
+    assert prod(found["3d"].patch_voxels) < 0.25 * prod(found["3d"].median_shape_voxels)
+    assert list(found) == ["2d", "3d", "3d_lowres", "3d_cascade"]
+    assert found["3d"].batch_dice
+
+
 def test_large_volumes_also_get_a_low_resolution_and_a_cascade() -> None:
     seen: list[Configuration] = []
     plan = planned(8, 100, seen=seen, **LIVER)

@@ -109,6 +109,8 @@ def test_left_right_pairs_are_found_by_name() -> None:
     assert sided_labels(names) == tuple((2, name) for name in names[:-1])
     assert sided_labels(["left atrium", "vertebra_L", "r", "liver"]) == ()
     assert sided_labels(["lh_cortex", "rh_cortex", "rh_other"]) == ((2, "lh_cortex"), (2, "rh_cortex"))
+    lobes = [f"lung_{height}_lobe_{side}" for height in ("upper", "lower") for side in ("left", "right")]
+    assert sided_labels(lobes) == tuple((axis, name) for name in lobes for axis in (2, 0))
     assert sided_labels(["Anterior", "Posterior"]) == ((1, "Anterior"), (1, "Posterior"))
 
 

@@ -16,10 +16,11 @@ from test_predict import write_network
 
 from autoseg.errors import UserError
 from autoseg.events import Event, Said, Warned
-from autoseg.layout import prediction_record
-from autoseg.records import AugmentSpec, TrainSpec
+from autoseg.layout import Layout, prediction_record
+from autoseg.records import AugmentSpec, Plan, Run, TrainSpec
 from autoseg.steps import predict as step
 from autoseg.steps.predict import Predictor, predict
+from autoseg.store import load, save
 
 CASES = 10
 CUT = "case_04"
@@ -166,6 +167,26 @@ def test_a_case_that_is_being_written_anew_is_not_done(
     assert not record.exists()
 
 
+def test_networks_of_another_plan_are_refused(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    plan = load(Layout(run).plan, Plan)
+    changed = plan.configurations[0].model_copy(update={"spacing_mm": (3.0, 1.0, 1.0)})
+    save(Layout(run).plan, plan.model_copy(update={"configurations": (changed,)}))
+    with pytest.raises(UserError, match=r"was trained by another plan: spacing_mm differ"):
+        predict(run, place / "whole", tmp_path / "out", device="cpu")
+    ct = plan.configurations[0].model_copy(update={"normalization": ("ct",) * len(plan.channels)})
+    save(Layout(run).plan, plan.model_copy(update={"configurations": (ct,)}))
+    for model in Layout(run).configuration(ct.name).glob("fold_*/run.json"):
+        record = load(model, Run).model_copy(update={"configuration": ct, "intensities": plan.intensities})
+        save(model, record)
+    assert Predictor(run, device="cpu").members
+    moved = tuple(each.model_copy(update={"mean": each.mean + 1}) for each in plan.intensities)
+    save(Layout(run).plan, plan.model_copy(update={"configurations": (ct,), "intensities": moved}))
+    with pytest.raises(UserError, match="another plan: intensities differ"):
+        Predictor(run, device="cpu")
+
+
 @pytest.mark.parametrize("part", ["0/3", "4/3", "2", "a/b", "1/0"])
 def test_a_part_that_is_none_is_refused(place: Path, tmp_path: Path, part: str) -> None:
     with pytest.raises(UserError, match=rf"--part {part} is no part"):
@@ -176,6 +197,7 @@ def test_unknown_choices_are_named(place: Path, tmp_path: Path) -> None:
     for wrong, said in (
         ({"speed": "warp"}, r"no speed 'warp'.*accurate, balanced, fast"),
         ({"on_error": "hope"}, "--on-error hope"),
+        ({"classes": ["background"]}, "No probabilities are saved.*Add --save-probabilities"),
         ({"save_probabilities": True, "classes": ["liver"]}, r"no class liver.*background"),
         ({"save_probabilities": True, "probability_kind": "int4"}, r"'int4'.*uint8"),
     ):

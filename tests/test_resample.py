@@ -7,6 +7,7 @@ import pytest
 from skimage.transform import resize
 
 from autoseg.errors import UserError
+from autoseg.image import resample
 from autoseg.image.resample import axis_matrix, resample_image, resample_labels, resampled_shape, thick_axis
 
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -139,6 +140,13 @@ def test_memory_does_not_grow_with_the_number_of_labels() -> None:
 def test_resampled_shapes_are_rounded_kept_where_asked_and_never_zero() -> None:
     assert resampled_shape((10, 20, 30), (3.0, 1.0, 1.0), (None, 0.5, 2.0)) == (10, 40, 15)
     assert resampled_shape((1, 20, 30), (1.0, 1.0, 1.0), (9.0, 3.0, 1.0)) == (1, 7, 30)
+
+
+def test_operators_of_large_images_are_not_kept() -> None:
+    before = resample._kept_matrix.cache_info().currsize
+    assert resample.axis_matrix(2001, 1000, 1).shape == (1000, 2001)
+    assert resample._kept_matrix.cache_info().currsize == before
+    assert resample.axis_matrix(61, 59, 1) is resample.axis_matrix(61, 59, 1)
 
 
 def test_operators_keep_constants_and_name_the_orders_they_know() -> None:

@@ -27,6 +27,21 @@ def test_the_t_test_equals_scipy(alternative):
         assert paired_t(differences, alternative) == pytest.approx(expected, abs=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("differences", "two_sided"),
+    [
+        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 2 / 32),  # five cases cannot fall below 0.05, whatever a sixth adds
+        ([0.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 / 32),
+        ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 / 64),
+        ([-1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 * 7 / 64),
+    ],
+)
+def test_wilcoxon_is_exact_in_few_cases_also_with_zeros_and_ties(differences: list[float], two_sided: float) -> None:
+    assert wilcoxon(np.array(differences)) == pytest.approx(two_sided)
+    assert wilcoxon(np.array(differences), "greater") == pytest.approx(two_sided / 2)
+    assert wilcoxon(-np.array(differences)) == pytest.approx(two_sided)
+
+
 def test_the_rank_correlation_is_the_share_of_ranks_for_less_that_against():
     """Ranks of 1, -2, 3, 4 are 1 to 4: (1 + 3 + 4 - 2) / 10."""
     assert rank_correlation(np.array([1.0, -2.0, 3.0, 4.0])) == pytest.approx(0.6)

@@ -429,6 +429,15 @@ def test_a_training_does_not_go_on_to_less_than_it_has(run: Path) -> None:
     assert start(run, resume="yes", epochs=3).finished  # as long as before: nothing to do, nothing to refuse
 
 
+def test_a_second_ctrl_c_says_how_to_go_on_from_what_is_saved(run: Path) -> None:
+    def again() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        start(run, epochs=9, report=at_step(2 * STEPS, again))
+    assert stopped.value.how_to_resume == f"autoseg train {run} -c 3d -f 0 --device cpu --resume"
+
+
 def test_a_damaged_state_is_told_before_anything_is_written(run: Path) -> None:
     start(run, epochs=1)
     model = Layout(run).model("3d", "0")

@@ -95,10 +95,9 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def allowed_ram_bytes() -> int:
+def allowed_ram_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Memory this process may use: the machine's, or the least limit of its cgroups (version 1 or 2) and theirs."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
     files = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
     for line in own.read_text().splitlines() if own.is_file() else ():
         path = Path(line.split(":", 2)[-1].lstrip("/"))
