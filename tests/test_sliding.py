@@ -11,10 +11,19 @@ from torch import Tensor, nn
 from autoseg.network import unet
 from autoseg.network.accumulators import Place, Room, accumulator_bytes, choose_place, described, free_ram_bytes
 from autoseg.network.device import Device
-from autoseg.network.sliding import Scorer, Tiling, gaussian, mirrorings, predict_logits, score_blocks, tile_starts
+from autoseg.network.sliding import OVERLAP, Scorer, Tiling, gaussian, mirrorings, score_blocks, tile_starts
 from autoseg.records import NetworkSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
+
+
+def predict_logits(
+    network: nn.Module, image_CZYX: Tensor, patch: tuple[int, ...], classes: int, device: Device,
+    mirror_axes: tuple[int, ...] = (), progress: Callable[[int, int], None] | None = None, overlap: float = OVERLAP,
+) -> Tensor:  # fmt: skip
+    """Logits of a whole image, (K, Z, Y, X): the blocks one behind the other."""
+    blocks = score_blocks(Scorer([network], classes, device), image_CZYX, Tiling(patch, mirror_axes, overlap), progress)
+    return torch.cat([block.clone() for block in blocks], 1)
 
 
 class Stub(nn.Module):

@@ -123,26 +123,6 @@ def mirrorings(mirror_axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def predict_logits(
-    network: nn.Module,
-    image_CZYX: Tensor,
-    patch_voxels: tuple[int, ...],
-    classes: int,
-    device: Device,
-    mirror_axes: Sequence[int] = (),
-    progress: Progress | None = None,
-    overlap: float = OVERLAP,
-) -> Tensor:
-    """Logits of a whole preprocessed image, (K, Z, Y, X) float32 on the host; see `Tiling` and `score_blocks`."""
-    total = torch.empty((classes, *image_CZYX.shape[1:]))
-    tiling = Tiling(patch_voxels, tuple(mirror_axes), overlap)
-    start = 0
-    for block in score_blocks(Scorer([network], classes, device), image_CZYX, tiling, progress):
-        total[:, start : start + block.shape[1]] = block
-        start += block.shape[1]
-    return total
-
-
 def score_blocks(
     scorer: Scorer, image_CZYX: Tensor, tiling: Tiling, progress: Progress | None = None
 ) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from autoseg.layout import Layout, ModelLayout, teacher_file
 from autoseg.network.device import Device
 from autoseg.network.distillation import LARGEST_LOGIT, from_8_bits, to_8_bits
 from autoseg.network.patches import Box, Source
-from autoseg.network.sliding import predict_logits
+from autoseg.network.sliding import Scorer, Tiling, score_blocks
 from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run, Splits
 from autoseg.steps.members import same_plans
 from autoseg.steps.models import load_network, trained_models, unlike
@@ -153,9 +153,9 @@ def with_teachers(
         report(Started(what, len(names)))
         for number, name in enumerate(missing, len(names) - len(missing) + 1):
             image_CZYX = _input(sources[name], configuration, plan.classes)
-            said_KZYX = mean_probabilities(networks, image_CZYX, lesson, device, bool(plan.regions))
+            said_KZYX = said_of_case(networks, image_CZYX, lesson, device, bool(plan.regions))
             chunk = (1, *(1,) * (3 - len(configuration.patch_voxels)), *configuration.patch_voxels)
-            write_array(files[name], to_8_bits(said_KZYX), chunk)
+            write_array(files[name], said_KZYX, chunk)
             report(Advanced(what, number, len(names), name))
         report(Finished(what))
     return {
@@ -164,20 +164,35 @@ def with_teachers(
     }
 
 
-def mean_probabilities(
+def said_of_case(
     networks: Sequence[nn.Module], image_CZYX: np.ndarray, lesson: Lesson, device: Device, regions: bool = False
 ) -> np.ndarray:
-    """The teachers' mean probabilities of a preprocessed case, (K, Z, Y, X) float32; mirrored as in prediction."""
-    image, total = torch.from_numpy(image_CZYX), None
+    """The teachers' mean probabilities of a preprocessed case as `to_8_bits` stores them, (K, Z, Y, X) uint8.
+
+    Mirrored and averaged as in prediction, block by block: only where teachers have other patches or mirrorings is the
+    sum of the whole image held.
+    """
+    alike: dict[Tiling, list[nn.Module]] = {}
     for network, model in zip(networks, lesson.teachers, strict=True):
         used = store.load(model.run, Run).configuration
-        mirror_axes = used.train.augment.mirror_axes
-        logits = predict_logits(network, image, used.patch_voxels, used.network.classes, device, mirror_axes)
-        probabilities = torch.sigmoid(logits) if regions else torch.softmax(logits, 0)
-        total = probabilities if total is None else total.add_(probabilities)
-    if total is None:
-        raise ValueError("there is always a teacher")
-    return total.div_(len(networks)).numpy()
+        tiling = Tiling(used.patch_voxels, tuple(used.train.augment.mirror_axes))
+        alike.setdefault(tiling, []).append(network)
+    classes = store.load(lesson.teachers[0].run, Run).configuration.network.classes
+    shape = (classes, *image_CZYX.shape[1:])
+    said, total = np.empty(shape, np.uint8), np.zeros(shape, np.float32) if len(alike) > 1 else None
+    for tiling, some in alike.items():
+        scorer = Scorer(some, classes, device, probabilities=True, activation="sigmoid" if regions else "softmax")
+        start = 0
+        for block in score_blocks(scorer, torch.from_numpy(image_CZYX), tiling):
+            rows = slice(start, start := start + block.shape[1])
+            if total is None:
+                said[:, rows] = to_8_bits(block.cpu().numpy())
+            else:
+                total[:, rows] += block.cpu().numpy() * (len(some) / len(networks))
+    if total is not None:
+        for z in range(shape[1]):
+            said[:, z] = to_8_bits(total[:, z])
+    return said
 
 
 def _input(source: Source, configuration: Configuration, classes: int) -> np.ndarray:
