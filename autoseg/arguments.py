@@ -71,6 +71,8 @@ def watched(together: bool = False) -> Iterator[Report]:
         screen.show_error(error)
         raise typer.Exit(2) from error
     except PermissionError as error:
+        if error.filename is None:
+            raise
         denied = UserError(f"{error.filename}: this cannot be read or written.", fix="Are its permissions right?")
         screen.show_error(denied)
         raise typer.Exit(2) from error

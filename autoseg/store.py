@@ -5,6 +5,7 @@ A killed process therefore leaves either the old file or the new one. A wrong fi
 
 import json
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -92,7 +93,7 @@ def remove_unfinished(folder: Path) -> None:
     """
     for found in folder.glob(f"*{TEMPORARY}-*"):
         if not is_being_written(found):
-            found.unlink(missing_ok=True)
+            shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
 
 
 def is_being_written(temporary: Path) -> bool:

@@ -115,7 +115,7 @@ def test_voxels_beside_their_header_are_part_of_a_case(tmp_path: Path) -> None:
     [
         ("LOCAL", []), ("a.raw", ["a.raw"]), ("gone.raw", []), ("s%02d.raw 1 3 2", ["s01.raw", "s03.raw"]),
         ("LIST\na.raw\ns02.raw", ["a.raw", "s02.raw"]),
-    ],  # fmt: skip
+    ],
 )
 def test_the_files_that_a_header_names(tmp_path: Path, named: str, files: list[str]) -> None:
     for name in ("a.raw", "s01.raw", "s02.raw", "s03.raw"):

@@ -143,7 +143,7 @@ def test_both_stages_share_a_time_limit_and_the_command_to_go_on_is_that_of_the_
         if isinstance(event, Trained):
             raise Interrupted("autoseg train -c 3d_lowres")
 
-    expected = f"autoseg train {run} -c 3d_cascade -f 0 --max-time 20 --batch-size 2 --resume auto"
+    expected = f"autoseg train {run} -c 3d_cascade -f 0 --max-time 20 --batch-size 2 --device cpu --resume auto"
     with pytest.raises(Interrupted, match=re.escape(expected)):
         train(run, configuration="3d_cascade", max_seconds=20.0, batch_size=2, device="cpu", workers=1, report=stop)
     record = load(Layout(run).model("3d_lowres", "0").run, Run)

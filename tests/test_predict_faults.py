@@ -175,6 +175,14 @@ def test_networks_of_another_plan_are_refused(place: Path, tmp_path: Path) -> No
     save(Layout(run).plan, plan.model_copy(update={"configurations": (changed,)}))
     with pytest.raises(UserError, match=r"was trained by another plan: spacing_mm differ"):
         predict(run, place / "whole", tmp_path / "out", device="cpu")
+    smaller = plan.configurations[0].model_copy(update={"patch_voxels": (4, 4, 4)})
+    save(Layout(run).plan, plan.model_copy(update={"configurations": (smaller,)}))
+    assert Predictor(run, device="cpu").configuration.patch_voxels == plan.configurations[0].patch_voxels
+    save(Layout(run).plan, plan.model_copy(update={"channels": ("other",) * len(plan.channels)}))
+    for record in Layout(run).configuration(changed.name).glob("fold_*/run.json"):
+        save(record, load(record, Run).model_copy(update={"channels": plan.channels}))
+    with pytest.raises(UserError, match="channels differ"):
+        Predictor(run, device="cpu")
     ct = plan.configurations[0].model_copy(update={"normalization": ("ct",) * len(plan.channels)})
     save(Layout(run).plan, plan.model_copy(update={"configurations": (ct,)}))
     for model in Layout(run).configuration(ct.name).glob("fold_*/run.json"):

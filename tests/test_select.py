@@ -176,9 +176,9 @@ def test_the_best_pair_is_found_and_predict_uses_it(place, tmp_path):
     predict(run, images, tmp_path / "clean", device="cpu")
     assert all((each == 255).any() and not (each == 100).any() for each in maps_in(tmp_path / "clean").values())
     layout.postprocessing.unlink()
-    for more in ({"part": "1/2"}, {"workers": 0}, {"save_probabilities": True, "probability_kind": "uint8"}):
+    for more in ({"part": "1/2"}, {"device": "cpu,cpu"}, {"save_probabilities": True, "probability_kind": "uint8"}):
         heard = []
-        predict(run, images, tmp_path / "part", device="cpu", report=heard.append, **more)
+        predict(run, images, tmp_path / "part", report=heard.append, **({"device": "cpu"} | more))
         assert any("A pair cannot do all that is asked for, so 2d alone is used." in str(event) for event in heard)
     store.save(layout.selection, chosen.model_copy(update={"members": ("2d",), "single": "2d"}))
     predict(run, images, tmp_path / "one", device="cpu")

@@ -110,7 +110,11 @@ def test_a_large_stack_is_no_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(slides, "SLIDE_PIXELS", 1000)
     tifffile.imwrite(tmp_path / "stack.tif", np.zeros((3, 40, 40), np.uint8), photometric="minisblack")
     tifffile.imwrite(tmp_path / "flat.tif", np.zeros((40, 40), np.uint8))
-    assert [is_slide([str(tmp_path / name)]) for name in ("stack.tif", "flat.tif")] == [False, True]
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as writer:
+        for side in (40, 20, 10):
+            writer.write(np.zeros((side, side), np.uint8))
+    names = ("stack.tif", "flat.tif", "pyramid.tif")
+    assert [is_slide([str(tmp_path / name)]) for name in names] == [False, True, True]
 
 
 def test_small_and_other_images_are_no_slides(tmp_path: Path) -> None:

@@ -615,7 +615,7 @@ def test_ctrl_c_ends_with_code_130_and_the_command_that_goes_on(run: Path) -> No
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert f"autoseg train {run} -c 3d -f 0 --resume" in " ".join(errors.split())
+    assert f"autoseg train {run} -c 3d -f 0 --device cpu --resume" in " ".join(errors.split())
     assert "Traceback" not in errors
     assert load_file(model.resume_tensors)
 

@@ -74,8 +74,16 @@ def is_slide(paths: Sequence[str]) -> bool:
     """Whether an image is one TIFF file of one slice that is too large to be read whole; a stack never is."""
     if len(paths) != 1 or ending_of(paths[0]) not in (".tif", ".tiff"):
         return False
-    slices, height, width = read_geometry(paths[0]).size_voxels
-    return slices == 1 and height * width > SLIDE_PIXELS
+    return int(np.prod(read_geometry(paths[0]).size_voxels)) > SLIDE_PIXELS and not _is_stack(Path(paths[0]))
+
+
+def _is_stack(path: Path) -> bool:
+    """Whether a TIFF file has several pages of one size; those of a pyramid get smaller."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        sizes = [page.shape[:2] for page in file.pages[:2]]
+    return len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 @contextmanager

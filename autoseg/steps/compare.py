@@ -90,6 +90,8 @@ def conclude(rows: Sequence[Difference], methods: Sequence[str], cases: int) -> 
     too_few = f"; {untested} could not be tested for lack of cases" if untested else ""
     if torn:
         too_few = f"; most cases say the one and the mean the other in {_listed(torn[:MOST_NAMED])}{too_few}"
+    if not real and torn:
+        return f"None of {' and '.join(methods)} is better on {cases} cases by all accounts{too_few}."
     if not real:
         return f"No difference between {' and '.join(methods)} on {cases} cases is more than chance{too_few}."
     found: dict[tuple[str, str], list[str]] = {}

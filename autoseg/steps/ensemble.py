@@ -136,7 +136,7 @@ def ensemble_runs(
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
     cases, found = discover_images(images, len(plan.channels)), []
-    model = _content(predictors, method, shares, rules)
+    model = _content(predictors, method, shares, rules, save_probabilities)
     written = done_cases(cases, output, model, save_probabilities, report) if resume else {}
     todo = [case for case in cases if case.id not in written]
     what = "Ensembling"
@@ -162,11 +162,12 @@ def ensemble_runs(
 
 
 def _content(
-    predictors: Sequence["Predictor"], method: str, shares: Sequence[float], rules: Postprocessing | None
-) -> str:
+    predictors: Sequence["Predictor"], method: str, shares: Sequence[float], rules: Postprocessing | None,
+    probabilities: bool,
+) -> str:  # fmt: skip
     """What results depend on beside the image, as one word."""
     chosen = [] if rules is None else [rule.model_dump(mode="json") for rule in rules.rules]
-    options = json.dumps({"method": method, "shares": list(shares), "rules": chosen})
+    options = json.dumps({"method": method, "shares": list(shares), "rules": chosen, "probabilities": probabilities})
     return ",".join((*(each.content for each in predictors), options))
 
 

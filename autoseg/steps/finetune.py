@@ -69,10 +69,12 @@ def load_donor(model: ModelLayout) -> Donor:
         record = store.load(model.run, Run)
         channels, labels, regions = record.channels, record.labels, record.regions
         plan_path = Layout(model.root.parents[2]).plan if len(model.root.parents) > 2 else None
-        if not labels and plan_path is not None and plan_path.is_file():
+        if not (labels and regions) and plan_path is not None and plan_path.is_file():
             plan = store.load(plan_path, Plan)
-            channels, labels = plan.channels, tuple(label.name for label in plan.labels)
-            regions = tuple(region.name for region in plan.regions)
+            named = tuple(region.name for region in plan.regions)
+            regions = named if len(named) == record.configuration.network.classes else ()
+            if not labels:
+                channels, labels = plan.channels, tuple(label.name for label in plan.labels)
         names = names_of(channels, labels, record.configuration.previous is not None, regions)
     return Donor(model.root, tensors, names)
 

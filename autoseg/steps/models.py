@@ -42,15 +42,17 @@ def sees_otherwise(learned: Run, plan: Plan) -> bool:
 
 
 def as_trained(planned: Configuration, models: Sequence[ModelLayout], plan: Plan) -> Configuration:
-    """The configuration with the mirror axes that all of these networks learned with: prediction takes no others.
+    """The configuration with the mirror axes that all of these networks learned with, and their patch if it is one.
 
-    Raises UserError where a network was trained by a plan that prepared cases otherwise.
+    Raises UserError where a network was trained by a plan that prepared cases otherwise, or whose outputs mean others.
     """
     records = {model: load(model.run, Run) for model in models}
     for model, learned_by in records.items():
         differing = unlike(learned_by.configuration, planned)
-        differing += ["patch_voxels"] if learned_by.configuration.patch_voxels != planned.patch_voxels else []
         differing += ["intensities"] if sees_otherwise(learned_by, plan) else []
+        differing += ["channels"] if learned_by.channels and learned_by.channels != plan.channels else []
+        regions = tuple(region.name for region in plan.regions)
+        differing += ["regions"] if learned_by.regions and learned_by.regions != regions else []
         if differing:
             raise UserError(
                 f"{model.root} was trained by another plan: {', '.join(differing)} differ.",
@@ -59,7 +61,10 @@ def as_trained(planned: Configuration, models: Sequence[ModelLayout], plan: Plan
     learned = [set(each.configuration.train.augment.mirror_axes) for each in records.values()]
     axes = tuple(sorted(set.intersection(*learned)))
     augment = planned.train.augment.model_copy(update={"mirror_axes": axes})
-    return planned.model_copy(update={"train": planned.train.model_copy(update={"augment": augment})})
+    patches = {each.configuration.patch_voxels for each in records.values()}
+    patch = patches.pop() if len(patches) == 1 else planned.patch_voxels
+    train = planned.train.model_copy(update={"augment": augment})
+    return planned.model_copy(update={"train": train, "patch_voxels": patch})
 
 
 def trained_models(

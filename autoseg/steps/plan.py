@@ -225,9 +225,10 @@ def _warn_of_trained_models(layout: Layout, planned: Plan, report: Report) -> No
         return
     before = load(layout.plan, Plan)
     known, rescaled = {each.name: each for each in before.configurations}, before.intensities != planned.intensities
+    others = any(getattr(before, name) != getattr(planned, name) for name in ("channels", "labels", "regions"))
     changed = [
         each.name for each in planned.configurations
-        if each.name not in known or known[each.name].model_copy(update={"memory": each.memory}) != each
+        if others or each.name not in known or known[each.name].model_copy(update={"memory": each.memory}) != each
         or (rescaled and "ct" in each.normalization)
     ]  # fmt: skip
     trained = [name for name in changed if layout.configuration(name).is_dir()]

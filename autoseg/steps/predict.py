@@ -123,7 +123,7 @@ def predict(
     chooses = bool(classes or probability_kind != "float16")
     if chooses and not save_probabilities:
         raise UserError("No probabilities are saved, of any classes or kind.", fix="Add --save-probabilities.")
-    more = chooses or save_uncertainty or part is not None or workers is not None or "," in (device or "")
+    more = chooses or save_uncertainty or part is not None or "," in (device or "")
     more = more or speed != "accurate" or on_error != "stop"
     if configuration is None and _takes_pair(run, more, report):
         from autoseg.steps import select  # which imports this file

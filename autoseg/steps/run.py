@@ -84,10 +84,10 @@ def _planned(
 
 def _is_of(known: Dataset, data: Path) -> bool:
     """Whether a data set lies in a folder, or is what its dataset.json lists elsewhere."""
-    first = Path(known.cases[0].images[0]).resolve()
-    if first.is_relative_to(data.resolve()):
+    first = Path(known.cases[0].images[0])
+    if first.is_relative_to(data.absolute()) or first.resolve().is_relative_to(data.resolve()):
         return True
-    return first in {Path(path).resolve() for case in discover(data).cases for path in case.images}
+    return first.resolve() in {Path(path).resolve() for case in discover(data).cases for path in case.images}
 
 
 def is_trained(layout: Layout, configuration: str, fold: str) -> bool:

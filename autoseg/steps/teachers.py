@@ -26,7 +26,7 @@ from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import Scorer, Tiling, score_blocks
 from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run, Splits
 from autoseg.steps.members import same_plans
-from autoseg.steps.models import load_network, trained_models, unlike
+from autoseg.steps.models import load_network, sees_otherwise, trained_models, unlike
 from autoseg.steps.predictor import one_hot
 
 
@@ -95,24 +95,25 @@ def teachers_named(run: Path, planned: Configuration, fold: str, named: Sequence
         elif Layout(Path(name)).plan.is_file():
             found += trained_models(Layout(Path(name)), planned.name)
         else:
-            found.append(ModelLayout(Path(name).absolute()))
-    teachers = tuple(dict.fromkeys(found))
+            found.append(ModelLayout(Path(name)))
+    teachers, plan = tuple(dict.fromkeys(found)), store.load(layout.plan, Plan)
     for model in teachers:
-        _check(model, planned)
+        _check(model, planned, plan)
     if not teachers:
         raise UserError("A student needs teachers.", fix="Name some: --from seeds, or --from fold_0..4.")
-    runs = [run, *dict.fromkeys(model.root.parents[2] for model in teachers)]
+    runs = [run, *dict.fromkeys(model.root.absolute().parents[2] for model in teachers)]
     same_plans([store.load(Layout(each).plan, Plan) for each in runs], [str(each) for each in runs])
     return teachers
 
 
-def _check(model: ModelLayout, planned: Configuration) -> None:
+def _check(model: ModelLayout, planned: Configuration, plan: Plan) -> None:
     if not model.run.is_file() or not model.weights.is_file() or not store.load(model.run, Run).finished:
         raise UserError(
             f"{model.root} is no finished network.",
             fix="Name seeds, folds, fold_0..4, fold_0.seed_1, the folder of a network, or another run.",
         )
-    if differing := unlike(store.load(model.run, Run).configuration, planned):
+    learned = store.load(model.run, Run)
+    if differing := unlike(learned.configuration, planned) + ["intensities"] * sees_otherwise(learned, plan):
         raise UserError(
             f"{model.root} cannot teach {planned.name}: {', '.join(differing)} differ.",
             fix="Take networks of the same configuration.",
@@ -127,7 +128,7 @@ def who_saw(teachers: Sequence[ModelLayout], validation: Sequence[str]) -> tuple
 def _learned_from(model: ModelLayout) -> tuple[str, ...]:
     """Ids of the cases a network learned from, as the splits of its run say."""
     fold = store.load(model.run, Run).fold
-    layout = Layout(model.root.parents[2])
+    layout = Layout(model.root.absolute().parents[2])
     if fold == "all":
         return tuple(case.id for case in store.load(layout.dataset, Dataset).cases)
     folds: tuple[Fold, ...] = store.load(layout.splits, Splits).folds

@@ -19,7 +19,7 @@ from autoseg.steps.cascade import trained
 from autoseg.steps.learn import in_precision, learn
 from autoseg.steps.options import Machine, Options, resume_command
 from autoseg.steps.plan import checked
-from autoseg.steps.predict import default_configuration
+from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.sources import sources_of
 from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.validate import validate_fold
@@ -131,9 +131,9 @@ def train_one(
 ) -> Run:  # fmt: skip
     """`train` inside a team. With `instead`, another configuration than the planned one, in a folder of its own."""
     with first_goes_first(team):
+        asked = asked if instead else _own_share(run, configuration, fold, seed, asked, resume)
         work = look_up(run, configuration, fold, seed, resume, asked, machine, team, report, instead)
         warn_of_restart(work, resume)
-    asked = _own_share(work, asked, resume)
     if (ended := trained_already(work, asked)) is not None:
         report(Said(f"{work.planned.name}, fold {fold}, seed {seed}: trained already."))
         return ended
@@ -172,15 +172,20 @@ def _trained(work: Work, asked: Options) -> Run:
     return record
 
 
-def _own_share(work: Work, asked: Options, resume: str) -> Options:
+def _own_share(
+    run: Path, configuration: str | None, fold: str, seed: int, asked: Options, resume: str
+) -> Options:
     """Of a time that the second stage of a cascade shares with the first, its half; as they began with it."""
-    if asked.max_seconds is None or work.planned.previous is None or resume == "extend":
+    if asked.max_seconds is None or asked.of_seconds is not None or resume == "extend":
         return asked
-    if work.continues:
-        shared = {store.load(work.model.run, Run).of_seconds}
-    else:
-        shared = {record.of_seconds for record in trained(work.layout, work.planned.previous, work.fold)}
-    return _halved(asked) if asked.max_seconds in shared else asked
+    layout, plan = Layout(run), checked(run)
+    planned = configuration_named(plan, configuration or default_configuration(plan))
+    if planned.previous is None:
+        return asked
+    own, first = layout.model(planned.name, fold, seed).run, trained(layout, planned.previous, fold)
+    continues = resume != "restart" and own.is_file()
+    known = [store.load(own, Run)] if continues else [record for record in first if record.seed == seed]
+    return _halved(asked) if asked.max_seconds in {record.of_seconds for record in known} else asked
 
 
 def _halved(asked: Options) -> Options:

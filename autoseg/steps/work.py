@@ -207,7 +207,8 @@ def _check_unchanged(before: Run, planned: Configuration, plan: Plan, asked: Opt
     changed: list[str] = []
     if before.planned is not None:
         changed += _differences(before.planned.model_dump(), planned.model_dump())
-    for name, now in (("channels", plan.channels), ("labels", tuple(label.name for label in plan.labels))):
+    names = {name: tuple(each.name for each in getattr(plan, name)) for name in ("labels", "regions")}
+    for name, now in (names | {"channels": plan.channels}).items():
         then = getattr(before, name)
         changed += [f"{name} (was {then}, is {now})"] if then and then != now else []
     changed += ["intensities of the CT channels"] if sees_otherwise(before, plan) else []
