@@ -303,7 +303,7 @@ def test_a_second_training_of_the_same_network_is_refused_while_the_first_runs(r
 
 @pytest.mark.parametrize("stop_at", [STEPS - 1, STEPS], ids=["within an epoch", "at the end of an epoch"])
 def test_stopped_and_resumed_gives_the_same_weights_to_the_last_bit(trained: Path, run: Path, stop_at: int) -> None:
-    with pytest.raises(Interrupted, match=f"train {run} -c 3d -f 0 --resume"):
+    with pytest.raises(Interrupted, match=f"train {run} -c 3d -f 0 --device cpu --resume"):
         start(run, report=at_step(stop_at, lambda: signal.raise_signal(signal.SIGINT)))
     model, straight = Layout(run).model("3d", "0"), Layout(trained).model("3d", "0")
     assert not load(model.run, Run).finished
