@@ -92,8 +92,12 @@ def remove_unfinished(folder: Path) -> None:
     A process on another machine can't be asked, so its files count as left behind once they are a day old.
     """
     for found in folder.glob(f"*{TEMPORARY}-*"):
-        if not is_being_written(found):
-            shutil.rmtree(found, ignore_errors=True) if found.is_dir() else found.unlink(missing_ok=True)
+        if is_being_written(found):
+            continue
+        if found.is_dir():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
 
 
 def is_being_written(temporary: Path) -> bool:

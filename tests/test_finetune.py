@@ -15,7 +15,7 @@ from autoseg.errors import UserError
 from autoseg.events import Event, Trained, Warned
 from autoseg.layout import Layout
 from autoseg.network import unet
-from autoseg.records import AugmentSpec, Configuration, NetworkSpec, Run, TrainSpec
+from autoseg.records import AugmentSpec, Configuration, NetworkSpec, Plan, Region, Run, TrainSpec
 from autoseg.steps.finetune import Donor, Names, donor_of, freeze, load_donor, names_of, short_list, take_over
 from autoseg.steps.train import train
 from autoseg.store import load, save
@@ -182,3 +182,9 @@ def test_an_old_record_without_names_takes_them_from_its_plan(runs: Path, tmp_pa
     assert known.outputs == ("background", "large", "small")
     save(model.run, load(model.run, Run).model_copy(update={"channels": (), "labels": ()}))
     assert load_donor(model).names == known
+    plan = load(Layout(tmp_path / "old").plan, Plan)
+    regions = tuple(Region(name=name, labels=(plan.labels[1].value,), paint=7) for name in ("whole", "core", "inner"))
+    save(Layout(tmp_path / "old").plan, plan.model_copy(update={"regions": regions}))
+    save(model.run, load(model.run, Run).model_copy(update={"labels": ("background", "a", "b", "c")}))
+    assert load_donor(model).names.outputs == ("whole", "core", "inner")
+    assert load_donor(model).names.are_regions

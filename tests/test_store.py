@@ -171,6 +171,9 @@ def test_what_a_live_process_is_writing_stays_and_what_a_dead_one_left_goes(tmp_
     host = socket.gethostname()
     for name in (f"a.json{store.TEMPORARY}-{host}~{dead.pid}~abcdef", f"b.json{store.TEMPORARY}-1-abc"):
         (tmp_path / name).write_text("half")
+    staged = tmp_path / f"out{store.TEMPORARY}-{host}~{dead.pid}~abcdef"
+    staged.mkdir()
+    (staged / "a.nii.gz").write_text("half")
     abroad = tmp_path / f"c.json{store.TEMPORARY}-another-host~1~abcdef"
     abroad.write_text("half")
     with store.replacing(tmp_path / "d.json") as temporary:
