@@ -180,7 +180,7 @@ def _notice(fingerprint: Fingerprint, spacing_mm: Millimetres3, train: TrainSpec
         report(Warned(warning))
     sided = sided_labels([label.name for label in fingerprint.labels[1:]])
     if sided:
-        names = some([name for _, name in sided])
+        names = some(list(dict.fromkeys(name for _, name in sided)))
         report(Said(f"{names}: labels that tell one side from the other; no mirroring along that axis."))
     empty, imbalance = awareness.describe_empty(fingerprint), awareness.describe_imbalance(fingerprint, train)
     return empty, imbalance, tiny, *describe_train(train)
