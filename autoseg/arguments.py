@@ -86,7 +86,7 @@ def watched(together: bool = False) -> Iterator[Report]:
 
 
 @contextmanager
-def going_on() -> Iterator[None]:
+def of_several_steps() -> Iterator[None]:
     """For commands of several steps, which go on where they were: what one of them says of itself is not enough."""
     try:
         yield

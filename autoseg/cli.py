@@ -20,9 +20,9 @@ from autoseg.arguments import (
     RunFolder,
     Trained,
     Workers,
-    going_on,
     is_first_process,
     name_values,
+    of_several_steps,
     parse_duration,
     parse_length,
     show_all,
@@ -306,7 +306,7 @@ def demo(
     with _watched() as report:
         from autoseg.steps.demo import demo as step
 
-        with going_on():
+        with of_several_steps():
             scores, picture = step(folder, max_seconds=parse_duration(max_time), report=report)
     _show(scores)
     sys.stdout.write(f"Image, reference and prediction side by side: {picture}\n")
@@ -330,7 +330,7 @@ def run(
         max_seconds = _seconds(max_time)
         from autoseg.steps.run import run as step
 
-        with going_on():
+        with of_several_steps():
             scores = step(
                 data, run, max_seconds=max_seconds, folds=_names(folds) or ("0",), configuration=configuration,
                 memory=memory, device=device, workers=workers, skip_bad=skip_bad, report=report,

@@ -14,7 +14,7 @@ import numpy as np
 from autoseg.cases.predicted import InputFile, Predicted
 from autoseg.cases.prepare import Prepared, prepare, restore
 from autoseg.errors import UserError
-from autoseg.image.companions import files_of
+from autoseg.image.companions import files_of, hash_into
 from autoseg.image.crop import insert
 from autoseg.image.formats import read_image, write_labels
 from autoseg.image.rules import apply_rules
@@ -26,7 +26,6 @@ from autoseg.store import load, save
 
 PERMILLE = 1000
 """Uncertainty images hold whole numbers, 1000 for the largest possible entropy."""
-HASHED_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -192,10 +191,7 @@ def input_file(path: Path) -> InputFile:
     """Size, time and content of a file. Raises UserError when it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        for part in files_of(path):
-            with open(part, "rb") as file:
-                while block := file.read(HASHED_AT_ONCE):
-                    digest.update(block)
+        hash_into(digest, path)
         size, time_ns = _size_and_time(path)
     except OSError as error:
         raise UserError(f"{path}: this file cannot be read ({error.strerror}).", fix="Is the disk there?") from error

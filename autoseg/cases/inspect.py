@@ -20,7 +20,7 @@ from autoseg.cases.measure import measure_case
 from autoseg.cases.prepare import to_indices
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
-from autoseg.image.companions import files_of
+from autoseg.image.companions import hash_into
 from autoseg.image.formats import PHOTOGRAPHS, ending_of, read_image, read_labels
 from autoseg.image.volume import Geometry, displacement_mm
 from autoseg.layout import case_stats_file
@@ -31,7 +31,6 @@ from autoseg.store import load, remove_unfinished, save
 SAME_GRID = 0.05
 """An image and its label map may lie this share of the smallest spacing apart."""
 
-HASHED_AT_ONCE = 2**24
 WHAT = "check and fingerprint"
 
 
@@ -129,10 +128,7 @@ def content_of(case: Case, labels: Sequence[Label], ignore_value: int | None) ->
         if path is None:
             continue
         try:
-            for part in files_of(path):
-                with open(part, "rb") as file:
-                    while block := file.read(HASHED_AT_ONCE):
-                        digest.update(block)
+            hash_into(digest, path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}.", fix="Is the path right?") from error
         digest.update(b"\0end of file")

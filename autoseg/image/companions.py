@@ -1,10 +1,12 @@
 """Which files an image consists of: the header of a MetaImage (.mhd) names the file of its voxels."""
 
+import hashlib
 from pathlib import Path
 
 from autoseg.image.formats import ending_of
 
 HEADER_BYTES = 2**16
+HASHED_AT_ONCE = 2**24
 
 
 def files_of(path: Path | str) -> tuple[Path, ...]:
@@ -23,6 +25,14 @@ def files_of(path: Path | str) -> tuple[Path, ...]:
     else:
         names = [] if named == "LOCAL" else _numbered(named)
     return (path, *(each for each in (path.parent / name for name in names) if each.is_file()))
+
+
+def hash_into(digest: "hashlib.blake2b", path: Path | str) -> None:
+    """Put the bytes of an image's files into a hash. Raises OSError where one cannot be read."""
+    for part in files_of(path):
+        with open(part, "rb") as file:
+            while block := file.read(HASHED_AT_ONCE):
+                digest.update(block)
 
 
 def _numbered(named: str) -> list[str]:

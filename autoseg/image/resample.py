@@ -271,6 +271,7 @@ def _matrix(old: int, new: int, order: int) -> np.ndarray:
 
 
 KEPT_ENTRIES = 2**18
+"""Larger matrices are made anew each time."""
 _kept_matrix = lru_cache(maxsize=256)(_matrix)
 
 

@@ -109,6 +109,11 @@ def allowed_ram_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pr
     return min(limits)
 
 
+def anywhere(budget: Budget) -> Budget:
+    """The same device without its number: steps are simulated for it then, so it need not be here."""
+    return budget.model_copy(update={"device": budget.device.partition(":")[0]})
+
+
 def _budget(device: str, total: int, budget: int, driver: str = "", precision: str = "") -> Budget:
     if budget <= 0:
         name = "a CUDA card" if device == "cuda" else device

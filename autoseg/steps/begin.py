@@ -20,7 +20,7 @@ from autoseg.steps.options import (
     with_suited_variation,
 )
 from autoseg.steps.preprocess import preprocess
-from autoseg.steps.work import Work, going_on
+from autoseg.steps.work import Work, resumed_configuration
 
 
 def begin(work: Work, asked: Options) -> Run:
@@ -77,7 +77,7 @@ def _fresh(work: Work, asked: Options) -> Run:
 
 def _resumed(record: Run, work: Work, asked: Options) -> Run:
     """The record of a training that goes on, with what is asked for now put in."""
-    configuration, notes = going_on(work, record, asked), record.notes
+    configuration, notes = resumed_configuration(work, record, asked), record.notes
     length = (asked.epochs or record.configuration.train.epochs, asked.max_seconds)
     is_given = asked.epochs is not None or asked.max_seconds is not None
     if is_given and length != (record.configuration.train.epochs, record.max_seconds):

@@ -11,7 +11,7 @@ from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
 from autoseg.network.device import pick, set_up
 from autoseg.network.distributed import ALONE
-from autoseg.network.memory import measurer
+from autoseg.network.memory import anywhere, measurer
 from autoseg.planning.student import choose_student
 from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run
 from autoseg.scoring.distillation import Distillation
@@ -68,8 +68,7 @@ def distill(
     cases = fold_cases(keep_or_make_splits(layout, dataset, report), dataset, fold)
     found = teachers_named(run, planned, fold, teachers)
     _check(temperature, labels_weight)
-    anywhere = plan.budget.model_copy(update={"device": plan.budget.device.partition(":")[0]})  # it need not be here
-    own, choice = choose_student(planned, student, *measurer(anywhere))
+    own, choice = choose_student(planned, student, *measurer(anywhere(plan.budget)))
     model = layout.model(own.name, fold, seed)
     alone = ModelLayout(model.root.parent / "alone" / model.root.name) if baseline else None
     seen = who_saw(found, cases.validation)

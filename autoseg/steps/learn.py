@@ -34,7 +34,7 @@ from autoseg.steps.finetune import donor_of, freeze, load_donor, names_of, short
 from autoseg.steps.options import annotated_outputs, class_rates, with_drawn_shares
 from autoseg.steps.stopping import stop_requests
 from autoseg.steps.teachers import Lesson
-from autoseg.steps.work import Work, going_on_with
+from autoseg.steps.work import Work, command_to_go_on
 
 
 def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainState, Run]:
@@ -55,7 +55,7 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     if work.team.is_first:
         draw_curves(work.model.curves, state.history)
     if not reached:
-        raise Interrupted(going_on_with(work))
+        raise Interrupted(command_to_go_on(work))
     if state.step:
         save(state, False)
     if work.team.is_first:

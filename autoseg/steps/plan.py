@@ -127,10 +127,9 @@ def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
 
 def _read_again(configuration: Configuration, budget: Budget, report: Report) -> Configuration:
     """The configuration with the memory that its step needs, simulated for the device of the plan."""
-    from autoseg.network.memory import measurer
+    from autoseg.network.memory import anywhere, measurer
 
-    kind = budget.device.partition(":")[0]  # without a number it is simulated, so the card need not be here
-    measure, source = measurer(budget.model_copy(update={"device": kind}))
+    measure, source = measurer(anywhere(budget))
     peak = measure(configuration)
     if peak > budget.budget_bytes:
         needs = f"needs {gigabytes(peak)}, more than the budget of {gigabytes(budget.budget_bytes)}"

@@ -23,7 +23,7 @@ from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.sources import sources_of
 from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import Instead, Work, going_on_with, look_up, trained_already, warn_of_restart
+from autoseg.steps.work import Instead, Work, command_to_go_on, look_up, trained_already, warn_of_restart
 
 
 def train(
@@ -161,7 +161,7 @@ def _trained(work: Work, asked: Options) -> Run:
         state, record = learn(work, record, sources_of(work, record.configuration))
     except KeyboardInterrupt as stopped:  # a second Ctrl-C, which does not wait for the step
         if work.model.resume_tensors.is_file():
-            raise Interrupted(going_on_with(work)) from stopped
+            raise Interrupted(command_to_go_on(work)) from stopped
         raise
     if work.cases.validation:
         scores = _validate(in_precision(work, record), record, state.network)
@@ -218,4 +218,4 @@ def _validate(work: Work, record: Run, network: nn.Module) -> Scores:
             work.report, work.team,
         )  # fmt: skip
     except KeyboardInterrupt as stopped:
-        raise Interrupted(going_on_with(work)) from stopped
+        raise Interrupted(command_to_go_on(work)) from stopped

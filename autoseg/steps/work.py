@@ -157,7 +157,7 @@ def _continues(model: ModelLayout, resume: str) -> bool:
     return there and resume != "restart"
 
 
-def going_on(work: Work, record: Run, asked: Options) -> Configuration:
+def resumed_configuration(work: Work, record: Run, asked: Options) -> Configuration:
     """What a training goes on with: its own configuration, what is asked for put in as at its beginning."""
     configuration = with_options(record.configuration, asked)
     if asked.loss is None:
@@ -167,7 +167,7 @@ def going_on(work: Work, record: Run, asked: Options) -> Configuration:
     return with_class_weights(configuration, work.plan, seen)[0]
 
 
-def going_on_with(work: Work) -> str:
+def command_to_go_on(work: Work) -> str:
     """The command that goes on with a training that has begun."""
     return resume_command(work.run, work.planned.name, work.fold, work.seed, machine=work.machine)
 
@@ -179,7 +179,7 @@ def trained_already(work: Work, asked: Options) -> Run | None:
     record = store.load(work.model.run, Run)
     longer = asked.max_seconds is not None and asked.max_seconds != record.max_seconds
     longer = longer or (asked.epochs is not None and record.max_seconds is not None)  # the time, not they, ended it
-    if not record.finished or longer or going_on(work, record, asked) != record.configuration:
+    if not record.finished or longer or resumed_configuration(work, record, asked) != record.configuration:
         return None
     return record if work.model.scores.is_file() or not work.cases.validation else None
 
