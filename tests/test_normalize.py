@@ -80,6 +80,20 @@ def test_large_offsets_do_not_spoil_the_deviation() -> None:
     assert one(image, "zscore").std() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-36, 1e-22, 7e-13, 1e15, 1e30])
+def test_the_unit_of_the_intensities_does_not_matter(image: np.ndarray, unit: float) -> None:
+    """Diffusion in m^2/s has a deviation below 1e-9; squares of single precision end at 1e-38 and 1e38."""
+    scaled = (image * unit).astype(np.float32)
+    for scheme in ("zscore", "rescale_0_1"):
+        np.testing.assert_allclose(one(scaled, scheme), one(image, scheme), atol=1e-4)
+    foreground = Intensities(
+        mean=1000 * unit, std=250 * unit, median=1000 * unit, minimum=0.0, maximum=2000 * unit,
+        percentile_00_5=500 * unit, percentile_99_5=1500 * unit,
+    )  # fmt: skip
+    found = normalize(scaled[None], None, ["ct"], [False], [foreground])[0]
+    np.testing.assert_allclose(found, (image.clip(500, 1500) - 1000) / 250, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheme", NORMALIZATIONS)
 def test_the_input_is_not_changed(scheme: str) -> None:
     image = np.random.default_rng(0).uniform(0, 255, (1, 4, 5, 6)).astype(np.float32)

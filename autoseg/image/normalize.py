@@ -14,10 +14,13 @@ from autoseg.records import Intensities
 Normalization = Callable[[np.ndarray, np.ndarray | None, Intensities], np.ndarray]
 """(channel_ZYX float32, mask_ZYX bool or None, foreground intensities of the data set) -> channel_ZYX float32."""
 
-SMALLEST_STD = 1e-8
 ROW_VOXELS = 2**16
 RESOLUTION = 1e-6
 """A spread below this share of the mean is rounding of float32 values: the channel is constant."""
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""A spread below the smallest normal float32 is none: one over it would be infinite. Units may be as small as m^2/s."""
+SMALLEST_SQUARES = 1e-30
+"""Below this sum, squares in single precision may have lost their small ones."""
 
 
 def normalize(
@@ -53,15 +56,18 @@ def find(scheme: str) -> Normalization:
 def zscore(channel_ZYX: np.ndarray, mask_ZYX: np.ndarray | None, intensities: Intensities) -> np.ndarray:
     """Subtract the image's own mean and divide by its own standard deviation."""
     mean, std = _mean_and_std(channel_ZYX if mask_ZYX is None else channel_ZYX[mask_ZYX])
-    if std <= RESOLUTION * abs(mean):
+    if is_constant(mean, std):
         return np.zeros_like(channel_ZYX)
-    return _zero_outside(_shift_and_scale(channel_ZYX, mean, 1 / max(std, SMALLEST_STD)), mask_ZYX)
+    return _zero_outside(_shift_and_scale(channel_ZYX, mean, 1 / std), mask_ZYX)
 
 
 def ct(channel_ZYX: np.ndarray, mask_ZYX: np.ndarray | None, intensities: Intensities) -> np.ndarray:
-    """Clip to the data set's foreground percentiles 0.5 and 99.5, then use its foreground mean and deviation."""
+    """Clip to the data set's foreground percentiles 0.5 and 99.5, then use its foreground mean and deviation.
+
+    0 where that deviation is none.
+    """
     clipped_ZYX = np.clip(channel_ZYX, np.float32(intensities.percentile_00_5), np.float32(intensities.percentile_99_5))
-    scale = 1 / max(intensities.std, SMALLEST_STD)
+    scale = 0.0 if is_constant(intensities.mean, intensities.std) else 1 / intensities.std
     return _zero_outside(_shift_and_scale(clipped_ZYX, intensities.mean, scale, out=clipped_ZYX), mask_ZYX)
 
 
@@ -76,7 +82,7 @@ def rescale_0_1(channel_ZYX: np.ndarray, mask_ZYX: np.ndarray | None, intensitie
     low, high = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 0.0)
     if low == high:
         return np.zeros_like(channel_ZYX)
-    return _zero_outside(_shift_and_scale(channel_ZYX, low, 1 / max(high - low, SMALLEST_STD)), mask_ZYX)
+    return _zero_outside(_shift_and_scale(channel_ZYX, low, 1 / max(high - low, SMALLEST)), mask_ZYX)
 
 
 def rgb_0_1(channel_ZYX: np.ndarray, mask_ZYX: np.ndarray | None, intensities: Intensities) -> np.ndarray:
@@ -96,12 +102,26 @@ def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
         return 0.0, 0.0
     rows = np.array_split(values.reshape(-1), values.size // ROW_VOXELS + 1)  # a row at a time stays in the cache
     mean = sum(float(row.sum(dtype=np.float64)) for row in rows) / values.size
-    squares = 0.0
-    for row in rows:
-        centred = row - np.float32(mean)
-        squares += float(np.dot(centred, centred))
+    squares = sum(squares_about(row, mean) for row in rows)
     rounding = mean - float(np.float32(mean))
     return mean, max(squares / values.size - rounding**2, 0.0) ** 0.5
+
+
+def squares_about(row: np.ndarray, mean: float) -> float:
+    """Sum of the squares of float32 values less the mean as float32; in double precision where that overflows, or
+    where the squares are so small that float32 loses them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        centred = row - np.float32(mean)
+        squares = float(np.dot(centred, centred))
+    if SMALLEST_SQUARES < squares < np.inf or not centred.any():
+        return squares
+    wide = row.astype(np.float64) - float(np.float32(mean))
+    return float(np.dot(wide, wide))
+
+
+def is_constant(mean: float, std: float) -> bool:
+    """Whether a channel with this mean and standard deviation is constant, but for rounding."""
+    return std <= max(RESOLUTION * abs(mean), SMALLEST)
 
 
 def _shift_and_scale(channel_ZYX: np.ndarray, shift: float, scale: float, out: np.ndarray | None = None) -> np.ndarray:

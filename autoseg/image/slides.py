@@ -187,11 +187,10 @@ def normalizers(
     for c, (scheme, stats) in enumerate(zip(schemes, intensities, strict=True)):
         if scheme == "zscore":
             mean, std = _mean_and_std(slide, len(schemes), box, c)
-            flat = std <= scales.RESOLUTION * abs(mean)
-            made.append(np.zeros_like if flat else scales.shifter(mean, 1 / max(std, scales.SMALLEST_STD)))
+            made.append(np.zeros_like if scales.is_constant(mean, std) else scales.shifter(mean, 1 / std))
         elif scheme == "rescale_0_1":
             low, high = _range(slide, len(schemes), box, c)
-            made.append(np.zeros_like if low == high else scales.shifter(low, 1 / max(high - low, scales.SMALLEST_STD)))
+            made.append(np.zeros_like if low == high else scales.shifter(low, 1 / max(high - low, scales.SMALLEST)))
         else:
             made.append(partial(_scaled, scales.find(scheme), stats))
     return made
@@ -211,10 +210,7 @@ def _mean_and_std(slide: Slide, channels: int, box: Box2, c: int) -> tuple[float
     (y0, y1), (x0, x1) = box
     size = (y1 - y0) * (x1 - x0)
     mean = sum(float(row.sum(dtype=np.float64)) for row in _pieces(slide, channels, box, c)) / size
-    squares = 0.0
-    for row in _pieces(slide, channels, box, c):
-        centred = row - np.float32(mean)
-        squares += float(np.dot(centred, centred))
+    squares = sum(scales.squares_about(row, mean) for row in _pieces(slide, channels, box, c))
     rounding = mean - float(np.float32(mean))
     return mean, max(squares / size - rounding**2, 0.0) ** 0.5
 
