@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +267,46 @@ def test_the_smallest_type_that_holds_the_labels_is_written(
 
 
 def test_colour_masks_with_equal_channels_and_whole_floats_are_label_maps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [each for each in formats.READABLE if each not in formats.LABEL_ENDINGS])
+def test_a_label_map_that_did_not_fit_is_never_put_in_place(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ITK says nothing when it cannot write on: not for TIFF, BMP and NIfTI, nor for a small PNG."""
+    labels = np.random.default_rng(0).integers(0, 250, (1, 90, 90))
+    geometry = Geometry(2, (1, 90, 90), (1, 1, 1), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0), (1.0, 1.0))
+    path = tmp_path / f"a{ending}"
+    write_labels(path, labels, geometry)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"a{ending}") as caught:
+            write_labels(path, labels, geometry)
+        assert caught.value.errno == errno.EFBIG
+        free = shutil.disk_usage(tmp_path)._replace(free=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+        with pytest.raises(UserError, match=r"the disk is full"):
+            write_labels(path, labels, geometry)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_later_channel_of_a_label_map_may_not_differ(tmp_path: Path) -> None:
+    same = np.ones((5, 3, 4, 5), np.uint8)
+    for count, last in ((4, 1), (4, 2), (5, 2)):
+        array = same[:count].copy()
+        array[-1] = last
+        image = sitk.JoinSeries([sitk.GetImageFromArray(each) for each in array])
+        sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+        if last == 1:
+            assert np.array_equal(read_labels(tmp_path / "a.nii.gz")[0], same[0])
+            continue
+        with pytest.raises(UserError, match=rf"a.nii.gz: the {count} channels of this label map differ"):
+            read_labels(tmp_path / "a.nii.gz")
+
+
     grey = np.random.default_rng(0).integers(0, 3, (6, 7)).astype(np.uint8)
     alpha = np.arange(42, dtype=np.uint8).reshape(6, 7)
     sitk.WriteImage(

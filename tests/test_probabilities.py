@@ -1,7 +1,9 @@
 """image/probabilities.py: files of class probabilities that are written and read in parts."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from autoseg.errors import UserError
+from autoseg.image.disk import failed_write
 from autoseg.image.probabilities import (
     open_probabilities,
     read_classes,
@@ -88,6 +91,19 @@ def test_files_of_earlier_versions_are_read_whole_by_class_and_by_slab(tmp_path:
     np.testing.assert_array_equal(open_probabilities(path).slab(2, 5), read_KZYX[:, 2:5])
 
 
+def test_no_room_to_unpack_a_file_of_earlier_versions_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up under a memory map kills the process, so the room is taken first."""
+
+    def full(descriptor: int, start: int, length: int) -> None:
+        assert length == 3 * 9 * 20 * 7 * 2
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_as_npz(tmp_path / "a.probabilities.npz", some())
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"a\.probabilities\.npz: the disk of temporary files .* has no room"):
+        open_probabilities(tmp_path / "a.probabilities.npz")
+
+
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     import blosc2
 
@@ -100,6 +116,17 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
                 read(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         read_header(tmp_path / "nothing.b2nd")
+
+
+def test_a_limit_that_the_disk_does_not_tell_is_found_by_writing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        assert failed_write(tmp_path / "a", "no more").errno == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed_write(tmp_path / "a", "no more").errno == errno.EIO
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

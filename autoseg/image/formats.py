@@ -21,7 +21,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from autoseg.errors import UserError
-from autoseg.image import nifti, nrrd
+from autoseg.image import nifti, nrrd, tiff
+from autoseg.image.disk import failed_write
 from autoseg.image.probabilities import read_probabilities as read_probabilities
 from autoseg.image.probabilities import write_probabilities as write_probabilities
 from autoseg.image.volume import FileHeader, Geometry, Volume, displacement_mm
@@ -333,7 +334,17 @@ def _write_with_itk(path: Path, labels_ZYX: np.ndarray, geometry: Geometry) -> N
         with _quiet():
             sitk.WriteImage(image, str(path), useCompression=not path.name.endswith(".bmp"))
     except RuntimeError as error:
-        raise OSError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
+        raise failed_write(path, str(error).strip().splitlines()[-1]) from error
+    if not _holds(path, labels_ZYX):
+        raise failed_write(path, "the file came out incomplete")
+
+
+def _holds(path: Path, labels_ZYX: np.ndarray) -> bool:
+    """Whether a file came out as it should: for most formats ITK says nothing when the disk is full."""
+    try:
+        return np.array_equal(_read(path, None)[0], labels_ZYX[None])
+    except UserError:
+        return False
 
 
 @contextmanager

@@ -7,7 +7,7 @@ versions, a zip of .npy members, are read too (`probabilities_npz.py`). Nothing 
 
 import errno
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import numpy as np
 
 from autoseg.errors import UserError
 from autoseg.image import probabilities_npz
+from autoseg.image.disk import failed_write
 from autoseg.image.volume import Geometry
 from autoseg.parallel import allowed_cores
 from autoseg.store import replacing
@@ -274,8 +275,7 @@ def _saying_full(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        full = shutil.disk_usage(path.parent).free < 2**20
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+        raise failed_write(path, str(error)) from error
 
 
 def _existing(path: Path | str) -> Path:
@@ -291,6 +291,11 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path}: the disk of temporary files ({tempfile.gettempdir()}) has no room to unpack it.",
+                fix="Free some space there, or name another folder in TMPDIR.",
+            ) from error
         raise UserError(
             f"{path}: these are no probabilities written by autoseg, or the file is damaged or incomplete.",
             fix="Predict again with --save-probabilities.",

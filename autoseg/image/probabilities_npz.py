@@ -5,6 +5,8 @@ the other.
 """
 
 import json
+import math
+import os
 import tempfile
 import zipfile
 import zlib
@@ -55,10 +57,15 @@ def classes(path: Path, expected: tuple[int, ...]) -> Iterator[np.ndarray]:
 
 
 def opened(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """What the file says, and its numbers unpacked into a temporary file, (K, Z, Y, X) float16, to read parts of."""
+    """What the file says, and its numbers unpacked into a temporary file, (K, Z, Y, X) float16, to read parts of.
+
+    Raises OSError when there is no room for it.
+    """
     found = about(path)
     shape = (len(found["labels"]), *Geometry.from_json(found["geometry"]).size_voxels)
     with tempfile.TemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up under a memory map kills the process
+            os.posix_fallocate(file.fileno(), 0, max(1, math.prod(shape) * np.dtype(np.float16).itemsize))
         numbers_KZYX = np.memmap(file, np.float16, "w+", shape=shape)
         for k, class_ZYX in enumerate(classes(path, shape)):
             numbers_KZYX[k] = class_ZYX
