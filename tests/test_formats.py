@@ -1,9 +1,10 @@
 """Every format is read, written back with its geometry to the last bit, and refused by name when damaged."""
 
+import errno
 import gzip
-import struct
 import resource
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +267,6 @@ def test_the_smallest_type_that_holds_the_labels_is_written(
     assert not list(tmp_path.glob("*unfinished*"))
 
 
-def test_colour_masks_with_equal_channels_and_whole_floats_are_label_maps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [each for each in formats.READABLE if each not in formats.LABEL_ENDINGS])
 def test_a_label_map_that_did_not_fit_is_never_put_in_place(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
@@ -307,6 +307,7 @@ def test_a_later_channel_of_a_label_map_may_not_differ(tmp_path: Path) -> None:
             read_labels(tmp_path / "a.nii.gz")
 
 
+def test_colour_masks_with_equal_channels_and_whole_floats_are_label_maps(tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 3, (6, 7)).astype(np.uint8)
     alpha = np.arange(42, dtype=np.uint8).reshape(6, 7)
     sitk.WriteImage(
@@ -323,15 +324,16 @@ def test_a_later_channel_of_a_label_map_may_not_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", formats.READABLE)
 @pytest.mark.parametrize("damage", ["empty", "half", "end", "junk"])
+@pytest.mark.parametrize("vector", [False, True])
 def test_damaged_files_are_named_and_nothing_is_printed(
-    tmp_path: Path, ending: str, damage: str, capfd: pytest.CaptureFixture
+    tmp_path: Path, ending: str, damage: str, vector: bool, capfd: pytest.CaptureFixture
 ) -> None:
     path = tmp_path / f"case_07{ending}"
     if ending in formats.PHOTOGRAPHS:
         array = np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)
         sitk.WriteImage(sitk.GetImageFromArray(array, isVector=True), str(path))
     else:
-        write_oblique(path, 0)
+        write_oblique(path, 0, vector=vector)
     whole = path.read_bytes()
     junk = np.random.default_rng(0).bytes(600)
     path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "end": whole[:-20], "junk": junk}[damage])
@@ -339,6 +341,24 @@ def test_damaged_files_are_named_and_nothing_is_printed(
         with pytest.raises(UserError, match=f"case_07{ending}: .*"):
             read(path)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_nifti_file_of_colours_is_whole_too(tmp_path: Path, ending: str) -> None:
+    """ITK decodes it, and fills up with zeros what is missing."""
+    array = np.random.default_rng(0).integers(1, 100, (3, 4, 5, 3)).astype(np.uint8)
+    plain, path = tmp_path / "plain.nii", tmp_path / f"a{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(array[..., 0]), str(plain))
+    header = bytearray(plain.read_bytes()[:352])
+    struct.pack_into("<2h", header, 70, 128, 24)  # RGB24
+    for missing in (0, 7):
+        content = (bytes(header) + array.tobytes())[: 352 + array.size - missing]
+        path.write_bytes(content if ending == ".nii" else gzip.compress(content))
+        if missing:
+            with pytest.raises(UserError, match=rf"a{ending}: the file is truncated: 7 bytes"):
+                read_image([path])
+        else:
+            assert np.array_equal(read_image([path]).array_CZYX, np.moveaxis(array, -1, 0))
 
 
 def test_a_wrong_checksum_in_a_compressed_nifti_file_is_noticed(tmp_path: Path) -> None:
@@ -388,6 +408,20 @@ def test_real_photographs_and_scans_are_read() -> None:
     assert volume.array_CZYX.std() > 10
     assert np.unique(read_labels(DATA / "drive" / "masks" / "21.png")[0]).tolist() == [0, 255]
     assert read_image([DATA / "ct" / "ct.nii.gz"]).geometry.spacing_mm == (3, 3, 3)
+
+
+@pytest.mark.parametrize("field", [268, 292])
+def test_a_place_that_is_not_a_number_is_refused_by_name(tmp_path: Path, field: int) -> None:
+    path = tmp_path / "a.nii"
+    write_oblique(path, 0)
+    content = bytearray(path.read_bytes())
+    forms = (1, 0) if field < 280 else (0, 2)
+    struct.pack_into("<2h", content, 252, *forms)
+    struct.pack_into("<f", content, field, np.nan)
+    path.write_bytes(content)
+    for read in (read_geometry, read_labels, lambda each: read_image([each])):
+        with pytest.raises(UserError, match=r"a.nii: "):
+            read(path)
 
 
 @pytest.mark.parametrize("side", [0.0, -1.5, float("nan")])

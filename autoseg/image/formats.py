@@ -83,7 +83,7 @@ def read_image(paths: Sequence[Path | str]) -> Volume:
     for path in more:
         array_CZYX, other = _read(path, np.float32)
         apart_mm = displacement_mm(geometry, other)
-        if apart_mm > SAME_GRID * min(geometry.spacing_mm):
+        if not apart_mm <= SAME_GRID * min(geometry.spacing_mm):
             raise UserError(
                 f"{path}: this channel lies on another grid than {first_path}: "
                 f"{_difference(geometry, other, apart_mm)}.",
@@ -120,7 +120,8 @@ def read_labels(path: Path | str) -> tuple[np.ndarray, Geometry]:
     """
     path = Path(path)
     array_CZYX, geometry = _read(path, None)
-    if any(not np.array_equal(array_CZYX[0], other_ZYX) for other_ZYX in array_CZYX[1:3]):
+    colours_CZYX = array_CZYX[:3] if len(array_CZYX) == 4 and _has_alpha(path) else array_CZYX
+    if any(not np.array_equal(array_CZYX[0], other_ZYX) for other_ZYX in colours_CZYX[1:]):
         raise UserError(
             f"{path}: the {len(array_CZYX)} channels of this label map differ, so a voxel has no single value.",
             fix="Save the label map with one channel that holds the label values.",
@@ -161,11 +162,10 @@ def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
     header = _read_header(path)
     geometry = _geometry(header, path)
     array = None
-    if ending_of(path) in (".nii", ".nii.gz") and header.components == 1:
-        array = nifti.read_voxels(path, header.size[::-1])
-    if ending_of(path) in (".tif", ".tiff") and (tiled_YXC := _read_tiled(path)) is not None:
-        header = replace(header, components=tiled_YXC.shape[-1])
-        array = tiled_YXC if header.components > 1 else tiled_YXC[..., 0]
+    if ending_of(path) in (".nii", ".nii.gz"):
+        array = nifti.read_voxels(path, header.size[::-1], header.components)
+    if ending_of(path) in TIFF:
+        array = tiff.read_pixels(path, _read_with_itk)
     if array is None:
         array = _read_with_itk(path)
     array_CZYX = _channels_first(array, header, geometry, path)
@@ -252,6 +252,11 @@ def _read_header(path: Path) -> FileHeader:
         skewed = nifti.skewed_header(path) if "orthonormal" in str(error) else None
         if skewed is None:
             raise _unreadable(path, error) from error
+    if not np.isfinite((*header.spacing, *header.origin, *header.direction)).all():
+        raise UserError(
+            f"{path}: its header places the voxels at NaN or infinity (origin {header.origin}, X first).",
+            fix="Correct spacing, origin and direction in the header.",
+        )
         return skewed
     axes = reader.GetDimension()
     if axes not in (2, 3, 4):

@@ -44,7 +44,7 @@ def grid_difference(one: Geometry, other: Geometry) -> str:
     if one.size_voxels != other.size_voxels:
         return f"size {one.size_voxels} against {other.size_voxels} voxels"
     apart_mm = displacement_mm(one, other)
-    if apart_mm > TOLERANCE_SHARE * min(*one.spacing_mm, *other.spacing_mm):
+    if not apart_mm <= TOLERANCE_SHARE * min(*one.spacing_mm, *other.spacing_mm):
         return f"same size, but corners lie {apart_mm:.4g} mm apart"
     return ""
 

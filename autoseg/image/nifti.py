@@ -4,6 +4,7 @@ Axes: Z Y X voxels. Field positions: nifti1.h (https://nifti.nimh.nih.gov/pub/di
 """
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -36,7 +37,8 @@ CODES = {"u1": 2, "i2": 4, "i4": 8, "u2": 512}
 def header_of(path: Path, dimension: int) -> str:
     """`Geometry.header` of a NIfTI-1 file; "" for other files that have this ending.
 
-    Raises UserError where a voxel has no size: ITK would take 1 mm for 0, and the absolute value of a negative one.
+    Raises UserError where a voxel has no size: ITK would take 1 mm for 0, and the absolute value of a negative one. And
+    where qform or sform is no number: ITK would take 0.
     """
     header = _first_bytes(path)
     order = _byte_order(header)
@@ -48,6 +50,10 @@ def header_of(path: Path, dimension: int) -> str:
             f"{path}: the header gives a spacing of {' x '.join(f'{side:g}' for side in sides)} (X first).",
             fix="Correct pixdim in the header; every spacing has to be above zero.",
         )
+    for name, code, start, stop in (("qform", 252, 256, 280), ("sform", 254, 280, 328)):
+        placed = struct.unpack_from(f"{order}{(stop - start) // 4}f", header, start)
+        if struct.unpack_from(f"{order}h", header, code)[0] > 0 and not np.isfinite(placed).all():
+            raise UserError(f"{path}: the {name} in the header holds NaN or infinity.", fix="Correct it in the header.")
     return f"{KIND}{header.hex()}"
 
 
@@ -77,26 +83,22 @@ def skewed_header(path: Path) -> FileHeader | None:
     )
 
 
-def read_voxels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def read_voxels(path: Path, shape: tuple[int, ...], components: int = 1) -> np.ndarray | None:
     """The voxels as an array of `shape` (slowest axis first) in the type of the file, scaled where the header says so.
 
-    None where the file is no NIfTI-1 or its voxels are no plain numbers. Raises UserError when bytes are missing or a
-    checksum is wrong.
+    None where the file is no NIfTI-1, or its voxels are no plain numbers or have several `components`. Raises UserError
+    when bytes are missing or a checksum is wrong, whoever decodes the voxels.
     """
     content = _content(path)
     order = _byte_order(content[:HEADER_BYTES])
     code = struct.unpack_from(f"{order}h", content, 70)[0] if order else 0
-    if not order or code not in DTYPES:
+    if not order or code not in DTYPES or components > 1:
+        _check_length(content, path)
         return None
     dtype = np.dtype(DTYPES[code]).newbyteorder(order)
     offset, slope, intercept = struct.unpack_from(f"{order}3f", content, 108)
     count, start = int(np.prod(shape)), max(int(offset), SMALLEST_OFFSET)
-    missing = start + count * dtype.itemsize - len(content)
-    if missing > 0:
-        raise UserError(
-            f"{path}: the file is truncated: {missing} bytes of voxels are missing.",
-            fix="Copy it again, or leave this case out.",
-        )
+    _check_missing(start + count * dtype.itemsize - len(content), path)
     array = np.frombuffer(content, dtype, count, start).reshape(shape)
     if np.isfinite([slope, intercept]).all() and slope != 0 and (slope, intercept) != (1, 0):
         array = array * np.float32(slope) + np.float32(intercept)
@@ -129,6 +131,26 @@ def write(path: Path, labels_ZYX: np.ndarray, geometry: Geometry) -> bool:
             plain.write(bytes(header) + bytes(4))
             plain.write(labels_ZYX.data)
     return True
+
+
+def _check_length(content: bytes, path: Path) -> None:
+    """Compare the length with what the header says, whatever the voxels are."""
+    order = _byte_order(content[:HEADER_BYTES])
+    if not order:
+        return
+    axes, *size = struct.unpack_from(f"{order}8h", content, 40)
+    [bits], [offset] = struct.unpack_from(f"{order}h", content, 72), struct.unpack_from(f"{order}f", content, 108)
+    start = max(int(offset), SMALLEST_OFFSET) if math.isfinite(offset) else SMALLEST_OFFSET
+    voxels = math.prod(max(1, side) for side in size[: max(0, axes)])
+    _check_missing(start + voxels * bits // 8 - len(content), path)
+
+
+def _check_missing(missing: int, path: Path) -> None:
+    if missing > 0:
+        raise UserError(
+            f"{path}: the file is truncated: {missing} bytes of voxels are missing.",
+            fix="Copy it again, or leave this case out.",
+        )
 
 
 def _byte_order(header: bytes) -> Literal["<", ">", ""]:

@@ -89,8 +89,9 @@ def plain_geometry(size_voxels: tuple[int, int, int], spacing_mm: tuple[float, f
 def displacement_mm(one: Geometry, other: Geometry) -> float:
     """How far apart two grids lie: the largest distance between their corner voxels in mm.
 
-    One number for differences of spacing, origin and direction together. Infinite when the sizes differ. A 2D and a 3D
-    geometry of the same size are compared by spacing alone.
+    One number for differences of spacing, origin and direction together. Infinite when the sizes differ, NaN where a
+    geometry holds NaN: ask whether it is small, not whether it is large. A 2D and a 3D geometry of the same size are
+    compared by spacing alone.
     """
     if one.size_voxels != other.size_voxels:
         return math.inf
