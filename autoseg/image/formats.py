@@ -1,21 +1,17 @@
 """Reading images and label maps of any format, and writing label maps and probabilities so that geometry survives.
 
 Axes: C channel, K class, Z Y X voxels. SimpleITK reads what it reads well. NIfTI voxels are read here, because ITK
-fills a truncated NIfTI file with zeros and says nothing. What only one format needs lies in `nifti.py` and `nrrd.py`.
-A changed byte in the middle of a file is noticed only where the format has a checksum (.nii.gz, PNG).
+fills a truncated NIfTI file with zeros and says nothing. What only one format needs lies in `nifti.py`, `nrrd.py` and
+`tiff.py`. A changed byte in the middle of a file is noticed only where the format has a checksum (.nii.gz, PNG).
 """
 
-import lzma
 import os
 import re
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -25,16 +21,15 @@ from autoseg.image import nifti, nrrd, tiff
 from autoseg.image.disk import failed_write
 from autoseg.image.probabilities import read_probabilities as read_probabilities
 from autoseg.image.probabilities import write_probabilities as write_probabilities
+from autoseg.image.tiff import DAMAGED
 from autoseg.image.volume import FileHeader, Geometry, Volume, displacement_mm
 from autoseg.store import replacing
 
 READABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+TIFF = (".tif", ".tiff")
 PHOTOGRAPHS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 LARGEST_LABEL = {".png": 65535, ".tif": 65535, ".tiff": 65535, ".bmp": 255}
 LABEL_ENDINGS = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha"}
-DAMAGED = "It is damaged or incomplete: copy it again, or leave this case out."
-UNDECODABLE = (ValueError, RuntimeError, OSError, IndexError, KeyError, TypeError, zlib.error, lzma.LZMAError)
-"""What tifffile raises for damaged files; its own error is a kind of the first."""
 SAME_GRID = 0.1
 """Channels of one case may lie this share of the smallest spacing apart."""
 
@@ -128,7 +123,7 @@ def read_labels(path: Path | str) -> tuple[np.ndarray, Geometry]:
         )
     labels_ZYX = array_CZYX[0]
     if labels_ZYX.dtype.kind == "f":
-        labels_ZYX = _whole_numbers(labels_ZYX, path)
+        labels_ZYX = _whole_numbers(labels_ZYX.astype(np.promote_types(labels_ZYX.dtype, np.float32), copy=False), path)
     elif labels_ZYX.dtype.itemsize >= 4 and (labels_ZYX.max() > 2**31 - 1 or labels_ZYX.min() < -(2**31)):
         raise UserError(f"{path}: label {labels_ZYX.max()} is too large.", fix="Use label values below 2147483648.")
     return np.ascontiguousarray(labels_ZYX, np.int32), geometry
@@ -176,39 +171,9 @@ def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
     return np.require(array_CZYX, dtype, ("C", "W")), geometry
 
 
-def _read_tiled(path: Path) -> np.ndarray | None:
-    """The pixels (Y, X, C) of a TIFF file with one image in tiles, which ITK would make three channels of bytes of."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as file:
-            page: Any = file.pages[0]
-            if len(file.pages) > 1 or not page.is_tiled or page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-                return None
-            array = page.asarray()
-            planes_first = page.samplesperpixel > 1 and page.planarconfig != 1
-    except UNDECODABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: this image cannot be read ({reason}).", fix=DAMAGED) from error
-    array = np.moveaxis(array, 0, -1) if planes_first else array
-    return array[..., None] if array.ndim == 2 else array
-
-
 def _has_alpha(path: Path) -> bool:
     """Whether the last of two or four channels is said to be alpha: a blank marker of a microscope is not."""
-    ending = ending_of(path)
-    if ending not in (".tif", ".tiff"):
-        return ending in PHOTOGRAPHS
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        return is_alpha(file.pages[0])
-
-
-def is_alpha(page: Any) -> bool:
-    """Whether the last sample of a TIFF page is alpha by its tag ExtraSamples; a fourth one beside RGB counts too."""
-    rgb_and_one = page.photometric == 2 and page.samplesperpixel == 4
-    return rgb_and_one or tuple(page.extrasamples or ())[-1:] in ((1,), (2,))
+    return tiff.has_alpha(path) if ending_of(path) in TIFF else ending_of(path) in PHOTOGRAPHS
 
 
 def _is_grey_palette(path: Path) -> bool:
@@ -243,6 +208,8 @@ def _existing(path: Path | str) -> Path:
 
 
 def _read_header(path: Path) -> FileHeader:
+    if ending_of(path) in TIFF:
+        return tiff.read_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -252,11 +219,6 @@ def _read_header(path: Path) -> FileHeader:
         skewed = nifti.skewed_header(path) if "orthonormal" in str(error) else None
         if skewed is None:
             raise _unreadable(path, error) from error
-    if not np.isfinite((*header.spacing, *header.origin, *header.direction)).all():
-        raise UserError(
-            f"{path}: its header places the voxels at NaN or infinity (origin {header.origin}, X first).",
-            fix="Correct spacing, origin and direction in the header.",
-        )
         return skewed
     axes = reader.GetDimension()
     if axes not in (2, 3, 4):
@@ -290,6 +252,11 @@ def _unreadable(path: Path, error: RuntimeError) -> UserError:
 
 
 def _geometry(header: FileHeader, path: Path) -> Geometry:
+    if not np.isfinite((*header.spacing, *header.origin, *header.direction)).all():
+        raise UserError(
+            f"{path}: its header places the voxels at NaN or infinity (origin {header.origin}, X first).",
+            fix="Correct spacing, origin and direction in the header.",
+        )
     ending, dimension = ending_of(path), len(header.spacing)
     depth, height, width = (1, *header.size[:dimension][::-1])[-3:]
     thickness, row, column = (1.0, *header.spacing[::-1])[-3:] if ending not in PHOTOGRAPHS else (1.0, 1.0, 1.0)

@@ -5,7 +5,7 @@ without the rest. Written are tiled, compressed (Big)TIFF files with the resolut
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ import numpy as np
 
 from autoseg.errors import UserError
 from autoseg.image import normalize as scales
-from autoseg.image.formats import UNDECODABLE, ending_of, is_alpha, read_geometry
+from autoseg.image import tiff
+from autoseg.image.formats import TIFF, ending_of, read_geometry
 from autoseg.records import Intensities
 from autoseg.store import replacing
 
@@ -39,7 +40,7 @@ class Slide:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop (exclusive) as in the file: (C, rows, X). Raises UserError for a damaged file."""
         channels, _, width = self.shape
-        band = np.zeros((stop - start, width, channels), self.page.dtype)
+        band = np.zeros((stop - start, width, channels), tiff.dtype_of(self.page))
         page = self.page
         high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
         across = -(-width // wide)
@@ -54,36 +55,26 @@ class Slide:
     def _piece(self, index: int) -> np.ndarray:
         """One tile or strip: (y, x, C)."""
         page = self.page
-        try:
+        with tiff.naming(self.path, "slide"):
+            length = page.databytecounts[index]
             self.file.seek(page.dataoffsets[index])
-            content = self.file.read(page.databytecounts[index])
-            if len(content) != page.databytecounts[index]:
+            content = self.file.read(length) if length else None  # None: a tile that holds nothing
+            if content is not None and len(content) != length:
                 raise ValueError("the end of the file is missing")
-            decoded = page.decode(content, index)[0]
-        except UNDECODABLE as error:
-            raise UserError(
-                f"{self.path}: this slide cannot be read ({str(error).splitlines()[0]}).",
-                fix="Copy it again, or save it as TIFF with deflate compression.",
-            ) from error
-        if decoded is None:
-            return np.zeros((1, 1, self.shape[0]), page.dtype)
-        return decoded[0]
+            decoded = page.decode(content, index, jpegtables=page.jpegtables)[0]
+            if decoded is None:
+                _, height, width = self.shape
+                size = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
+                decoded = np.full((1, *size, page.samplesperpixel), page.nodata, page.dtype)
+            return tiff.values_of(page, decoded[0])
 
 
 def is_slide(paths: Sequence[str]) -> bool:
     """Whether an image is one TIFF file of one slice that is too large to be read whole; a stack never is."""
-    if len(paths) != 1 or ending_of(paths[0]) not in (".tif", ".tiff"):
+    if len(paths) != 1 or ending_of(paths[0]) not in TIFF:
         return False
-    return int(np.prod(read_geometry(paths[0]).size_voxels)) > SLIDE_PIXELS and not _is_stack(Path(paths[0]))
-
-
-def _is_stack(path: Path) -> bool:
-    """Whether a TIFF file has several pages of one size; those of a pyramid get smaller."""
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        sizes = [page.shape[:2] for page in file.pages[:2]]
-    return len(sizes) == 2 and sizes[0] == sizes[1]
+    size_voxels = read_geometry(paths[0]).size_voxels
+    return size_voxels[0] == 1 and int(np.prod(size_voxels)) > SLIDE_PIXELS
 
 
 @contextmanager
@@ -92,16 +83,14 @@ def open_slide(path: Path | str) -> Iterator[Slide]:
     import tifffile
 
     path = Path(path)
-    try:
-        opened = tifffile.TiffFile(path)
-    except (tifffile.TiffFileError, OSError, ValueError) as error:
-        raise UserError(f"{path}: this slide cannot be read ({error}).", fix="Is it a TIFF file?") from error
-    with opened:
-        page: Any = opened.pages[0]
+    with ExitStack() as stack:
+        with tiff.naming(path, "slide"):
+            file = stack.enter_context(tifffile.TiffFile(path))
+            page = tiff.slices_of(file, path)[0]
+            shape = (tiff.channels_in(page), int(page.imagelength), int(page.imagewidth))
         if page.samplesperpixel > 1 and page.planarconfig != 1:
             raise UserError(f"{path}: its channels lie in separate planes.", fix="Save it with interleaved channels.")
-        shape = (int(page.samplesperpixel), int(page.imagelength), int(page.imagewidth))
-        yield Slide(path, page, opened.filehandle, shape)
+        yield Slide(path, page, file.filehandle, shape)
 
 
 def write_slide(path: Path, like: Slide, values: Iterable[np.ndarray], dtype: np.dtype) -> None:
@@ -155,7 +144,7 @@ def bands(slide: Slide, channels: int, box: Box2 | None = None) -> Iterator[np.n
 
 def channels_of(slide: Slide) -> int:
     """Channels without a constant alpha channel, which readers of whole images drop too."""
-    if slide.shape[0] not in (2, 4) or not is_alpha(slide.page):
+    if slide.shape[0] not in (2, 4) or not tiff.is_alpha(slide.page):
         return slide.shape[0]
     ends = [(int(band[-1].min()), int(band[-1].max())) for band in bands(slide, slide.shape[0])]
     constant = min(low for low, _ in ends) == max(high for _, high in ends)
