@@ -77,6 +77,23 @@ def make_folder(folder: Path) -> None:
         raise
 
 
+def empty_folder(folder: Path) -> None:
+    """Delete all that is in a folder, if there is one; the folder stays, which may be a link to one elsewhere.
+
+    Raises UserError where that is not allowed.
+    """
+    try:
+        for found in list(folder.iterdir()) if folder.is_dir() else ():
+            if found.is_dir() and not found.is_symlink():
+                shutil.rmtree(found)
+            else:
+                found.unlink()
+    except OSError as error:
+        if told := _told(error, folder):
+            raise told from error
+        raise
+
+
 def _told(error: OSError, path: Path) -> UserError | None:
     """What only the user can mend: a full disk, a place that cannot be written."""
     if error.errno in (28, 122):  # ENOSPC, EDQUOT

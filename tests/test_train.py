@@ -555,6 +555,49 @@ def test_a_training_that_is_there_is_not_overwritten_by_accident(trained: Path) 
     assert files_in(trained) == before
 
 
+def test_a_network_without_its_state_is_kept_unless_it_is_to_be_overwritten(run: Path) -> None:
+    record = start(run, epochs=1)
+    model = Layout(run).model("3d", "0")
+    model.resume_tensors.unlink()
+    shutil.rmtree(model.validation)  # as an imported network has none
+    before = files_in(run)
+    with pytest.raises(UserError, match=r"a finished training is there already.*--restart"):
+        start(run)
+    with pytest.raises(UserError, match="a training is there already"):
+        train_seeds(run, (0, 1), configuration="3d", machine=Machine("cpu", 1))
+    assert start(run, resume="auto") == start(run, resume="yes") == record
+    for resume, epochs in (("auto", 2), ("extend", 2)):
+        with pytest.raises(UserError, match=r"without resume\.safetensors cannot go on.*--restart"):
+            start(run, resume=resume, epochs=epochs)
+    save(model.run, record.model_copy(update={"finished": False}))
+    with pytest.raises(UserError, match=r"an unfinished training without resume\.safetensors cannot go on"):
+        start(run, resume="auto")
+    model.run.unlink()
+    with pytest.raises(UserError, match=r"a network without run\.json cannot go on"):
+        start(run, resume="auto")
+    save(model.run, record)
+    assert set(files_in(run)) == set(before)
+    start(run, resume="restart", epochs=1)
+    assert model.resume_tensors.is_file()
+
+
+def test_starting_anew_empties_a_folder_that_is_a_link(run: Path, tmp_path: Path) -> None:
+    model = Layout(run).model("3d", "0")
+    (tmp_path / "elsewhere" / "validation").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "resume.safetensors").write_bytes(b"old")
+    model.root.parent.mkdir(parents=True, exist_ok=True)
+    model.root.symlink_to(tmp_path / "elsewhere")
+
+    def killed(event: Event) -> None:
+        if isinstance(event, Trained):
+            raise MemoryError("as if killed before the first state was saved")
+
+    with pytest.raises(MemoryError):
+        start(run, resume="restart", report=killed)
+    assert model.root.is_symlink()
+    assert [path.name for path in model.root.iterdir()] == ["run.json"]
+
+
 def test_starting_anew_warns_and_leaves_nothing_of_the_old_training(run: Path) -> None:
     start(run, epochs=1)
     model = Layout(run).model("3d", "0")

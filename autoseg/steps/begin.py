@@ -1,7 +1,5 @@
 """How a training begins: its record, made of plan and options or of what it was before, and an empty or kept folder."""
 
-import shutil
-
 import torch
 
 from autoseg import __version__, store
@@ -35,9 +33,9 @@ def begin(work: Work, asked: Options) -> Run:
         record = _resumed(store.load(work.model.run, Run), work, asked)
     else:
         record = _fresh(work, asked)
-        shutil.rmtree(work.model.root, ignore_errors=True)  # a kill must not leave an older state beside the new record
-    shutil.rmtree(work.model.for_next_stage, ignore_errors=True)
-    work.model.root.mkdir(parents=True, exist_ok=True)
+        store.empty_folder(work.model.root)  # a kill must not leave an older state beside the new record
+    store.empty_folder(work.model.for_next_stage)
+    store.make_folder(work.model.root)
     store.remove_unfinished(work.model.root)
     store.save(work.model.run, record)
     return record

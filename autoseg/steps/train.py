@@ -23,7 +23,7 @@ from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.sources import sources_of
 from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import Instead, Work, command_to_go_on, look_up, trained_already, warn_of_restart
+from autoseg.steps.work import Instead, Work, command_to_go_on, is_there, look_up, trained_already, warn_of_restart
 
 
 def train(
@@ -61,7 +61,8 @@ def train(
         max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
         resume: "no" starts a training and refuses to overwrite one, "restart" overwrites it; "yes" goes on where it
             stopped (an error if there is none), "auto" does so or starts it; "extend" goes on to a larger `epochs` or
-            `max_seconds`. One that came to its end is kept as it is unless other options are asked for.
+            `max_seconds`. One that came to its end is kept as it is unless other options are asked for; without its
+            saved state (an imported network, say) it can only be kept or overwritten.
         epochs, max_seconds, loss, batch_size, learning_rate, sampling: None takes what is planned, or what the training
             that is resumed had. Sampling is "mode" or "mode:class=rate,share=..."; see network/sampling.py.
         precision: "bf16", "fp16" or "fp32"; None takes what the device multiplies fastest.
@@ -101,7 +102,7 @@ def train_seeds(
     name = configuration or default_configuration(checked(run))
     models = {seed: Layout(run).model(name, fold, seed) for seed in seeds}
     keeps = resume in ("yes", "auto")
-    there = [seed for seed, model in models.items() if model.resume_tensors.is_file()]
+    there = [seed for seed, model in models.items() if is_there(model)]
     if resume == "no" and there:
         raise UserError(
             f"{models[there[0]].root}: a training is there already.",

@@ -93,7 +93,8 @@ def look_up(
     before = store.load(model.run, Run) if continues else None
     if before is not None:
         _check_unchanged(before, planned, plan, asked, layout.plan)
-        _check_length(checkpoint.read_numbers(model.resume_tensors), resume, asked, before)
+        if model.resume_tensors.is_file():
+            _check_length(checkpoint.read_numbers(model.resume_tensors), resume, asked, before)
         wished = with_options(before.configuration, asked)
     elif asked.init is not None:
         donor_of(asked.init, planned.name, fold, seed, model)
@@ -134,19 +135,31 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
 
 def warn_of_restart(work: Work, resume: str) -> None:
     """Say so when an older training is about to be overwritten."""
-    if resume == "restart" and work.model.run.is_file():
+    if resume == "restart" and is_there(work.model):
         work.report(Warned(f"{work.model.root}: {_state_of(work.model)} is overwritten."))
 
 
+def is_there(model: ModelLayout) -> bool:
+    """Whether a folder holds what only --restart may delete: a network, or a training that came to an end or a state.
+
+    A network may be without a state: an imported one, or one whose resume.safetensors was removed.
+    """
+    if model.weights.is_file():
+        return True
+    return model.run.is_file() and (model.resume_tensors.is_file() or store.load(model.run, Run).finished)
+
+
 def _state_of(model: ModelLayout) -> str:
+    if not model.run.is_file():
+        return "a network"
     return "a finished training" if store.load(model.run, Run).finished else "an unfinished training"
 
 
 def _continues(model: ModelLayout, resume: str) -> bool:
-    """Whether to go on from a saved state, as the user's `--resume` and what is there say."""
-    there = model.resume_tensors.is_file() and model.run.is_file()
+    """Whether to go on with what is there, from its saved state or, if it is finished, as it is."""
     if resume not in RESUMES:
         raise UserError(f"--resume {resume} is none of yes, auto, no.")
+    there = is_there(model)
     if resume in ("yes", "extend") and not there:
         raise UserError(f"{model.root}: there is no training to resume.", fix="Leave --resume out to start one.")
     if resume == "no" and there:
@@ -154,7 +167,21 @@ def _continues(model: ModelLayout, resume: str) -> bool:
             f"{model.root}: {_state_of(model)} is there already.",
             fix="Go on with --resume, lengthen it with --extend-to, or overwrite it with --restart.",
         )
-    return there and resume != "restart"
+    if not there or resume == "restart":
+        return False
+    if not model.run.is_file():
+        raise _stateless(model)
+    if not model.resume_tensors.is_file() and (resume == "extend" or not store.load(model.run, Run).finished):
+        raise _stateless(model)
+    return True
+
+
+def _stateless(model: ModelLayout) -> UserError:
+    missing = model.resume_tensors if model.run.is_file() else model.run
+    return UserError(
+        f"{model.root}: {_state_of(model)} without {missing.name} cannot go on.",
+        fix="Restore that file, begin another --seed with --init, or overwrite it with --restart.",
+    )
 
 
 def resumed_configuration(work: Work, record: Run, asked: Options) -> Configuration:
@@ -173,15 +200,20 @@ def command_to_go_on(work: Work) -> str:
 
 
 def trained_already(work: Work, asked: Options) -> Run | None:
-    """The record of a training that came to its end, scores included, if nothing else than that is asked for."""
+    """The record of a training that came to its end, scores included, if nothing else than that is asked for.
+
+    Without a saved state it need not have scores. Raises UserError where more is asked for than such a one has.
+    """
     if not work.continues:
         return None
-    record = store.load(work.model.run, Run)
+    record, has_state = store.load(work.model.run, Run), work.model.resume_tensors.is_file()
     longer = asked.max_seconds is not None and asked.max_seconds != record.max_seconds
     longer = longer or (asked.epochs is not None and record.max_seconds is not None)  # the time, not they, ended it
     if not record.finished or longer or resumed_configuration(work, record, asked) != record.configuration:
+        if not has_state:
+            raise _stateless(work.model)
         return None
-    return record if work.model.scores.is_file() or not work.cases.validation else None
+    return record if work.model.scores.is_file() or not work.cases.validation or not has_state else None
 
 
 def _check_length(done: Mapping[str, Any], resume: str, asked: Options, before: Run) -> None:
