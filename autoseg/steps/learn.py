@@ -190,10 +190,10 @@ def _saver(work: Work, state: TrainState) -> Callable[[TrainState, bool], None]:
     shown = board(model.tensorboard, len(state.history)) if work.machine.tensorboard else None
 
     def save(state: TrainState, best: bool) -> None:
-        checkpoint.save_state(model.resume_tensors, state)
-        store.write_text(model.history, "".join(json.dumps(_plain(row)) + "\n" for row in state.history))
         if best:
             checkpoint.save_weights(model.best, state.network, state.average)
+        store.write_text(model.history, "".join(json.dumps(_plain(row)) + "\n" for row in state.history))
+        checkpoint.save_state(model.resume_tensors, state)  # last: a kill before it has the epoch done again
         if shown is not None:
             shown(state.history)
 
