@@ -299,11 +299,12 @@ class Run(Saved):
     """What a training really used, once options and plan values were put together, and how it ended.
 
     `planned`, `channels`, `labels`, `regions` (names) and `intensities` are the plan's, to see later whether it
-    changed; `fresh` the tensors that `init` lacked; `asked_precision` is empty where the device decided; `max_seconds`
-    is half of `of_seconds` where two stages of a cascade share these.
+    changed; `cases` those it learns from and is validated on, None where an older version did not write them down;
+    `fresh` the tensors that `init` lacked; `asked_precision` is empty where the device decided; `max_seconds` is half
+    of `of_seconds` where two stages of a cascade share these.
     """
 
-    SCHEMA = 2
+    SCHEMA = 3
 
     autoseg_version: str
     torch_version: str
@@ -320,6 +321,7 @@ class Run(Saved):
     deterministic: bool = False
     processes: int = 1
     fold: str
+    cases: Fold | None = None
     seed: int
     device: str
     precision: str

@@ -12,6 +12,11 @@ def _movement_of_run(run: dict) -> dict:
     return run | {name: _movement(each) for name, each in found.items()}
 
 
+def _without_cases(run: dict) -> dict:
+    """What a network learned from was not written down."""
+    return run | {"cases": None}
+
+
 def _movement(configuration: dict) -> dict:
     """More movement had its chance under another name, and lasted ten times as long as mirroring was left out."""
     train = configuration.get("train", {})
@@ -26,6 +31,7 @@ def _movement(configuration: dict) -> dict:
 UPGRADES: dict[tuple[str, int], Callable[[dict], dict]] = {
     ("plan", 1): _movement_of_plan,
     ("run", 1): _movement_of_run,
+    ("run", 2): _without_cases,
     ("study", 1): _movement_of_run,
 }
 """(record name, old version) -> the function for the step to the next version."""

@@ -248,6 +248,8 @@ def test_teachers_that_saw_the_validation_cases_are_told(
     models = teachers_named(run, tiny(), "0", ["folds"])
     assert [model.root.name for model in who_saw(models, held_out(run))] == ["fold_1"]
     assert who_saw(models, ()) == ()
+    cases = [load(model.run, Run).cases for model in models]
+    assert cases == [load(Layout(run).splits, Splits).folds[fold] for fold in (0, 0, 1)]
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     monkeypatch.setattr(step, "train_one", lambda *_: (_ for _ in ()).throw(UserError("far enough")))

@@ -92,6 +92,7 @@ def test_movement_of_older_plans_and_runs_keeps_its_meaning(tmp_path: Path) -> N
     run |= {"device": "cpu", "precision": "fp32", "compiled": False}
     upgraded_run = store.parse(run, Run, "run.json")
     assert (upgraded_run.configuration, upgraded_run.planned) == (upgraded.configurations[0], None)
+    assert upgraded_run.cases is None
     for configuration, known in ((old["configurations"][0], upgraded), (content["configurations"][0], plan)):
         study = {"autoseg": "study", "schema": 1, "name": "x", "fold": "0", "vary": ["loss=ce,dice"], "seeds": 1}
         found = store.parse(study | {"configuration": configuration}, Study, "study.json")

@@ -14,12 +14,12 @@ from synthetic import write_dataset
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Event, Said, Trained
 from autoseg.layout import Layout
-from autoseg.records import AugmentSpec, CaseScore, Configuration, Run, Scores, TrainSpec
+from autoseg.records import AugmentSpec, CaseScore, Configuration, Run, Scores, Splits, TrainSpec
 from autoseg.scoring import study as figures
 from autoseg.scoring.study import Setting, Study
 from autoseg.steps import study as step
 from autoseg.steps.settings import FIELDS, fields_in, settings_of, with_fields
-from autoseg.store import load
+from autoseg.store import load, save
 
 CASES = 30
 """Six of them are validated on, which is what a test needs."""
@@ -253,6 +253,15 @@ def test_a_stopped_study_goes_on_where_it_was(run: Path, studied: tuple[Path, St
     assert dice == {setting.name: setting.dice for setting in studied[1].settings}
 
 
+def test_a_study_does_not_go_on_with_other_folds(studied: tuple[Path, Study], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(studied[0], run)
+    splits = load(Layout(run).splits, Splits)
+    save(Layout(run).splits, splits.model_copy(update={"folds": splits.folds[::-1]}))
+    with pytest.raises(UserError, match="its fold has changed since"):
+        start(run)
+
+
 def test_a_study_of_the_same_name_with_another_length_is_refused(studied: tuple[Path, Study]) -> None:
     with pytest.raises(UserError, match=r"another length, fold or configuration.*--name"):
         start(studied[0], epochs=3)
@@ -344,14 +353,17 @@ def test_trainings_that_got_far_fewer_steps_than_others_are_named() -> None:
 
 
 def test_seeds_are_averaged_case_by_case_where_defined() -> None:
-    def scores(first: float | None, second: float) -> Scores:
-        case = CaseScore(id="a", values={"dice": (first, second)})
+    def scores(**cases: tuple[float | None, float]) -> Scores:
+        each = tuple(CaseScore(id=name, values={"dice": dice}) for name, dice in cases.items())
         return Scores(
-            prediction="", reference="", labels=("x", "y"), policy="", cases=(case,), mean={}, foreground_mean={}
+            prediction="", reference="", labels=("x", "y"), policy="", cases=each, mean={}, foreground_mean={}
         )
 
-    (mean,) = step.seed_means([scores(None, 0.5), scores(0.4, 0.7)])
-    assert mean.values["dice"] == (0.4, pytest.approx(0.6))
+    one, other = scores(a=(None, 0.5), b=(0.1, 0.1)), scores(b=(0.3, 0.3), a=(0.4, 0.7))
+    means = {case.id: case.values["dice"] for case in step.seed_means([one, other])}
+    assert means == {"a": (0.4, pytest.approx(0.6)), "b": (pytest.approx(0.2), pytest.approx(0.2))}
+    with pytest.raises(UserError, match="not all seeds were scored on the same cases, b is only in some"):
+        step.seed_means([one, scores(a=(0.4, 0.7))])
 
 
 @pytest.mark.parametrize(

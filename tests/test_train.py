@@ -461,6 +461,39 @@ def test_a_plan_that_changed_under_a_training_is_refused(run: Path) -> None:
     assert start(run, resume="yes").finished
 
 
+def with_other_folds(run: Path) -> Splits:
+    """Give the run splits whose fold 0 validates on what it learned from; returns those it had."""
+    splits = load(Layout(run).splits, Splits)
+    save(Layout(run).splits, splits.model_copy(update={"folds": splits.folds[::-1]}))
+    return splits
+
+
+def test_a_fold_that_changed_under_a_training_is_refused(run: Path) -> None:
+    cases = start(run, epochs=1).cases
+    splits = with_other_folds(run)
+    assert cases == splits.folds[0]
+    for go_on in (
+        lambda: start(run, resume="auto"),
+        lambda: start(run, resume="extend", epochs=2),
+        lambda: train_seeds(run, (0, 1), configuration="3d", resume="auto", machine=Machine("cpu", 1)),
+    ):
+        with pytest.raises(UserError, match=r"its fold has changed since .* by \d cases.* it learned from \d"):
+            go_on()
+    model = Layout(run).model("3d", "0")
+    record = load(model.run, Run)
+    save(model.run, record.model_copy(update={"cases": None}))  # as an older version wrote it
+    assert start(run, resume="yes", epochs=2).cases == splits.folds[-1]
+
+
+def test_only_maps_of_the_fold_stay_among_its_validation(run: Path) -> None:
+    start(run, epochs=1)
+    model = Layout(run).model("3d", "0")
+    (own,) = model.validation.glob("*.nii.gz")
+    shutil.copy(own, model.validation / "case_of_other_splits.nii.gz")
+    start(run, resume="extend", epochs=2)
+    assert list(model.validation.glob("*.nii.gz")) == [own]
+
+
 def test_a_disk_that_is_full_ends_the_training_and_leaves_the_last_state(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,10 +507,12 @@ def test_a_disk_that_is_full_ends_the_training_and_leaves_the_last_state(
         write(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(UserError, match=r"resume\.safetensors: the disk is full"):
+    with pytest.raises(UserError, match=r"best\.safetensors: the disk is full"):
         start(run)
     model = Layout(run).model("3d", "0")
     assert not list(model.root.glob(f"*{TEMPORARY}*"))
+    names = [path.name.partition(TEMPORARY)[0] for path in calls]
+    assert names == ["best.safetensors", "resume.safetensors", "best.safetensors"]  # a state knows of no lost best
     monkeypatch.setattr(checkpoint, "save_file", write)
     said: list[Event] = []
     assert start(run, resume="yes", report=said.append).steps == 2 * STEPS

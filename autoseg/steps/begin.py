@@ -67,9 +67,9 @@ def _fresh(work: Work, asked: Options) -> Run:
         planned=work.planned, channels=work.plan.channels, labels=tuple(label.name for label in work.plan.labels),
         regions=tuple(region.name for region in work.plan.regions), intensities=work.plan.intensities,
         init=asked.init or "", freeze=asked.freeze or "", asked_precision=asked.precision or "",
-        deterministic=bool(asked.deterministic), processes=work.team.size, fold=work.fold, seed=work.seed,
-        device=work.device.name, precision=work.device.precision, compiled=False, max_seconds=asked.max_seconds,
-        of_seconds=asked.of_seconds, notes=tuple(notes),
+        deterministic=bool(asked.deterministic), processes=work.team.size, fold=work.fold, cases=work.cases,
+        seed=work.seed, device=work.device.name, precision=work.device.precision, compiled=False,
+        max_seconds=asked.max_seconds, of_seconds=asked.of_seconds, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -81,8 +81,8 @@ def _resumed(record: Run, work: Work, asked: Options) -> Run:
     if is_given and length != (record.configuration.train.epochs, record.max_seconds):
         configuration, notes = _suited_anew(configuration, record, work, asked)
     update = {
-        "configuration": configuration, "notes": notes, "finished": False, "device": work.device.name,
-        "precision": work.device.precision, "processes": work.team.size,
+        "configuration": configuration, "notes": notes, "finished": False, "cases": work.cases,
+        "device": work.device.name, "precision": work.device.precision, "processes": work.team.size,
         "asked_precision": asked.precision or record.asked_precision,
         "deterministic": record.deterministic if asked.deterministic is None else asked.deterministic,
     }  # fmt: skip

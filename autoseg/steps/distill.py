@@ -23,7 +23,7 @@ from autoseg.steps.preprocess import Work as Preparing
 from autoseg.steps.preprocess import keep_or_make_splits, preprocess, preprocess_case
 from autoseg.steps.teachers import Lesson, teachers_named, who_saw
 from autoseg.steps.train import train_one
-from autoseg.steps.work import Instead, fold_cases
+from autoseg.steps.work import Instead, check_cases, fold_cases, with_unlabelled
 
 
 def distill(
@@ -168,8 +168,10 @@ def _both_trained(
 ) -> None:
     """The student, then, where it is wanted, the same network for as long on the labels alone."""
     own = Instead(school.own, school.student.root, lesson, keeps_norm=False)
+    check_cases(school.student, with_unlabelled(school.cases, lesson))
     record = _trained(school.run, begun.fold, begun.seed, asked, machine, own, report)
     if school.alone is not None:
+        check_cases(school.alone, school.cases)
         other = Instead(school.own, school.alone.root, keeps_norm=False)
         _trained(school.run, begun.fold, begun.seed, _as_long_as(record), machine, other, report)
 

@@ -12,7 +12,7 @@ from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, unet
 from autoseg.network.device import Device
 from autoseg.network.ready import ready
-from autoseg.records import Configuration, Plan, Run
+from autoseg.records import Configuration, Dataset, Plan, Run, Splits
 from autoseg.scoring.selection import selected
 from autoseg.store import load
 
@@ -33,6 +33,17 @@ def unlike(learned: Configuration, planned: Configuration) -> list[str]:
     differing = [name for name in SAME_GRID if getattr(learned, name) != getattr(planned, name)]
     inside = ("in_channels", "classes")
     return differing + [name for name in inside if getattr(learned.network, name) != getattr(planned.network, name)]
+
+
+def learned_from(model: ModelLayout) -> tuple[str, ...]:
+    """Ids of the cases a network learned from, as its record says, or where that says nothing the splits of its run."""
+    record = load(model.run, Run)
+    if record.cases is not None:
+        return record.cases.train
+    layout = Layout(model.root.absolute().parents[2])
+    if record.fold == "all":
+        return tuple(case.id for case in load(layout.dataset, Dataset).cases)
+    return load(layout.splits, Splits).folds[int(record.fold)].train
 
 
 def sees_otherwise(learned: Run, plan: Plan) -> bool:

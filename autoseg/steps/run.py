@@ -15,7 +15,7 @@ from autoseg.steps.postprocess import postprocess_learn
 from autoseg.steps.predict import default_configuration
 from autoseg.steps.preprocess import keep_or_make_splits, preprocess
 from autoseg.steps.train import train
-from autoseg.steps.work import fold_cases
+from autoseg.steps.work import check_cases, fold_cases
 
 
 def run(
@@ -57,6 +57,7 @@ def run(
     preprocess(run, configuration=name, workers=workers, report=report)
     share = None if max_seconds is None else max_seconds / len(folds)
     for fold in folds:
+        check_cases(layout.model(name, fold), fold_cases(splits, dataset, fold))
         if is_trained(layout, name, fold):
             report(Said(f"{name}, fold {fold}: trained already."))
             continue

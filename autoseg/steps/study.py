@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from autoseg import store
-from autoseg.cases.split import make_splits
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, StudyLayout, scores_file
 from autoseg.network.device import pick
 from autoseg.network.distributed import ALONE
-from autoseg.records import CaseScore, Configuration, Dataset, Run, Scores, Splits
+from autoseg.records import CaseScore, Configuration, Dataset, Run, Scores
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring import study as found
 from autoseg.scoring.comparison import Difference
@@ -37,7 +36,7 @@ from autoseg.steps.preprocess import preprocess
 from autoseg.steps.settings import fields_in, settings_of, with_fields
 from autoseg.steps.side_by_side import side_by_side
 from autoseg.steps.train import train_one
-from autoseg.steps.work import Instead, fold_cases
+from autoseg.steps.work import Instead, cases_of, check_cases
 
 LEVEL = 0.95
 UNEQUAL = 2.0
@@ -104,6 +103,9 @@ def study(
         for seed in range(seeds)
         for each, changed in settings.items()
     ]
+    cases = cases_of(layout, store.load(layout.dataset, Dataset), fold)
+    for job in jobs:
+        check_cases(ModelLayout(job.folder), cases)
     waiting = [job for job in jobs if not _is_done(ModelLayout(job.folder))]
     report(Said(f"{len(jobs)} trainings, {len(jobs) - len(waiting)} of them done: {', '.join(settings)}."))
     try:
@@ -125,9 +127,7 @@ def _check(
         raise UserError("A study needs at least one seed and a length above 0.")
     if fold == "all":
         raise UserError("Fold all has no validation cases to score on.", fix="Choose a fold, such as -f 0.")
-    dataset = store.load(layout.dataset, Dataset)
-    splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
-    fold_cases(splits, dataset, fold)
+    cases_of(layout, store.load(layout.dataset, Dataset), fold)
     if planned.previous is not None and not trained(layout, planned.previous, fold):
         raise UserError(
             f"{planned.name} refines {planned.previous}, which is not trained for fold {fold}.",
@@ -303,14 +303,24 @@ def unequal_steps(histories: Mapping[str, Mapping[int, found.History]]) -> str:
 
 
 def seed_means(scores: Sequence[Scores]) -> tuple[CaseScore, ...]:
-    """Every case's scores averaged over networks that differ by their seed; not defined where none of them is."""
+    """Every case's scores averaged over networks that differ by their seed; not defined where none of them is.
+
+    Raises UserError when they were not all scored on the same cases.
+    """
+    by_id = [{case.id: case for case in each.cases} for each in scores]
+    if others := sorted({name for each in by_id for name in each.keys() ^ by_id[0].keys()}):
+        raise UserError(
+            f"{scores[0].prediction}: not all seeds were scored on the same cases, {others[0]} is only in some.",
+            fix="Remove the networks of the older splits, and start the study again.",
+        )
     averaged = []
-    for of_seeds in zip(*(each.cases for each in scores), strict=True):
+    for name in by_id[0]:
+        of_seeds = [each[name] for each in by_id]
         values = {
             metric: tuple(overlap.mean(each) for each in zip(*(case.values[metric] for case in of_seeds), strict=True))
             for metric in of_seeds[0].values
         }
-        averaged.append(CaseScore(id=of_seeds[0].id, values=values))
+        averaged.append(CaseScore(id=name, values=values))
     return tuple(averaged)
 
 

@@ -24,9 +24,9 @@ from autoseg.network.device import Device
 from autoseg.network.distillation import LARGEST_LOGIT, from_8_bits, to_8_bits
 from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import Scorer, Tiling, score_blocks
-from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run, Splits
+from autoseg.records import Case, Configuration, Plan, Run
 from autoseg.steps.members import same_plans
-from autoseg.steps.models import load_network, sees_otherwise, trained_models, unlike
+from autoseg.steps.models import learned_from, load_network, sees_otherwise, trained_models, unlike
 from autoseg.steps.predictor import one_hot
 
 
@@ -122,17 +122,7 @@ def _check(model: ModelLayout, planned: Configuration, plan: Plan) -> None:
 
 def who_saw(teachers: Sequence[ModelLayout], validation: Sequence[str]) -> tuple[ModelLayout, ...]:
     """The teachers that learned from a validation case of the student's: then its scores tell too much."""
-    return tuple(model for model in teachers if set(validation) & set(_learned_from(model)))
-
-
-def _learned_from(model: ModelLayout) -> tuple[str, ...]:
-    """Ids of the cases a network learned from, as the splits of its run say."""
-    fold = store.load(model.run, Run).fold
-    layout = Layout(model.root.absolute().parents[2])
-    if fold == "all":
-        return tuple(case.id for case in store.load(layout.dataset, Dataset).cases)
-    folds: tuple[Fold, ...] = store.load(layout.splits, Splits).folds
-    return folds[int(fold)].train
+    return tuple(model for model in teachers if set(validation) & set(learned_from(model)))
 
 
 # ------------------------------------------------------------------------------------------------ what they say

@@ -13,7 +13,7 @@ from autoseg.events import Report, Said, silent
 from autoseg.layout import Layout
 from autoseg.network.device import set_up
 from autoseg.network.distributed import Team, first_goes_first, joined
-from autoseg.records import Run, Scores
+from autoseg.records import Dataset, Run, Scores
 from autoseg.steps.begin import begin
 from autoseg.steps.cascade import trained
 from autoseg.steps.learn import in_precision, learn
@@ -23,7 +23,17 @@ from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.sources import sources_of
 from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import Instead, Work, command_to_go_on, is_there, look_up, trained_already, warn_of_restart
+from autoseg.steps.work import (
+    Instead,
+    Work,
+    cases_of,
+    check_cases,
+    command_to_go_on,
+    is_there,
+    look_up,
+    trained_already,
+    warn_of_restart,
+)
 
 
 def train(
@@ -113,6 +123,7 @@ def train_seeds(
         own_report = report if team.is_first else silent
         for seed, model in models.items():
             if keeps and model.run.is_file() and store.load(model.run, Run).finished:
+                check_cases(model, cases_of(Layout(run), store.load(Layout(run).dataset, Dataset), fold))
                 own_report(Said(f"{name}, fold {fold}, seed {seed}: trained already."))
                 ended.append(store.load(model.run, Run))
                 continue

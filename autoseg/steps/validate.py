@@ -31,6 +31,8 @@ def validate_fold(
     if team.is_first:
         model.validation.mkdir(parents=True, exist_ok=True)
         store.remove_unfinished(model.validation)
+        for path in set(model.validation.glob(f"*{plan.file_ending}")) - set(paths.values()):
+            path.unlink()  # of other splits; all that lies here counts as validated
     wait_for_all(team)
     own = share(team, cases.validation)
     report(Started("validate", len(own)))

@@ -83,16 +83,14 @@ def look_up(
     class_rates(wished.train, plan)
     _check_regions(plan, wished)
     dataset = store.load(layout.dataset, Dataset)
-    splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
-    cases = fold_cases(splits, dataset, fold)
     lesson = instead.lesson if instead else None
-    if lesson is not None:
-        cases = cases.model_copy(update={"train": (*cases.train, *(case.id for case in lesson.unlabelled))})
+    cases = with_unlabelled(cases_of(layout, dataset, fold), lesson)
     model = ModelLayout(instead.folder) if instead else layout.model(planned.name, fold, seed)
     continues = _continues(model, resume)
     before = store.load(model.run, Run) if continues else None
     if before is not None:
         _check_unchanged(before, planned, plan, asked, layout.plan)
+        check_cases(model, cases)
         if model.resume_tensors.is_file():
             _check_length(checkpoint.read_numbers(model.resume_tensors), resume, asked, before)
         wished = with_options(before.configuration, asked)
@@ -122,6 +120,39 @@ def _check_regions(plan: Plan, wished: Configuration) -> None:
             "Sampling hard follows the error of classes, but this data has regions.",
             fix="Choose one of foreground, class_balanced, case_balanced.",
         )
+
+
+def cases_of(layout: Layout, dataset: Dataset, fold: str) -> Fold:
+    """`fold_cases` of the splits of a run, or of those it will get."""
+    splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
+    return fold_cases(splits, dataset, fold)
+
+
+def with_unlabelled(cases: Fold, lesson: Lesson | None) -> Fold:
+    """The cases with those that a lesson has more to learn from."""
+    if lesson is None:
+        return cases
+    return cases.model_copy(update={"train": (*cases.train, *(case.id for case in lesson.unlabelled))})
+
+
+def check_cases(model: ModelLayout, cases: Fold) -> None:
+    """Refuse a training that is there and learned from, or is validated on, other cases than these.
+
+    What is not written down counts as the same.
+    """
+    before = store.load(model.run, Run).cases if model.run.is_file() else None
+    if before is None:
+        return
+    both = ((before.train, cases.train), (before.validation, cases.validation))
+    changed = sorted({name for then, now in both for name in set(then) ^ set(now)})
+    if not changed:
+        return
+    learned = len(set(before.train) & set(cases.validation))
+    raise UserError(
+        f"{model.root}: its fold has changed since this training began, by {len(changed)} cases, e.g. {changed[0]}"
+        f"{f'; it learned from {learned} that it would be validated on' if learned else ''}.",
+        fix="Bring the old splits.json back, or train it anew: with --restart, or after removing that folder.",
+    )
 
 
 def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
