@@ -283,6 +283,20 @@ def test_prediction_mirrors_only_as_all_of_its_networks_learned(run: Path) -> No
     assert [tiling.mirror_axes for tiling in found] == [(0, 2), (), ()]
 
 
+def test_prediction_mirrors_as_the_weights_learned_while_a_training_is_lengthened(run: Path) -> None:
+    plan = load(Layout(run).plan, Plan)
+    save(Layout(run).plan, plan.model_copy(update={"configurations": (mirroring_from(9),)}))
+    start(run)
+
+    def mirrored() -> tuple[int, ...]:
+        return Predictor(run, device="cpu").tiling((9, 9, 9), 3, 1).mirror_axes
+
+    axes = []
+    record = start(run, resume="extend", epochs=4, report=at_step(1, lambda: axes.append(mirrored())))
+    assert record.configuration.train.augment.mirror_axes == (0, 2)
+    assert (axes, mirrored()) == ([()], (0, 2))
+
+
 def test_a_second_training_of_the_same_network_is_refused_while_the_first_runs(run: Path) -> None:
     refused: list[UserError] = []
 

@@ -1,7 +1,7 @@
 """Weights and training states as safetensors: nothing in such a file can run code. Each is one file, written whole."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,28 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def save_weights(path: Path, network: nn.Module, average: list[Tensor] | None = None) -> None:
-    """Write the weights of `network`, with its parameters replaced by `average` where one was kept."""
+def save_weights(
+    path: Path, network: nn.Module, average: list[Tensor] | None = None, mirror_axes: Sequence[int] | None = None
+) -> None:
+    """Write the weights of `network`, with its parameters replaced by `average` where one was kept.
+
+    `mirror_axes` are those along which they saw patches mirrored; None leaves that to the record beside them.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     if average:
         names = [name for name, _ in network.named_parameters()]
         tensors |= {name: tensor.cpu().contiguous() for name, tensor in zip(names, average, strict=True)}
-    _write(path, tensors, {"autoseg": "weights"})
+    about = {} if mirror_axes is None else {"mirror_axes": json.dumps(list(mirror_axes))}
+    _write(path, tensors, {"autoseg": "weights"} | about)
+
+
+def read_mirror_axes(path: Path) -> tuple[int, ...] | None:
+    """The axes along which these weights saw patches mirrored, None where the file does not say.
+
+    Raises UserError as `load_weights`.
+    """
+    stored = _read_about(path).get("mirror_axes")
+    return None if stored is None else tuple(json.loads(stored))
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
@@ -70,13 +85,7 @@ def save_state(path: Path, state: TrainState) -> None:
 
 def read_numbers(path: Path) -> dict[str, Any]:
     """The counters of a saved training state, without its tensors. Raises UserError as `load_state`."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.", fix="Has this network been trained?")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+    about = _read_about(path)
     _check_version(path, about)
     return dict(json.loads(about["numbers"]))
 
@@ -148,6 +157,17 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> 
                     f"{path}: the disk is full; the last checkpoint is intact.", fix="Free some space and resume."
                 ) from error
             raise
+
+
+def _read_about(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.", fix="Has this network been trained?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -59,7 +59,8 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     if state.step:
         save(state, False)
     if work.team.is_first:
-        checkpoint.save_weights(work.model.weights, state.network, state.average)
+        mirror_axes = record.configuration.train.augment.mirror_axes
+        checkpoint.save_weights(work.model.weights, state.network, state.average, mirror_axes)
     _use_average(state)
     lay_out(state.network, record.configuration.dimension, work.device)
     precision = device_of(state, work.device).precision

@@ -28,6 +28,15 @@ def load_network(model: ModelLayout, device: Device) -> nn.Module:
     return ready(network, network.spec.dimension, device)
 
 
+def mirror_axes_of(model: ModelLayout) -> tuple[int, ...]:
+    """The axes along which the weights of a network saw patches mirrored.
+
+    A record is ahead of the weights while a training is lengthened, so it counts only where the weights do not say.
+    """
+    learned = checkpoint.read_mirror_axes(model.weights)
+    return load(model.run, Run).configuration.train.augment.mirror_axes if learned is None else learned
+
+
 def unlike(learned: Configuration, planned: Configuration) -> list[str]:
     """In which fields two configurations differ that make cases, or what is said of them, other ones."""
     differing = [name for name in SAME_GRID if getattr(learned, name) != getattr(planned, name)]
@@ -69,7 +78,7 @@ def as_trained(planned: Configuration, models: Sequence[ModelLayout], plan: Plan
                 f"{model.root} was trained by another plan: {', '.join(differing)} differ.",
                 fix="Bring the old plan back, or train again with --restart.",
             )
-    learned = [set(each.configuration.train.augment.mirror_axes) for each in records.values()]
+    learned = [set(mirror_axes_of(model)) for model in models]
     axes = tuple(sorted(set.intersection(*learned)))
     augment = planned.train.augment.model_copy(update={"mirror_axes": axes})
     patches = {each.configuration.patch_voxels for each in records.values()}

@@ -26,7 +26,7 @@ from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import Scorer, Tiling, score_blocks
 from autoseg.records import Case, Configuration, Plan, Run
 from autoseg.steps.members import same_plans
-from autoseg.steps.models import learned_from, load_network, sees_otherwise, trained_models, unlike
+from autoseg.steps.models import learned_from, load_network, mirror_axes_of, sees_otherwise, trained_models, unlike
 from autoseg.steps.predictor import one_hot
 
 
@@ -166,7 +166,7 @@ def said_of_case(
     alike: dict[Tiling, list[nn.Module]] = {}
     for network, model in zip(networks, lesson.teachers, strict=True):
         used = store.load(model.run, Run).configuration
-        tiling = Tiling(used.patch_voxels, tuple(used.train.augment.mirror_axes))
+        tiling = Tiling(used.patch_voxels, mirror_axes_of(model))
         alike.setdefault(tiling, []).append(network)
     classes = store.load(lesson.teachers[0].run, Run).configuration.network.classes
     shape = (classes, *image_CZYX.shape[1:])
