@@ -84,6 +84,22 @@ def test_a_case_travels_to_another_process_after_it_was_read(tmp_path: Path) -> 
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(case)).read()[0], before[0])  # noqa: S301
 
 
+def test_a_case_that_is_preprocessed_otherwise_while_in_use_is_refused(tmp_path: Path) -> None:
+    image, labels = noise()
+    write(tmp_path, "a", a_prepared(image, labels), {}, "key")
+    early, late, gone = (open_case(tmp_path, "a") for _ in range(3))
+    before = early.read()[0]
+    write(tmp_path, "a", a_prepared(image + 1, labels), {}, "other key")
+    np.testing.assert_array_equal(early.read()[0], before)  # its files are open
+    for read in (late.read, lambda: early.locations):
+        with pytest.raises(UserError, match=r"case a was preprocessed otherwise.*--resume"):
+            read()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="case a was preprocessed otherwise, or removed"):
+        gone.read()
+
+
 def test_a_case_counts_only_when_whole_and_of_the_same_key(tmp_path: Path) -> None:
     image, labels = noise(1)
     assert not is_current(tmp_path, "a", "key")

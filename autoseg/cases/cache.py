@@ -18,7 +18,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,8 @@ class CacheMark(Saved):
 class CachedCase:
     """A preprocessed case. Files are opened on the first read and stay open.
 
+    Reading raises UserError where the case was preprocessed otherwise since `open_case`: cases would be of two kinds.
+
     Args:
         id: of the case.
         shape: Z Y X voxels.
@@ -84,7 +87,7 @@ class CachedCase:
     @cached_property
     def locations(self) -> dict[int, np.ndarray]:
         """Label index -> (n, 3) int32 positions Z Y X; see `prepare.class_locations` for the key -1."""
-        with np.load(CachedFiles(self.folder, self.id).locations, allow_pickle=False) as stored:
+        with self._unchanged(), np.load(self._files.locations, allow_pickle=False) as stored:
             return {int(name): stored[name].astype(np.int32) for name in stored.files}
 
     def read(self, box: Box | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -106,11 +109,33 @@ class CachedCase:
 
     @cached_property
     def _image(self) -> Any:
-        return _open(CachedFiles(self.folder, self.id).image)
+        with self._unchanged():
+            return _open(self._files.image)
 
     @cached_property
     def _labels(self) -> Any:
-        return _open(CachedFiles(self.folder, self.id).labels)
+        with self._unchanged():
+            return _open(self._files.labels)
+
+    @property
+    def _files(self) -> CachedFiles:
+        return CachedFiles(self.folder, self.id)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Look at the mark when a file is open: `write` removes it before it replaces the others."""
+        failed: Exception | None = None
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # gone, or half of it is there
+            failed = error
+        if not is_current(self.folder, self.id, self.mark.key):
+            raise UserError(
+                f"{self.folder}: case {self.id} was preprocessed otherwise, or removed, while it was in use.",
+                fix="Bring plan and data back and go on with --resume, or start anew with --restart.",
+            ) from failed
+        if failed is not None:
+            raise failed
 
     def __getstate__(self) -> dict[str, Any]:  # open files do not travel to other processes
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
