@@ -10,6 +10,7 @@ from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 
 from autoseg.errors import UserError
+from autoseg.events import Event, Warned
 from autoseg.image.formats import read_image
 from autoseg.image.probabilities import read_probabilities
 from autoseg.layout import Layout, prediction_file, probabilities_file
@@ -153,14 +154,32 @@ def test_learned_rules_are_applied_unless_told_not_to(place: Path, tmp_path: Pat
         Rule(label=label, action="drop_volume", minimum_mm3=1e9, dice_before=0.0, dice_after=1.0)
         for label in ("large", "small")
     )
-    save(Layout(run).postprocessing, Postprocessing(learned_on="hand", cases=1, rules=rules))
+    save(Layout(run).postprocessing, Postprocessing(learned_on="3d", cases=1, rules=rules))
     try:
-        [with_rules] = predict(run, images, tmp_path / "with", device="cpu")
+        [with_rules] = predict(run, images, tmp_path / "with", device="cpu,cpu")
         [without] = predict(run, images, tmp_path / "without", device="cpu", postprocess=False)
     finally:
         Layout(run).postprocessing.unlink()
     assert not values_in(with_rules).any()
     np.testing.assert_array_equal(values_in(without), values_in(place / "out" / "plain.nii.gz"))
+
+
+@pytest.mark.parametrize("learned_on", ["2d", "2d+3d"])
+def test_rules_learned_on_another_configuration_are_left_out_in_one_line(
+    place: Path, tmp_path: Path, learned_on: str
+) -> None:
+    run, images = place / "run", place / "data" / "imagesTs" / "plain.nii.gz"
+    rule = Rule(label="large", action="drop_volume", minimum_mm3=1e9, dice_before=0.0, dice_after=1.0)
+    said: list[Event] = []
+    try:
+        for rules in ((rule,), ()):
+            save(Layout(run).postprocessing, Postprocessing(learned_on=learned_on, cases=1, rules=rules))
+            [written] = predict(run, images, tmp_path, device="cpu,cpu", report=said.append)
+            np.testing.assert_array_equal(values_in(written), values_in(place / "out" / "plain.nii.gz"))
+    finally:
+        Layout(run).postprocessing.unlink()
+    [told] = [each.text for each in said if isinstance(each, Warned)]
+    assert f"learned on {learned_on}, so 3d goes without: autoseg postprocess {run} -i OUT -o CLEANED" in told
 
 
 def test_nothing_unfinished_is_left_and_older_leftovers_are_removed(place: Path, tmp_path: Path) -> None:

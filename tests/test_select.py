@@ -175,6 +175,14 @@ def test_the_best_pair_is_found_and_predict_uses_it(place, tmp_path):
     store.save(layout.postprocessing, Postprocessing(learned_on="2d+3d", cases=4, rules=(rule,)))
     predict(run, images, tmp_path / "clean", device="cpu")
     assert all((each == 255).any() and not (each == 100).any() for each in maps_in(tmp_path / "clean").values())
+    heard = []
+    predict(run, images, tmp_path / "flat", configuration="2d", device="cpu", report=heard.append)
+    assert any("learned on 2d+3d, so 2d goes without" in str(event) for event in heard)
+    store.save(layout.postprocessing, Postprocessing(learned_on="2d", cases=4, rules=(rule,)))
+    heard = []
+    predict(run, images, tmp_path / "unclean", device="cpu", report=heard.append)
+    assert same(tmp_path / "unclean", tmp_path / "both")
+    assert any("learned on 2d, so 2d+3d goes without" in str(event) for event in heard)
     layout.postprocessing.unlink()
     for more in ({"part": "1/2"}, {"device": "cpu,cpu"}, {"save_probabilities": True, "probability_kind": "uint8"}):
         heard = []

@@ -108,7 +108,7 @@ def predict(
             `probability_kind` is "float16" or "uint8".
         save_uncertainty: also write images of entropy (and with several networks of mutual information), in thousandths
             of the largest possible entropy, and flagged.csv with one number per case.
-        postprocess: apply the learned rules, if there are any.
+        postprocess: apply the learned rules, if there are any that were learned on what predicts.
         mirroring: average over the mirrorings that training used. speed: a key of `predictor.SPEEDS`.
         resume: leave out cases whose files and networks are those of the prediction that is there.
         part: "3/10" takes the third of ten parts of the cases. on_error: "stop" at the first case that fails, or "skip"
@@ -137,9 +137,9 @@ def predict(
     predictors = [
         Predictor(
             run, configuration=configuration, folds=folds, seeds=seeds, device=each, mirroring=mirroring,
-            postprocess=postprocess, speed=speed, report=report,
+            postprocess=postprocess and number == 0, speed=speed, report=report,  # rules are applied in writing
         )
-        for each in (device.split(",") if device else [None])
+        for number, each in enumerate(device.split(",") if device else [None])
     ]  # fmt: skip
     plan = predictors[0].plan
     _check_classes(wishes, plan)

@@ -36,7 +36,8 @@ from autoseg.network import accumulators
 from autoseg.network.device import Device, pick, set_up
 from autoseg.network.export import Matrices, Slab, Wanted, new_shape, slab_height, slabs
 from autoseg.network.sliding import OVERLAP, SLICES_PER_PASS, Progress, Scorer, Tiling, score_blocks
-from autoseg.records import Configuration, Plan, Postprocessing, Rule
+from autoseg.records import Configuration, Plan, Rule
+from autoseg.steps.learned import rules_learned_on
 from autoseg.steps.models import (
     as_trained,
     configuration_named,
@@ -47,7 +48,6 @@ from autoseg.steps.models import (
     trained_models,
 )
 from autoseg.steps.plan import checked
-from autoseg.store import load
 
 WORTH_A_LINE = 2**28
 
@@ -96,7 +96,7 @@ class Predictor:
     Args:
         run: run folder.
         configuration, folds, seeds, device, mirroring, postprocess, speed: as for `predict`.
-        report: told where the sums of the sliding window live.
+        report: told where the sums of the sliding window live, and of rules learned on another configuration.
 
     Raises:
         UserError: nothing is trained, or a fold or seed is not, or there is no such speed.
@@ -129,8 +129,8 @@ class Predictor:
         target = pick(device)
         set_up(target)
         networks = [load_network(model, target) for model in models]
-        has_rules = postprocess and layout.postprocessing.is_file()
-        rules: tuple[Rule, ...] = load(layout.postprocessing, Postprocessing).rules if has_rules else ()
+        learned = rules_learned_on(layout.root, name, report) if postprocess else None
+        rules: tuple[Rule, ...] = learned.rules if learned else ()
         previous = None
         if chosen.previous is not None:
             previous = Predictor(

@@ -17,12 +17,13 @@ from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.labels import label_maps, some
 from autoseg.layout import Layout, ModelLayout, is_student, prediction_file, probabilities_file
-from autoseg.records import Case, CaseScore, Dataset, Postprocessing
+from autoseg.records import Case, CaseScore, Dataset
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.selection import Candidate, Selection
 from autoseg.steps.combine import mean_of_probabilities
 from autoseg.steps.ensemble import ensemble_runs
 from autoseg.steps.evaluate import Scoring, score_pairs, scoring_of, summary
+from autoseg.steps.learned import rules_learned_on
 from autoseg.steps.members import trained_configurations
 from autoseg.steps.pairs import check_grids, pair_of, validated_folds
 from autoseg.steps.staging import staged
@@ -94,8 +95,8 @@ def predict_pair(
     report: Report = silent,
 ) -> tuple[Path, ...]:
     """`predict` with the configurations that were selected; arguments and errors as there (`rules`: `postprocess`)."""
-    chosen, path = store.load(Layout(run).selection, Selection), Layout(run).postprocessing
-    learned = store.load(path, Postprocessing) if rules and path.is_file() else None
+    chosen = store.load(Layout(run).selection, Selection)
+    learned = rules_learned_on(run, "+".join(chosen.members), report) if rules else None
     return ensemble_runs(
         [run], images, output, configurations=chosen.members, folds=folds, seeds=seeds, rules=learned,
         save_probabilities=save_probabilities, mirroring=mirroring, resume=resume, device=device, report=report,
