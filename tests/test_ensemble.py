@@ -256,6 +256,28 @@ def test_probabilities_of_a_vote_are_refused_not_left_out(folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_ensemble_replaces_neither_its_members_nor_what_autoseg_has_not_written(folders, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(folders[0])
+    for output in (folders[1], link):
+        with pytest.raises(UserError, match="the predictions to combine lie there"):
+            ensemble(folders, output)
+    save_map(tmp_path / "drawn", "b", np.zeros((4, 6, 5), np.int32))
+    before = (tmp_path / "drawn" / "b.nii.gz").read_bytes()
+    with pytest.raises(UserError, match=r"drawn: b\.nii\.gz would be replaced, which autoseg has not written"):
+        ensemble(folders, tmp_path / "drawn")
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["b.nii.gz"]
+    assert (tmp_path / "drawn" / "b.nii.gz").read_bytes() == before
+
+
+def test_probabilities_of_an_earlier_ensemble_do_not_stay_beside_new_label_maps(folders, tmp_path):
+    out = tmp_path / "out"
+    ensemble(folders, out, save_probabilities=True)
+    save(out, "other", random_probabilities(7))
+    ensemble(folders, out, weights=(0, 0, 1))
+    assert [path.name for path in out.glob("*.probabilities.*")] == ["other.probabilities.b2nd"]
+
+
 @pytest.mark.parametrize("why", ["mount", "parent"])
 def test_an_output_that_is_a_place_of_its_own_is_filled_from_within(folders, tmp_path, monkeypatch, why):
     """A mounted folder: what lies beside it is on another file system, or may not be written."""
@@ -274,7 +296,8 @@ def test_an_output_that_is_a_place_of_its_own_is_filled_from_within(folders, tmp
     monkeypatch.setattr(step, "publish", noting)
     assert [path.name for path in ensemble(folders, tmp_path / "out")] == ["a.nii.gz", "b.nii.gz"]
     assert beside == [tmp_path / "out"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "agreement.json", "b.nii.gz"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["a.nii.gz", "agreement.json", "b.nii.gz", "records"]
 
 
 def test_files_already_in_the_output_stay_and_what_a_killed_run_left_goes(folders, tmp_path):
@@ -285,5 +308,5 @@ def test_files_already_in_the_output_stay_and_what_a_killed_run_left_goes(folder
     (tmp_path / "out" / "notes.txt").write_text("mine")
     ensemble(folders, tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["a.nii.gz", "agreement.json", "b.nii.gz", "notes.txt"]
+    assert names == ["a.nii.gz", "agreement.json", "b.nii.gz", "notes.txt", "records"]
     assert list(tmp_path.glob("*unfinished*")) == [elsewhere]

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -291,13 +292,34 @@ def test_a_bad_file_among_good_ones_leaves_the_output_as_it_was(tmp_path):
     run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(6)])
     postprocess_learn(run, workers=1)
     write_labels(tmp_path / "labels" / "case_05.nii.gz", np.full((10, 24, 24), 7, np.int32), GEOMETRY)
-    for output in (tmp_path / "out", tmp_path / "labels"):
-        before = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
-        with pytest.raises(UserError, match=r"case_05\.nii\.gz: values 7 are not among"):
-            postprocess_apply(run, tmp_path / "labels", output, workers=1)
-        assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == before
+    with pytest.raises(UserError, match=r"case_05\.nii\.gz: values 7 are not among"):
+        postprocess_apply(run, tmp_path / "labels", tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_rules_replace_neither_their_input_nor_what_autoseg_has_not_written(tmp_path):
+    run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(2)])
+    rules = Postprocessing(learned_on="3d", cases=2, rules=(rule("keep_largest"),))
+    store.save(Layout(run).postprocessing, rules)
+    predicted = Layout(run).model("3d", "0").validation
+    drawn, linked = tmp_path / "drawn", tmp_path / "linked"
+    for folder in (drawn, linked):
+        folder.mkdir()
+    shutil.copy(predicted / "case_00.nii.gz", drawn)
+    (linked / "case_09.nii.gz").symlink_to(tmp_path / "labels" / "case_00.nii.gz")
+    for given, output, said in (
+        (predicted, predicted, "the label maps to clean lie there"),
+        (predicted, drawn, r"case_00\.nii\.gz would be replaced, which autoseg has not written"),
+        (predicted, tmp_path / "labels", "an image or label map of the data"),
+        (linked, tmp_path / "labels", "an image or label map of the data"),
+    ):
+        before = {path.name: path.read_bytes() for path in output.iterdir()}
+        with pytest.raises(UserError, match=said):
+            postprocess_apply(run, given, output, workers=1)
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    for _ in range(2):  # its own results it does replace
+        postprocess_apply(run, predicted, tmp_path / "out", workers=1)
 
 
 def test_folds_of_other_seeds_are_not_mixed_in(tmp_path):

@@ -1,5 +1,6 @@
 """Prediction on files and arrays, with networks of random weights: what is right about it needs no training."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,20 @@ def test_nothing_unfinished_is_left_and_older_leftovers_are_removed(place: Path,
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["plain.json"]
 
 
+def test_what_lay_beside_an_older_label_map_goes_with_it(place: Path, tmp_path: Path) -> None:
+    run, image = place / "run", place / "data" / "imagesTs" / "plain.nii.gz"
+    predict(run, image, tmp_path, device="cpu", save_probabilities=True, save_uncertainty=True)
+    other = probabilities_file(tmp_path, "other")
+    beside = [probabilities_file(tmp_path, "plain"), *tmp_path.glob("*/plain.nii.gz")]
+    assert len(beside) == 3
+    shutil.copytree(beside[0], other) if beside[0].is_dir() else shutil.copy(beside[0], other)
+    predict(run, image, tmp_path, device="cpu", speed="fast")
+    assert not any(path.exists() for path in beside)
+    assert other.exists()
+    predict(run, image, tmp_path, device="cpu", save_probabilities=True)
+    assert beside[0].exists()
+
+
 def test_photographs_in_2d_become_masks_with_the_values_of_the_data_set(tmp_path: Path) -> None:
     data = write_dataset(
         tmp_path / "data", cases=2, shape=(20, 24), dimension=2, layout="plain", label_values=(100, 255), held_out=1
@@ -234,6 +249,28 @@ def test_an_image_is_never_replaced_by_its_label_map(place: Path, tmp_path: Path
     with pytest.raises(UserError, match="the images lie there"):
         predict(place / "run", tmp_path, tmp_path)
     assert image.read_bytes() == before
+
+
+def test_no_image_or_label_map_of_the_data_is_replaced(place: Path, tmp_path: Path) -> None:
+    """Links lead to where the result would go; the output holds references of the run, or maps of somebody else."""
+    run, data = place / "run", place / "data"
+    linked, real, drawn = tmp_path / "linked", tmp_path / "real", tmp_path / "drawn"
+    for folder in (linked, real, drawn):
+        folder.mkdir()
+    shutil.copy(data / "imagesTs" / "plain.nii.gz", real)
+    shutil.copy(place / "out" / "plain.nii.gz", drawn)
+    (linked / "plain.nii.gz").symlink_to(real / "plain.nii.gz")
+    (tmp_path / "labels").symlink_to(data / "labelsTr")
+    for images, output, said in (
+        (linked, real, r"real: plain\.nii\.gz lies there, an image or label map of the data"),
+        (data / "imagesTs", tmp_path / "labels", r"case_00\.nii\.gz lies there"),
+        (data / "imagesTs", data / "imagesTr", r"case_00.*\.nii\.gz lies there"),
+        (data / "imagesTs", drawn, r"drawn: plain\.nii\.gz would be replaced, which autoseg has not written"),
+    ):
+        before = {path.name: path.read_bytes() for path in output.iterdir()}
+        with pytest.raises(UserError, match=said):
+            predict(run, images, output, device="cpu")
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
 def test_another_number_of_channels_is_refused(place: Path, tmp_path: Path) -> None:

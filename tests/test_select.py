@@ -140,6 +140,8 @@ def test_runs_that_do_not_belong_together_are_named_and_nothing_is_written(place
     refused([place / "a"], "at least two", configurations=["2d"])
     refused([place / "a"], "3 weights for 2", weights=(1, 1, 1))
     refused([place / "a"], "Unknown method", method="median")
+    with pytest.raises(UserError, match="an image or label map of the data"):
+        ensemble_runs([place / "a"], place / "data" / "imagesTs", place / "data" / "labelsTr", device="cpu")
 
 
 # ------------------------------------------------------------------------------------------------ selection

@@ -5,7 +5,7 @@ written. Nothing here imports torch. Axes: K class, Z Y X voxels.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,23 @@ from autoseg.cases.prepare import Prepared, prepare, restore
 from autoseg.errors import UserError
 from autoseg.image.companions import files_of, hash_into
 from autoseg.image.crop import insert
-from autoseg.image.formats import read_image, write_labels
+from autoseg.image.formats import READABLE, read_image, write_labels
+from autoseg.image.labels import some
 from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
 from autoseg.image.volume import Geometry, Volume
-from autoseg.layout import entropy_file, mutual_file, prediction_file, prediction_record, probabilities_file
+from autoseg.layout import (
+    PROBABILITIES,
+    entropy_file,
+    mutual_file,
+    prediction_file,
+    prediction_record,
+    probabilities_file,
+)
 from autoseg.records import Case, Configuration, Plan, Rule
-from autoseg.store import load, save
+from autoseg.store import load, make_folder, save
 
+ELSEWHERE = "Write the label maps to another folder."
 PERMILLE = 1000
 """Uncertainty images hold whole numbers, 1000 for the largest possible entropy."""
 
@@ -118,9 +127,17 @@ def keep_record(
     save(prediction_record(output, case.id), record, durable=False)
 
 
-def forget(output: Path, case: Case) -> None:
-    """Remove the record of a case that is about to be written anew."""
-    prediction_record(output, case.id).unlink(missing_ok=True)
+def forget(output: Path, case: str) -> None:
+    """Remove what lies beside the label map of a case that is about to be written anew, the record first.
+
+    Probabilities and images of uncertainty that are not written again would be taken for those of the new label map.
+    """
+    prediction_record(output, case).unlink(missing_ok=True)
+    for ending in PROBABILITIES:
+        (output / f"{case}{ending}").unlink(missing_ok=True)
+    for ending in READABLE:
+        for name in (entropy_file, mutual_file):
+            name(output, case, ending).unlink(missing_ok=True)
 
 
 def done_before(case: Case, output: Path, model: str, probabilities: bool) -> Path | None:
@@ -174,11 +191,40 @@ def refuse_not_finite(volume: Volume, case: str) -> None:
             )
 
 
-def refuse_folder_of_images(images: Path, output: Path) -> None:
+def refuse_folder_of_images(images: Path, output: Path, what: str = "images") -> None:
     """Raise UserError where label maps would lie among the images: they would replace them, or be taken for some."""
     folder = images.parent if images.is_file() else images
     if output.resolve() == folder.resolve():
-        raise UserError(f"{output}: the images lie there.", fix="Write the label maps to another folder.")
+        raise UserError(f"{output}: the {what} lie there.", fix=ELSEWHERE)
+
+
+def refuse_loss(output: Path, targets: Iterable[Path], originals: Iterable[Path | str]) -> None:
+    """Raise UserError where writing `targets` into `output` would replace what autoseg has not written.
+
+    Args:
+        targets: label maps to be written; one that is there, in a folder without records, is somebody else's.
+        originals: files of which none may lie in `output`, also where links lead there.
+    """
+    folder = output.resolve()
+    for path in (Path(each).resolve() for each in originals):
+        if path.parent == folder and path.exists():
+            raise UserError(f"{output}: {path.name} lies there, an image or label map of the data.", fix=ELSEWHERE)
+    there = sorted({path.name for path in targets if path.exists()})
+    if there and not prediction_record(output, "").parent.is_dir():
+        raise UserError(f"{output}: {some(there)} would be replaced, which autoseg has not written.", fix=ELSEWHERE)
+
+
+def files_of_cases(cases: Iterable[Case]) -> Iterator[str]:
+    """The images and reference label maps of cases."""
+    for case in cases:
+        yield from case.images
+        if case.label is not None:
+            yield case.label
+
+
+def begin_output(output: Path) -> None:
+    """Make a folder for label maps with one for their records, which says that the maps are autoseg's."""
+    make_folder(prediction_record(output, "").parent)
 
 
 def without_image(prepared: Prepared) -> Prepared:

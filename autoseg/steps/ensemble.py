@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autoseg import store
+from autoseg.cases.exchange import input_file, keep_record, refuse_folder_of_images, refuse_loss
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.layout import agreement_file, prediction_file, probabilities_file
@@ -70,6 +71,10 @@ def ensemble(
     files = [member.probabilities if method == "mean" else member.maps for member in members]
     cases = same_cases(members, files)
     check(members, files, cases, method == "mean")
+    for member in members:
+        refuse_folder_of_images(member.folder, output, "predictions to combine")
+    targets = [prediction_file(output, case, ending_for(members, case)) for case in cases]
+    refuse_loss(output, targets, [path for own in files for path in own.values()])
     what, found = "Ensembling", []
     report(Started(what, len(cases)))
     with staged(output) as staging:
@@ -118,8 +123,7 @@ def ensemble_runs(
         UserError: fewer than two members, one that is not trained, or other channels or labels; nothing is written.
     """
     from autoseg.cases.discover import discover_images
-    from autoseg.cases.exchange import forget, input_file, keep_record, refuse_folder_of_images
-    from autoseg.steps.predict import Predictor, done_cases
+    from autoseg.steps.predict import Predictor, done_cases, refuse_loss_in_prediction
 
     refuse_folder_of_images(images, output)
     members = members_of_runs(runs, configurations)
@@ -136,6 +140,7 @@ def ensemble_runs(
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
     cases, found = discover_images(images, len(plan.channels)), []
+    refuse_loss_in_prediction(runs, cases, output, plan.file_ending)
     model = _content(predictors, method, shares, rules, save_probabilities)
     written = done_cases(cases, output, model, save_probabilities, report) if resume else {}
     todo = [case for case in cases if case.id not in written]
@@ -151,7 +156,6 @@ def ensemble_runs(
                 apply_to_file(Pair(case.id, target, target), rules.rules, plan.labels)
             for number in range(len(predictors)):
                 shutil.rmtree(staging / str(number))
-            forget(output, case)
             [written[case.id]] = publish(staging / "out", output)
             keep_record(output, case, model, inputs, written[case.id])
             report(Advanced(what, done, len(todo), case.id))

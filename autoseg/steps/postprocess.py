@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from autoseg import store
+from autoseg.cases.exchange import files_of_cases, refuse_folder_of_images, refuse_loss
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, silent
 from autoseg.image.components import fill_holes
@@ -24,7 +25,7 @@ from autoseg.image.labels import label_maps, to_indices
 from autoseg.image.rules import CaseParts, apply_rules, case_parts, index_of, survives
 from autoseg.layout import Layout
 from autoseg.parallel import allowed_cores, over_cases
-from autoseg.records import Dataset, Label, Postprocessing, Rule
+from autoseg.records import Case, Dataset, Label, Postprocessing, Rule
 from autoseg.scoring import statistics
 from autoseg.steps.pairs import Pair, check_grids, validation_pairs
 from autoseg.steps.staging import publish, staged
@@ -285,14 +286,17 @@ def postprocess_apply(
 
     Args:
         rules: the rules, or the run folder whose `postprocess.json` holds them.
-        output: folder for the label maps, which appear in it when all are done; may be `predictions` itself.
+        output: another folder for the label maps, which appear in it when all are done.
         labels: names and values of the labels; None takes those of the run (needed when `rules` is no run folder).
 
     Raises:
-        UserError: nothing was learned yet, no label maps, or a value that no label has; nothing is written then.
+        UserError: nothing was learned yet, no label maps, a value that no label has, or files that are not autoseg's
+            would be replaced; nothing is written then.
     """
+    known: tuple[Case, ...] = ()
     if isinstance(rules, Path):
-        labels = labels or store.load(Layout(rules).dataset, Dataset).labels
+        dataset = store.load(Layout(rules).dataset, Dataset)
+        labels, known = labels or dataset.labels, dataset.cases
         rules = store.load(Layout(rules).postprocessing, Postprocessing)
     if labels is None:
         raise UserError("Post-processing rules name labels, but no labels are given.", fix="Give the run folder.")
@@ -300,6 +304,8 @@ def postprocess_apply(
         if rule.label is not None:
             index_of(rule.label, labels)
     paths = label_maps(predictions)
+    refuse_folder_of_images(predictions, output, "label maps to clean")
+    refuse_loss(output, [output / each.name for each in paths.values()], (*paths.values(), *files_of_cases(known)))
     with staged(output) as staging:
         pairs = tuple(Pair(case, path, staging / path.name) for case, path in paths.items())
         _over(pairs, partial(apply_to_file, rules=rules.rules, labels=labels), "Post-processing", workers, report)

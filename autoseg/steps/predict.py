@@ -14,10 +14,13 @@ from autoseg.cases.exchange import (
     Ending,
     Found,
     Ready,
+    begin_output,
     done_before,
+    files_of_cases,
     forget,
     read_case,
     refuse_folder_of_images,
+    refuse_loss,
     slide_file,
     write_case,
 )
@@ -27,12 +30,12 @@ from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, si
 from autoseg.image.formats import read_geometry
 from autoseg.image.probabilities import KINDS, Put, writing_probabilities
 from autoseg.lanes import Failure, Stage, side_by_side
-from autoseg.layout import probabilities_file
+from autoseg.layout import Layout, prediction_file, probabilities_file
 from autoseg.network.device import set_up
 from autoseg.network.export import Slab
 from autoseg.network.sliding import Progress
 from autoseg.parallel import allowed_cores
-from autoseg.records import Case, Plan
+from autoseg.records import Case, Dataset, Plan
 from autoseg.scoring.selection import selected
 from autoseg.steps.flags import flag
 from autoseg.steps.models import configuration_named as configuration_named
@@ -42,7 +45,7 @@ from autoseg.steps.predictor import Predictor as Predictor
 from autoseg.steps.predictor import on_grid as on_grid
 from autoseg.steps.slides import segment_slide
 from autoseg.steps.tiles import telling
-from autoseg.store import make_folder, remove_unfinished
+from autoseg.store import load, remove_unfinished
 
 WHAT = "predict"
 MOST_READERS = 4
@@ -145,7 +148,8 @@ def predict(
     _check_classes(wishes, plan)
     cases = _part_of(discover_images(images, len(plan.channels)), part)
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
-    make_folder(output)
+    refuse_loss_in_prediction([run], cases, output, plan.file_ending)
+    begin_output(output)
     remove_unfinished(output)
     paths = done_cases(cases, output, _content(predictors[0], wishes), bool(kind), report) if resume else {}
     todo = [case for case in cases if case.id not in paths]
@@ -154,6 +158,14 @@ def predict(
     if save_uncertainty:
         flag(output, report)
     return tuple(paths[case.id] for case in cases)
+
+
+def refuse_loss_in_prediction(runs: Sequence[Path], cases: Sequence[Case], output: Path, planned: str) -> None:
+    """Raise UserError where label maps would go among the data of a run, or replace files that are not autoseg's."""
+    files = [Layout(run).dataset for run in runs]
+    learned_from = [case for path in files if path.is_file() for case in load(path, Dataset).cases]
+    targets = (name(output, case.id, planned) for case in cases for name in (prediction_file, slide_file))
+    refuse_loss(output, targets, files_of_cases((*cases, *learned_from)))
 
 
 def done_cases(
@@ -268,8 +280,7 @@ def _compute(
 ) -> Found:  # fmt: skip
     """The network's part, in a thread of this process; it ends at the next tile once the run is given up."""
     set_up(predictor.device)  # some of it belongs to the thread
-    if wishes.records:
-        forget(output, case)
+    forget(output, case.id)
     with telling(report, f"tiles of {case.id}", abandoned.is_set) as progress:
         return _computed(predictor, output, wishes, progress, case, ready)
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autoseg import store
-from autoseg.image.formats import ending_of
+from autoseg.cases.exchange import begin_output, forget
+from autoseg.image.formats import ending_of, stem_of
 
 
 @contextmanager
@@ -32,10 +33,16 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def publish(staging: Path, output: Path) -> tuple[Path, ...]:
-    """Move every file from `staging` into `output`, each as a whole; returns the label maps among them."""
-    store.make_folder(output)
-    written = []
-    for path in sorted(staging.iterdir()):
+    """Move every file from `staging` into `output`, each as a whole; returns the label maps among them.
+
+    What lies in `output` beside a label map that is replaced goes: it belongs to the old one.
+    """
+    begin_output(output)
+    written, found = [], sorted(staging.iterdir())
+    for path in found:
+        if ending_of(path):
+            forget(output, stem_of(path))
+    for path in found:
         os.replace(path, output / path.name)
         written.append(output / path.name)
     return tuple(path for path in written if ending_of(path))
