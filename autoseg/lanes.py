@@ -32,6 +32,9 @@ THREAD_NAME = "lane"
 STALL_SECONDS = 3600.0
 """A worker that has not answered for so long is given up."""
 
+_here = threading.local()
+"""`worker` of the thread that asks."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -43,7 +46,8 @@ class Stage:
             and importable without slow modules.
         in_process: whether the workers are processes; a process that is killed takes only its own item with it.
         waiting: how many items may wait in front of this stage.
-        stall_seconds: a worker that needs longer for one item is given up.
+        stall_seconds: a worker that needs longer for one item is given up; a thread that calls `advanced` on the way,
+            only when it does not for so long.
     """
 
     doing: str
@@ -119,6 +123,12 @@ def left_behind() -> bool:
     return any(thread.name == THREAD_NAME and thread.is_alive() for thread in threading.enumerate())
 
 
+def advanced() -> None:
+    """Say that the item of this worker thread advances, however long it takes; elsewhere this does nothing."""
+    if (worker := getattr(_here, "worker", None)) is not None:
+        worker.sign = time.monotonic()
+
+
 def named_error(error: Exception, doing: str, name: str, trace: str = "") -> Exception:
     """The same error, saying which item it is about; sentences for users get the name, others a note."""
     if isinstance(error, MemoryError):
@@ -158,12 +168,14 @@ def _collect(flow: _Flow) -> Iterator[tuple[Any, Any] | Failure]:
     connection.wait(watched, POLL_SECONDS)
     for worker in list(flow.busy):
         number, item, since = flow.busy[worker]
+        since = max(since, worker.sign)
         stage, name = flow.stages[number], flow.name(item)
         answer = worker.answer()
         if answer is None and worker.alive():
             if time.monotonic() - since < stage.stall_seconds:
                 continue
-            answer = (False, UserError(f"{name}: {stage.doing} took more than {stage.stall_seconds:.0f} s."), "")
+            stalled = f"{name}: {stage.doing} made no progress for {stage.stall_seconds:.0f} s."
+            answer = (False, UserError(stalled, fix="Does the device still answer?"), "")
         del flow.busy[worker]
         if answer is None:
             answer = (False, worker.why_dead(stage.doing, name), "")
@@ -196,6 +208,9 @@ def _new_worker(stage: Stage, function: Callable[[Any, Any], Any], preload: Sequ
 
 class _Process:
     """A worker process."""
+
+    sign = 0.0
+    """When it last said that it advances: only threads do."""
 
     def __init__(self, function: Callable[[Any, Any], Any], preload: Sequence[str]) -> None:
         self.function, self.preload = function, preload
@@ -257,6 +272,9 @@ class _Process:
 class _Thread:
     """A worker thread of this process, for work that must share its memory. It cannot be killed, only left behind."""
 
+    sign = 0.0
+    """When it last said that it advances."""
+
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         self.function = function
         self.line, self.theirs = multiprocessing.Pipe()
@@ -302,6 +320,7 @@ class _Thread:
         self.thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
+        _here.worker = self
         while True:
             self.wake.acquire()
             if self.work is None:

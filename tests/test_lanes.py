@@ -171,7 +171,23 @@ def test_a_silent_worker_is_given_up() -> None:
     outcomes = list(side_by_side(range(5), stages, named, stop_at_failure=False))
     assert time.monotonic() - began < 20
     [failure] = [each for each in outcomes if isinstance(each, Failure)]
-    assert "case_3: reading took more than 2 s" in str(failure.error)
+    assert "case_3: reading made no progress for 2 s" in str(failure.error)
+
+
+def test_a_thread_that_advances_may_take_its_time() -> None:
+    def compute(item: int, _: object) -> int:
+        for _ in range(6):
+            time.sleep(0.25)
+            if item != 3:
+                lanes.advanced()
+        return item
+
+    lanes.advanced()  # outside of any worker
+    stages = (Stage("predicting", (compute,), stall_seconds=0.8),)
+    outcomes = list(side_by_side(range(2, 4), stages, named, stop_at_failure=False))
+    [failure] = [each for each in outcomes if isinstance(each, Failure)]
+    assert "case_3: predicting made no progress" in str(failure.error)
+    assert outcomes[0] == (2, 2)
 
 
 def test_an_exception_that_cannot_be_sent_is_told_in_words() -> None:

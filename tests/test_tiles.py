@@ -1,5 +1,6 @@
 """Progress inside one image."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from synthetic import write_dataset
 from test_predict import write_network
 
 from autoseg.events import Advanced, Event, Finished
+from autoseg.lanes import Stage, side_by_side
 from autoseg.records import AugmentSpec, TrainSpec
 from autoseg.steps import tiles
 from autoseg.steps.predict import predict
@@ -51,6 +53,20 @@ def test_a_case_that_is_given_up_ends_at_its_next_tile_and_takes_its_bar_along(
     with pytest.raises(InterruptedError):
         work()
     assert events == [Advanced("tiles of a", 1, 9), Finished("tiles of a")]
+
+
+def test_a_case_with_many_tiles_is_not_given_up() -> None:
+    """Its tiles together take longer than a worker may be silent."""
+
+    def work(item: int, _: object) -> int:
+        with tiles.telling(lambda _: None, "tiles of a", lambda: False) as progress:
+            for done in range(6):
+                time.sleep(0.25)
+                progress(done + 1, 6)
+        return item
+
+    stage = Stage("predicting", (work,), stall_seconds=1.0)
+    assert list(side_by_side([7], (stage,), str)) == [(7, 7)]
 
 
 def test_predict_tells_of_the_tiles_of_slow_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

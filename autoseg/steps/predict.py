@@ -52,6 +52,8 @@ MOST_READERS = 4
 CORES_PER_READER = 4
 FEWEST_FOR_PROCESSES = 3
 MOST_TOLD = 10
+STALL_SECONDS = 6 * 3600.0
+"""A device that finishes no tile for so long is given up: ten networks in eight mirrorings take long on an old CPU."""
 PRELOAD = ("autoseg.cases.exchange",)
 
 
@@ -267,9 +269,10 @@ def _stages(
         first.plan, first.configuration, first.rules, output, _content(first, wishes) if wishes.records else ""
     )
     read = partial(read_case, first.plan, first.stages)
+    computing = tuple(partial(_compute, each, output, wishes, abandoned, report) for each in predictors)
     return (
         Stage("reading", (read,) * readers, in_process),
-        Stage("predicting", tuple(partial(_compute, each, output, wishes, abandoned, report) for each in predictors)),
+        Stage("predicting", computing, stall_seconds=STALL_SECONDS),
         Stage("writing", (partial(write_case, ending),), in_process),
     )
 
