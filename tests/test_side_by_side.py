@@ -1,6 +1,7 @@
 """Jobs on several devices at a time. Imports little: so does every process that is started here."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,9 @@ import pytest
 
 from autoseg.errors import UserError
 from autoseg.steps.side_by_side import side_by_side
+from autoseg.steps.stopping import stop_requests
+
+PATHS = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
 
 
 def write_device(folder: Path, device: str) -> None:
@@ -32,6 +36,71 @@ def is_there(pid: int) -> bool:
         return False
 
 
+def fails_or_takes_long(job: Path, device: str) -> None:
+    job.touch()
+    if device == "cuda:0":
+        raise UserError("This one cannot be done.")
+    time.sleep(1)
+
+
+def is_killed(job: str, device: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saves(folder: Path, device: str) -> None:
+    """As a training: SIGTERM lets it end its step and save."""
+    with stop_requests() as asked:
+        (folder / device).write_text(str(os.getpid()))
+        while not asked():
+            time.sleep(0.05)
+        time.sleep(0.5)
+    (folder / f"{device}.saved").touch()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_trainings_save_when_their_parent_is_stopped_or_dies_and_none_begins(tmp_path: Path, how: int) -> None:
+    code = (
+        "from pathlib import Path\nfrom test_side_by_side import saves\n"
+        "from autoseg.steps.side_by_side import side_by_side\nfrom autoseg.steps.stopping import ended_by_sigterm\n"
+        "if __name__ == '__main__':\n    with ended_by_sigterm():\n"
+        f"        list(side_by_side(saves, [Path({str(tmp_path)!r})] * 5, ['a', 'b']))\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    here = os.environ | {"PYTHONPATH": PATHS}
+    parent = subprocess.Popen([sys.executable, str(script)], env=here, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 60
+    begun = [tmp_path / "a", tmp_path / "b"]
+    while not all(file.is_file() and file.read_text() for file in begun):
+        assert time.monotonic() < deadline
+        assert parent.poll() is None
+        time.sleep(0.05)
+    pids = [int(file.read_text()) for file in begun]
+    for file in begun:
+        file.unlink()
+    parent.send_signal(how)
+    parent.communicate()
+    while not all((tmp_path / f"{each}.saved").is_file() for each in "ab") or (
+        how != signal.SIGKILL and any(is_there(pid) for pid in pids)
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not any(file.is_file() for file in begun)
+
+
+def test_after_a_failure_no_job_begins_and_those_under_way_end(tmp_path: Path) -> None:
+    jobs = [tmp_path / str(number) for number in range(6)]
+    with pytest.raises(UserError, match="This one cannot"):
+        list(side_by_side(fails_or_takes_long, jobs, ["cuda:0", "cuda:1"]))
+    assert {job for job in jobs if job.is_file()} <= set(jobs[:3])
+
+
+def test_a_killed_training_is_said_to_have_lacked_memory() -> None:
+    with pytest.raises(UserError, match=r"trained on cuda:1 was killed.*out of memory.*same command"):
+        list(side_by_side(is_killed, ["this"], ["cuda:1"]))
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_no_training_outlives_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
@@ -41,7 +110,7 @@ def test_no_training_outlives_the_process_that_started_it(tmp_path: Path) -> Non
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    here = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    here = os.environ | {"PYTHONPATH": PATHS}
     parent = subprocess.Popen([sys.executable, str(script)], env=here, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():

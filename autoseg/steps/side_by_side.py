@@ -1,43 +1,109 @@
 """Several trainings at a time, one per device, each in a process of its own."""
 
+import _thread
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from multiprocessing.queues import Queue
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context
 from typing import TypeVar
 
-from autoseg.parallel import end_with_parent
+from autoseg.errors import UserError
+from autoseg.parallel import ctrl_c_later
 
 Job = TypeVar("Job")
 
-_DEVICE: list[str] = []
-"""In a worker process: the device that is its own."""
+GRACE_SECONDS = 60.0
+"""A training whose parent is gone has so long to end its step and to save."""
 
 
 def side_by_side(work: Callable[[Job, str], None], jobs: Sequence[Job], devices: Sequence[str]) -> Iterator[Job]:
     """Call `work(job, device)` for every job, as many at a time as there are devices; yield the jobs as they end.
 
-    `work` and the jobs are pickled. What `work` raises is raised here when the others under way have ended; jobs that
-    have not begun are left out then.
+    `work` and the jobs are pickled. A device is given its next job when the last one has ended, so none begins after a
+    failure or Ctrl-C. What `work` raises is raised here when the others under way have ended; for Ctrl-C, and when the
+    caller wants no more, they are sent SIGTERM and waited for while they save. Raises UserError where a process was
+    killed.
     """
     context = get_context("spawn")  # a fork would share the parent's CUDA context, which no child may use
-    free: Queue[str] = context.Queue()
-    for device in devices:
-        free.put(device)
-    pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_take_device, initargs=(free,))
+    told, tell = context.Pipe(duplex=False)
+    # one process per pool: a killed one takes none of the others with it
+    pools = [ProcessPoolExecutor(1, context, initializer=_begin, initargs=(told,)) for _ in devices]
+    waiting, free = deque(jobs), deque(zip(devices, pools, strict=True))
+    running: dict[Future[None], tuple[Job, str, ProcessPoolExecutor]] = {}
     try:
-        running = {pool.submit(_on_own_device, work, job): job for job in jobs}
-        for done in as_completed(running):
-            done.result()
-            yield running[done]
+        try:
+            while waiting or running:
+                while waiting and free:
+                    device, pool = free.popleft()
+                    job = waiting.popleft()
+                    running[_submit(pool, work, job, device)] = job, device, pool
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job, device, pool = running.pop(future)
+                    _raise_error(future, device)
+                    free.append((device, pool))
+                    yield job
+        except Exception:
+            wait(running)
+            raise
+    except (KeyboardInterrupt, GeneratorExit):
+        tell.close()
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+        tell.close()
+        told.close()
 
 
-def _take_device(free: "Queue[str]") -> None:
-    end_with_parent()  # else a killed study would go on, and keep its device
-    _DEVICE.append(free.get())
+def _submit(pool: ProcessPoolExecutor, work: Callable[[Job, str], None], job: Job, device: str) -> Future[None]:
+    try:
+        with ctrl_c_later():
+            return pool.submit(_in_worker, work, job, device)
+    except BrokenProcessPool as error:  # it was killed between two jobs
+        raise _killed(device) from error
 
 
-def _on_own_device(work: Callable[[Job, str], None], job: Job) -> None:
-    work(job, _DEVICE[0])
+def _raise_error(future: Future[None], device: str) -> None:
+    try:
+        future.result()
+    except BrokenProcessPool as error:
+        raise _killed(device) from error
+
+
+def _killed(device: str) -> UserError:
+    return UserError(
+        f"The process that trained on {device} was killed, most likely because the machine ran out of memory.",
+        fix="Run the same command again: it goes on where each training was saved. With less memory, give one --device.",
+    )
+
+
+def _in_worker(work: Callable[[Job, str], None], job: Job, device: str) -> None:
+    try:
+        work(job, device)
+    finally:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(1)
+
+
+def _begin(told: connection.Connection) -> None:
+    """Leave Ctrl-C to the parent: an idle worker would die of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _thread.start_new_thread(_stop_when_told, (told,))  # a bare one, see `parallel.end_with_parent`
+
+
+def _stop_when_told(told: connection.Connection) -> None:
+    """Wait until the parent closes its end or dies; then have the training save, and outlive a dead parent briefly."""
+    connection.wait([told])
+    signal.raise_signal(signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)

@@ -35,6 +35,7 @@ from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.settings import fields_in, settings_of, with_fields
 from autoseg.steps.side_by_side import side_by_side
+from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.train import train_one
 from autoseg.steps.work import Instead, cases_of, check_cases
 
@@ -58,6 +59,7 @@ class Job:
     workers: int | None
 
 
+@ended_by_sigterm()
 def study(
     run: Path,
     vary: Sequence[str],
@@ -87,7 +89,7 @@ def study(
 
     Raises:
         UserError: an impossible setting (before anything is trained), or a study of this name that was made otherwise.
-        Interrupted: after Ctrl-C, when the state is saved.
+        Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
     """
     layout, plan = Layout(run), checked(run)
     planned = configuration_named(plan, configuration or default_configuration(plan))
@@ -112,7 +114,7 @@ def study(
         for done, job in enumerate(_trained(waiting, where, report), len(jobs) - len(waiting) + 1):
             store.save(files.study, begun.model_copy(update={"settings": _read_trials(files, settings, fold, seeds)}))
             report(Said(f"{done} of {len(jobs)} trainings are done: {job.setting}, seed {job.seed}."))
-    except Interrupted as stopped:
+    except (Interrupted, KeyboardInterrupt) as stopped:
         raise Interrupted(_again(run, planned.name, begun, where)) from stopped
     return _concluded(begun, files, settings, run, report)
 
