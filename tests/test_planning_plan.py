@@ -186,9 +186,10 @@ def test_the_reason_for_a_shrunk_patch_names_the_next_larger_one() -> None:
 def test_readings_and_warnings_are_announced() -> None:
     events: list = []
     cases = alike(9, class_voxels=(9000, 500, 6), component_voxels=(9000, 500, 2), components=(1, 1, 3))
-    make_plan(fingerprint(cases), budget(8), counting(), report=events.append)
+    make_plan(fingerprint(cases, channels=("Tmax",)), budget(8), counting(), report=events.append)
     assert [e for e in events if isinstance(e, Advanced) and e.what == "measuring 3d"]
     assert [e for e in events if isinstance(e, Warned) and "posterior" in e.text]
+    assert [e for e in events if isinstance(e, Warned) and "'Tmax'" in e.text]
 
 
 def test_a_plan_survives_saving_and_the_same_input_gives_the_same_plan(tmp_path) -> None:

@@ -10,7 +10,7 @@ from autoseg.image.normalize import NORMALIZATIONS
 from autoseg.planning import awareness
 from autoseg.planning.batch import batch_cap, choose_norm
 from autoseg.planning.checks import check_fingerprint
-from autoseg.planning.normalization import KNOWN, RULES, choose_masks, choose_normalization
+from autoseg.planning.normalization import KNOWN, RULES, choose_masks, choose_normalization, warnings_of
 from autoseg.planning.spacing import choose_axes, choose_spacing, coarser, median_shape, percentile, transposed
 from autoseg.planning.train import choose_augment, choose_sampling, choose_train, sided_labels, tubes
 
@@ -67,7 +67,7 @@ def test_low_resolution_first_coarsens_the_fine_axes() -> None:
         ("t1gd", "zscore"), ("FLAIR", "zscore"), ("ADC", "zscore"), ("LGE MRI", "zscore"), ("PET", "zscore"),
         ("red", "zscore"), ("R", "zscore"), ("channel_0", "zscore"), ("image", "zscore"), ("0", "zscore"),
         ("nonorm", "none"), ("noNormalization", "none"), ("rescale_to_0_1", "rescale_0_1"), ("rgb_to_0_1", "rgb_0_1"),
-        ("z-score", "zscore"), ("zscore", "zscore"), ("cine-MRI", "zscore"),
+        ("z-score", "zscore"), ("zscore", "zscore"), ("cine-MRI", "zscore"), ("PET/MR", "zscore"), ("X-ray", "zscore"),
     ],
 )  # fmt: skip
 def test_normalization_follows_the_channel_name(channel: str, expected: str) -> None:
@@ -76,8 +76,17 @@ def test_normalization_follows_the_channel_name(channel: str, expected: str) -> 
     assert len(choice.because) > 10
 
 
-@pytest.mark.parametrize("channel", ["banana", "", "rgb_to_0_255", "PET-CT"])
-def test_an_unknown_or_ambiguous_channel_type_is_refused(channel: str) -> None:
+@pytest.mark.parametrize("channel", ["Tmax", "CBF", "arterial", "mod0", "normal", ""])
+def test_an_unknown_channel_is_z_scored_with_a_warning(channel: str) -> None:
+    found, choices = choose_normalization(["CT", channel])
+    assert found == ("ct", "zscore") and "knows no modality" in choices[1].because
+    (warning,) = warnings_of(["CT", channel])
+    assert f"Channel {channel!r}: autoseg knows no modality" in warning
+    assert warnings_of(["CT", "0", "PET/MR"]) == ()
+
+
+@pytest.mark.parametrize("channel", ["rgb_to_0_255", "noNorm2", "rescale", "PET-CT", "CT/MR"])
+def test_an_ambiguous_or_misspelt_channel_type_is_refused(channel: str) -> None:
     with pytest.raises(UserError, match="Channel 1 is called") as caught:
         choose_normalization(["CT", channel])
     assert "zscore" in caught.value.fix

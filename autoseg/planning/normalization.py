@@ -6,7 +6,7 @@ from math import prod
 from statistics import median
 
 from autoseg.errors import UserError
-from autoseg.planning.wording import percent
+from autoseg.planning.wording import percent, some
 from autoseg.records import CaseStats, Choice
 
 MASK_BELOW_SHARE = 0.75
@@ -14,9 +14,23 @@ MASK_BELOW_SHARE = 0.75
 
 
 def choose_normalization(channels: Sequence[str]) -> tuple[tuple[str, ...], tuple[Choice, ...]]:
-    """One normalization name per channel. Raises UserError for a channel name of no known type, or of two."""
+    """One normalization name per channel; a name that is not known means z-scores, as in nnU-Net.
+
+    Raises UserError for a name that may mean two normalizations, or that is nearly one of EXPLICIT.
+    """
     found = [_of(index, name) for index, name in enumerate(channels)]
     return tuple(name for name, _ in found), tuple(choice for _, choice in found)
+
+
+def warnings_of(channels: Sequence[str]) -> tuple[str, ...]:
+    """One sentence where channel names are not known, none where all are."""
+    unknown = [repr(name) for name in channels if not _kinds(name)]
+    if not unknown:
+        return ()
+    return (
+        f"Channel {some(unknown)}: autoseg knows no modality by that name and z-scores each image by its own mean and "
+        "std. If it is CT, call it CT in dataset.json.",
+    )
 
 
 def choose_masks(cases: Sequence[CaseStats], normalization: Sequence[str]) -> tuple[tuple[bool, ...], Choice]:
@@ -34,32 +48,41 @@ def choose_masks(cases: Sequence[CaseStats], normalization: Sequence[str]) -> tu
 
 def _of(index: int, channel: str) -> tuple[str, Choice]:
     kinds = _kinds(channel)
-    if len(kinds) != 1:
-        meaning = f"which could mean {' or '.join(sorted(kinds))}" if kinds else "a type of image autoseg does not know"
+    meant = {RULES[kind][0] for kind in kinds}
+    if len(meant) > 1 or (not kinds and re.search(LIKE_EXPLICIT, _plain(channel))):
+        meaning = f"could mean {' or '.join(sorted(kinds))}" if kinds else "is no normalization autoseg knows"
         raise UserError(
-            f"Channel {index} is called {channel!r}, {meaning}.",
+            f"Channel {index} is called {channel!r}, which {meaning}.",
             fix=f"Name it in dataset.json by its modality (CT, MRI, PET, ...) or by one of {', '.join(EXPLICIT)}.",
         )
-    normalization, because = RULES[kinds.pop()]
+    normalization, because = RULES[min(kinds)] if kinds else UNKNOWN
     because = f"channel {channel!r}: {because}"
     return normalization, Choice(field=f"normalization.{index}", value=normalization, because=because)
 
 
 def _kinds(channel: str) -> set[str]:
     """The keys of KNOWN that a channel name may mean: by the whole name, else by its words; "unnamed" only if alone."""
-    name = re.sub(r"[\s_-]+", "_", channel.strip().lower())
+    name = _plain(channel)
     by_name = {kind for kind, known in KNOWN.items() if name in known.split()}
     if by_name:
         return by_name
-    words = [word for word in re.split(r"[^a-z0-9]+", name) if word]
-    if "norm" in name or "to" in words:  # meant as a normalization, but none of those above
+    if re.search(LIKE_EXPLICIT, name):
         return set()
+    words = [word for word in re.split(r"[^a-z0-9]+", name) if word]
     kinds = {kind for kind, known in KNOWN.items() if set(words) & set(known.split())}
     kinds |= {kind for kind, pattern in PATTERNS.items() if any(re.fullmatch(pattern, word) for word in words)}
     return kinds - {"unnamed"} or kinds
 
 
+def _plain(channel: str) -> str:
+    return re.sub(r"[\s_-]+", "_", channel.strip().lower())
+
+
 EXPLICIT = ("zscore", "nonorm", "rescale_to_0_1", "rgb_to_0_1")
+"""Channel names that ask for a normalization instead of naming a modality."""
+
+LIKE_EXPLICIT = r"no_?norm|z_?score|rescale|_to_\d"
+"""What tells that a name was meant as one of EXPLICIT, though it is none."""
 
 KNOWN: dict[str, str] = {
     "zscore": "zscore z_score",
@@ -69,7 +92,7 @@ KNOWN: dict[str, str] = {
     "CT": "ct cta cect ncct cbct hu",
     "MRI": "mr mri mra flair dwi adc dce dsc pd pdw pdfs swi lge cine bold asl fmri mprage space tse gre stir dixon "
     "water fat fa md cest qsm r1 r2 trufi bssfp hbv",
-    "other modality": "pet spect suv nm us ultrasound echo xray dx cr mg mammography mammogram oct octa fundus photo "
+    "other modality": "pet spect suv nm us ultrasound echo xray x_ray dx cr mg mammography mammogram oct octa fundus photo "
     "photograph endoscopy dermoscopy microscopy em sem tem fluorescence brightfield phase histology dapi "
     "gfp rfp cy3 cy5 hoechst red green blue r g b rgb hue saturation value gray grey grayscale greyscale "
     "luminance infrared nir optical satellite radar depth probability",
@@ -97,3 +120,10 @@ RULES: dict[str, tuple[str, str]] = {
     ),
 }
 """Kind of channel -> normalization and why."""
+
+UNKNOWN = (
+    "zscore",
+    "autoseg knows no modality by that name, so each image is brought to mean 0 and std 1, as nnU-Net does; call it CT "
+    "if it is one.",
+)
+"""The normalization of a channel whose name means none of KNOWN, and why."""

@@ -8,7 +8,7 @@ from autoseg.planning import awareness, lowres
 from autoseg.planning.architecture import choose_base_features, most_operations, preset_named
 from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_grid, quick_enough
-from autoseg.planning.normalization import choose_masks, choose_normalization
+from autoseg.planning.normalization import choose_masks, choose_normalization, warnings_of
 from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patch, Readings, once
 from autoseg.planning.spacing import choose_axes, choose_spacing, describe_shape, median_shape, transposed
 from autoseg.planning.train import choose_sampling, describe_train, sided_labels
@@ -176,7 +176,7 @@ def _shared(
 def _notice(fingerprint: Fingerprint, spacing_mm: Millimetres3, train: TrainSpec, report: Report) -> tuple[Choice, ...]:
     """What the data itself suggests, announced where it matters."""
     tiny, warnings = awareness.describe_tiny(fingerprint, spacing_mm)
-    for warning in warnings:
+    for warning in (*warnings_of(fingerprint.channels), *warnings):
         report(Warned(warning))
     sided = sided_labels([label.name for label in fingerprint.labels[1:]])
     if sided:
