@@ -307,6 +307,16 @@ def test_groups_that_splits_tear_apart_are_warned_of(tmp_path: Path) -> None:
     assert said == []
 
 
+def test_folds_that_come_with_the_data_are_saved_and_named(tmp_path: Path) -> None:
+    run, dataset, _ = a_run(tmp_path)
+    (tmp_path / "splits_final.json").write_text('[{"train": ["c0", "c1", "c2"], "val": ["c3"]}]')
+    said: list[Event] = []
+    splits = keep_or_make_splits(Layout(run), dataset, said.append)
+    assert store.load(Layout(run).splits, Splits) == splits
+    assert splits.folds == (Fold(train=("c0", "c1", "c2"), validation=("c3",)),)
+    assert any("1 folds, those of" in getattr(each, "text", "") for each in said)
+
+
 def test_own_splits_are_kept_and_must_name_known_cases(tmp_path: Path) -> None:
     run, _, _ = a_run(tmp_path)
     own = Splits(seed=0, grouped=False, folds=(Fold(train=("c0", "c1"), validation=("c2", "c3")),))

@@ -1,11 +1,14 @@
 """cases/split.py: folds over cases and groups."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from autoseg.cases.split import make_splits
+from autoseg.cases.split import make_splits, splits_for
 from autoseg.errors import UserError
-from autoseg.records import Case
+from autoseg.records import Case, Dataset, Fold, Label, LeftOut
 
 
 def cases_of(count: int, groups: dict[int, str] | None = None) -> list[Case]:
@@ -53,6 +56,48 @@ def test_cases_of_one_group_stay_on_one_side_and_folds_stay_balanced() -> None:
 def test_fewer_cases_or_groups_than_folds_give_fewer_folds() -> None:
     assert [len(fold.validation) for fold in make_splits(cases_of(3)).folds] == [1, 1, 1]
     assert len(make_splits(cases_of(10, {n: str(n % 2) for n in range(10)})).folds) == 2
+
+
+def a_dataset(folder: Path) -> Dataset:
+    """Cases a to d with labels and e without, f left out; a and b are of one patient."""
+    groups = {"a": "patient", "b": "patient"}
+    cases = tuple(
+        Case(id=i, images=(str(folder / "imagesTr" / i),), label=None if i == "e" else i, group=groups.get(i))
+        for i in "abcde"
+    )
+    labels = (Label(name="background", value=0), Label(name="organ", value=1))
+    left_out = (LeftOut(id="f", problem="unreadable"),)
+    return Dataset(name="x", dimension=3, channels=("MRI",), labels=labels, cases=cases, left_out=left_out)
+
+
+def test_a_data_set_s_own_folds_are_taken_as_nnunet_writes_them(tmp_path: Path) -> None:
+    dataset = a_dataset(tmp_path)
+    assert len(splits_for(dataset).folds) == 3  # made: a and b go together
+    folds = [{"train": ["a", "b", "f"], "val": ["c", "d"]}, {"train": ["c", "d"], "val": ["a", "b"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(folds))
+    splits = splits_for(dataset)
+    assert splits.folds[0] == Fold(train=("a", "b"), validation=("c", "d"))
+    assert len(splits.folds) == 2
+    assert splits.grouped
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    assert not splits_for(dataset).grouped
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('[{"train": ["a"], "val": ["x"]}]', "fold 0 names x"),
+        ('[{"train": ["a"], "val": ["e"]}]', "no labelled case is called that"),
+        ('[{"train": ["a", "b"], "val": ["b"]}]', "learns from b and validates on it"),
+        ('[{"train": ["a"], "val": ["b"]}, {"train": ["a"], "val": ["f"]}]', "fold 1 has no case to validate on"),
+        ("[]", "lists no fold"), ('{"train": []}', "holds no folds"), ('[{"train": ["a"]}]', "holds no folds"),
+        ('[{"train": [1], "val": ["b"]}]', "holds no folds"), ("[", "holds no folds"),
+    ],
+)  # fmt: skip
+def test_own_folds_that_do_not_fit_are_refused(content: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "splits_final.json").write_text(content)
+    with pytest.raises(UserError, match=problem):
+        splits_for(a_dataset(tmp_path))
 
 
 def test_cases_without_a_label_map_are_not_split() -> None:

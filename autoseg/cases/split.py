@@ -1,11 +1,77 @@
 """Which cases are learned from and which validate, fold by fold; cases of one group never stand on both sides."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from autoseg.errors import UserError
-from autoseg.records import Case, Fold, Splits
+from autoseg.records import Case, Dataset, Fold, Splits
+
+OWN_FOLDS = "splits_final.json"
+"""Folds that come with a data set, as nnU-Net writes them: [{"train": [ids], "val": [ids]}, ...]."""
+
+
+def splits_for(dataset: Dataset) -> Splits:
+    """The folds of `splits_final.json` beside the image folder, where there is one, else those of `make_splits`.
+
+    Cases that were left out of the data set are left out of the folds.
+
+    Raises:
+        UserError: fewer than two cases or groups; a file with another content, an unknown or unlabelled case, one on
+            both sides of a fold, or a side without any.
+    """
+    file = own_folds(dataset)
+    return make_splits(dataset.cases) if file is None else _read(file, dataset)
+
+
+def own_folds(dataset: Dataset) -> Path | None:
+    """The `splits_final.json` that lies beside the data set's image folder, None where there is none."""
+    beside = {Path(case.images[0]).parent.parent / OWN_FOLDS for case in dataset.cases}
+    return next((path for path in sorted(beside) if path.is_file()), None)
+
+
+def _read(file: Path, dataset: Dataset) -> Splits:
+    left_out = {case.id for case in dataset.left_out}
+    try:
+        folds = tuple(
+            Fold(
+                train=tuple(each for each in fold["train"] if each not in left_out),
+                validation=tuple(each for each in fold["val"] if each not in left_out),
+            )
+            for fold in json.loads(file.read_text())
+        )
+    except (ValueError, TypeError, KeyError) as error:  # those of json and pydantic are ValueErrors
+        raise UserError(
+            f"{file}: it holds no folds as nnU-Net writes them.",
+            fix='It should be [{"train": ["case_1", ...], "val": ["case_2", ...]}, ...]; or remove it.',
+        ) from error
+    if problem := _problem(folds, {case.id for case in dataset.cases if case.label is not None}):
+        raise UserError(f"{file}: {problem}.", fix="Correct it, or remove it to have folds made.")
+    grouped = any(case.group for case in dataset.cases)
+    torn = any(groups_on_both_sides(fold, dataset.cases) for fold in folds)
+    return Splits(seed=0, grouped=grouped and not torn, folds=folds)
+
+
+def _problem(folds: Sequence[Fold], labelled: set[str]) -> str:
+    """What is wrong with the first wrong fold; empty where all are right."""
+    for number, fold in enumerate(folds):
+        train, validation = set(fold.train), set(fold.validation)
+        if unknown := sorted((train | validation) - labelled):
+            return f"fold {number} names {unknown[0]}, but no labelled case is called that"
+        if both := sorted(train & validation):
+            return f"fold {number} learns from {both[0]} and validates on it"
+        if not (train and validation):
+            return f"fold {number} has no case to {'validate on' if train else 'learn from'}"
+    return "" if folds else "it lists no fold"
+
+
+def groups_on_both_sides(fold: Fold, cases: Sequence[Case]) -> set[str]:
+    """Groups of which some cases are learned from and others validate."""
+    group = {case.id: case.group for case in cases if case.group}
+    train, validation = ({group[each] for each in side if each in group} for side in (fold.train, fold.validation))
+    return train & validation
 
 
 def make_splits(cases: Sequence[Case], folds: int = 5, seed: int = 12345) -> Splits:

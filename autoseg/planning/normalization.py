@@ -92,8 +92,8 @@ KNOWN: dict[str, str] = {
     "CT": "ct cta cect ncct cbct hu",
     "MRI": "mr mri mra flair dwi adc dce dsc pd pdw pdfs swi lge cine bold asl fmri mprage space tse gre stir dixon "
     "water fat fa md cest qsm r1 r2 trufi bssfp hbv",
-    "other modality": "pet spect suv nm us ultrasound echo xray x_ray dx cr mg mammography mammogram oct octa fundus photo "
-    "photograph endoscopy dermoscopy microscopy em sem tem fluorescence brightfield phase histology dapi "
+    "other modality": "pet spect suv nm us ultrasound echo xray x_ray dx cr mg mammography mammogram oct octa fundus "
+    "photo photograph endoscopy dermoscopy microscopy em sem tem fluorescence brightfield phase histology dapi "
     "gfp rfp cy3 cy5 hoechst red green blue r g b rgb hue saturation value gray grey grayscale greyscale "
     "luminance infrared nir optical satellite radar depth probability",
     "unnamed": "image img channel modality input intensity volume scan series picture data raw unknown",

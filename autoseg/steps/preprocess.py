@@ -8,7 +8,7 @@ from autoseg.cases.cache import key_of, read_mark, restamp, stamp_of, write
 from autoseg.cases.exchange import refuse_not_finite
 from autoseg.cases.inspect import content_of
 from autoseg.cases.prepare import class_locations, prepare
-from autoseg.cases.split import make_splits
+from autoseg.cases.split import groups_on_both_sides, own_folds, splits_for
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.formats import read_image, read_labels
@@ -108,17 +108,17 @@ def chosen_configurations(plan: Plan, name: str | None) -> tuple[Configuration, 
 
 
 def keep_or_make_splits(layout: Layout, dataset: Dataset, report: Report = silent) -> Splits:
-    """The splits of the run, made anew where there are none.
+    """The splits of the run; where there are none, the data set's own folds or new ones, which are saved.
 
     Raises UserError when they name a case that the data set does not have; warns of cases that no fold uses, and of
     groups that are on both sides.
     """
     if not layout.splits.is_file():
-        splits = make_splits(dataset.cases)
+        splits = splits_for(dataset)
         save(layout.splits, splits)
-        how = " by group" if splits.grouped else ""
+        own = own_folds(dataset)
+        how = f", those of {own}" if own else " by group" if splits.grouped else ""
         report(Said(f"{len(dataset.cases)} cases are split into {len(splits.folds)} folds{how}."))
-        return splits
     splits = load(layout.splits, Splits)
     used = {each for fold in splits.folds for each in (*fold.train, *fold.validation)}
     ids = {case.id for case in dataset.cases}
@@ -127,12 +127,11 @@ def keep_or_make_splits(layout: Layout, dataset: Dataset, report: Report = silen
             f"{layout.splits}: it names {len(unknown)} case(s) that the data set does not have, e.g. {unknown[0]}.",
             fix="Correct it, or remove it to have it made anew.",
         )
-    if unused := sorted(ids - used):
-        report(Warned(f"{layout.splits}: {len(unused)} case(s) are in no fold, e.g. {unused[0]}."))
-    group = {case.id: case.group for case in dataset.cases if case.group}
+    if unused := sorted({case.id for case in dataset.cases if case.label is not None} - used):
+        report(Warned(f"{layout.splits}: {len(unused)} labelled case(s) are in no fold, e.g. {unused[0]}."))
     for number, fold in enumerate(splits.folds):
-        if both := {group.get(each) for each in fold.train} & {group.get(each) for each in fold.validation} - {None}:
-            what = f"fold {number} validates on groups that it learns from, e.g. {min(map(str, both))}"
+        if both := groups_on_both_sides(fold, dataset.cases):
+            what = f"fold {number} validates on groups that it learns from, e.g. {min(both)}"
             report(Warned(f"{layout.splits}: {what}. Remove the file to have it made anew."))
             break
     return splits

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from autoseg import store
-from autoseg.cases.split import make_splits
+from autoseg.cases.split import splits_for
 from autoseg.errors import UserError
 from autoseg.events import Report, Warned
 from autoseg.layout import Layout, ModelLayout
@@ -124,7 +124,7 @@ def _check_regions(plan: Plan, wished: Configuration) -> None:
 
 def cases_of(layout: Layout, dataset: Dataset, fold: str) -> Fold:
     """`fold_cases` of the splits of a run, or of those it will get."""
-    splits = store.load(layout.splits, Splits) if layout.splits.is_file() else make_splits(dataset.cases)
+    splits = store.load(layout.splits, Splits) if layout.splits.is_file() else splits_for(dataset)
     return fold_cases(splits, dataset, fold)
 
 
