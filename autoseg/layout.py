@@ -44,10 +44,6 @@ class Layout:
         return self.root / "selection.json"
 
     @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
-    @property
     def case_stats(self) -> Path:
         """Folder with one file per case and content hash: an interrupted fingerprint continues from it."""
         return self.root / "cache" / "fingerprint"
