@@ -35,7 +35,11 @@ def ensemble(
     ] = None,
     configuration: Annotated[
         str | None,
-        typer.Option("--configuration", "-c", help="With --runs: such as 2d,3d. [default: what predict would take]"),
+        typer.Option(
+            "--configuration",
+            "-c",
+            help="With --runs: such as 2d,3d. [default: all trained but students; of several runs, what predict takes]",
+        ),
     ] = None,
     folds: Annotated[str | None, typer.Option(help="With --runs: such as 0,1,2. [default: all trained]")] = None,
     weights: Annotated[str | None, typer.Option(help="One weight per member, such as 2,1. [default: equal]")] = None,

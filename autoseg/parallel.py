@@ -216,6 +216,6 @@ def _killed(under_way: list[Item], name: Callable[[Item], str]) -> UserError:
     cases = ", ".join(sorted(name(each) for each in under_way))
     return UserError(
         f"A worker process was killed while these cases were under way: {cases}. "
-        "Most likely the machine ran out of memory.",
-        fix="Run the same command again with --workers 1.",
+        "Most likely the machine ran out of memory, or a script of your own calls autoseg without a guard.",
+        fix='Run the same again with one worker; a script has to call autoseg below `if __name__ == "__main__":`.',
     )

@@ -26,5 +26,5 @@ def test_only_new_rows_are_written_and_undefined_values_left_out(
 
 def test_without_tensorboard_the_way_to_install_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"not installed.*pip install 'autoseg\[tensorboard\]'"):
+    with pytest.raises(UserError, match=r"not installed.*pip install -e '\.\[tensorboard\]'"):
         board(tmp_path, 0)
