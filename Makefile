@@ -1,8 +1,8 @@
 # `make demo` and `make test` are all a new machine needs: each makes .venv first where it is absent.
 PYTHON ?= python3
 BIN := .venv/bin
-# benchmarks with a target of their own, or that need a peer or long
-ASKED := averaged errors layouts plans kill train export predict nnunet_weights
+# benchmarks with a target of their own, or that need a run, a peer, a card or long
+ASKED := averaged components ensemble errors export kill layouts nnunet_weights plans predict slide surface train
 
 .PHONY: setup demo test check bench bench-train bench-export bench-predict docs plans
 setup: .venv/installed

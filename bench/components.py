@@ -6,7 +6,8 @@ number of components over all classes, which must agree. Contenders whose packag
 from `pip install connected-components-3d`, which autoseg itself does not need.
 
 Each contender runs in a fresh process, so that peaks are its own. "whole" labels the whole map in one call that knows
-several values; "crop" labels each class on its bounding box, which is what autoseg/image/components.py does.
+several values (scipy's knows one, so it is called per class); "crop" labels each class on its bounding box. "autoseg"
+is autoseg/image/components.py, which finds all classes in one pass over runs of equal voxels.
 """
 
 import argparse

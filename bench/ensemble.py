@@ -59,7 +59,7 @@ def main() -> None:
             os.link(first, probabilities_file(member, "case"))
         start = time.perf_counter()
         command = [sys.executable, "-m", "autoseg", "ensemble", *map(str, members), "-o", str(Path(place) / "out")]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True)
         figures = {
             "members": options.members, "classes": options.classes, "size_voxels": list(options.size),
             "file_gigabytes": round(first.stat().st_size / 1e9, 2),

@@ -73,6 +73,8 @@ def main() -> int:
     parser.add_argument("--worst", type=int, default=4, help="cases in the picture")
     options = parser.parse_args()
     names = sorted(file.name for file in options.predictions[0].glob("*.nii.gz"))
+    if not names:
+        parser.error(f"{options.predictions[0]}: no label map (.nii.gz) in it")
     cases = [
         Case(
             name.removesuffix(".nii.gz"), read_labels(options.labels / name)[0],

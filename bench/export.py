@@ -76,12 +76,13 @@ def agreement(scores, labels_ZYX: np.ndarray, target: tuple[int, ...]) -> float:
 
 def own(*options: str) -> dict:
     """One reading of ours in a fresh process."""
-    done = subprocess.run([sys.executable, __file__, "--worker", *options], check=True, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--worker", *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peer(python: str, script: str) -> dict:
-    done = subprocess.run([python, script, "export"], check=True, capture_output=True, text=True)
+    done = subprocess.run([python, script, "export"], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

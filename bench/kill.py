@@ -4,9 +4,9 @@ Run: python bench/kill.py [DATA] [--times 10] [--stages plan,preprocess,train] [
 Per stage the command first runs undisturbed, for its seconds. Then, so many times: it starts in a fresh copy of what it
 needs, the whole process group gets SIGKILL at a random moment (seeded) within those seconds, and the same command runs
 again, undisturbed. It has to succeed, every file in the run folder has to open as what its name says, and no file under
-construction may be left; a training has to go on with every epoch that it had announced as done. Training validates on
-two cases only, so that the kills hit all of its phases and a run takes seconds. Prints a row per kill; ends with exit
-code 1 when any of this failed.
+construction may be left; a training has to go on with every epoch that its history held when it was killed. Training
+validates on two cases only, so that the kills hit all of its phases and a run takes seconds. Prints a row per kill;
+ends with exit code 1 when any of this failed.
 """
 
 import argparse
@@ -55,6 +55,7 @@ class Kill:
     at_seconds: float
     files: int
     unfinished: int
+    epochs: int
     again_seconds: float
     problems: tuple[str, ...]
 
@@ -96,13 +97,15 @@ def leave_few_for_validation(run: Path, cases: int) -> None:
     save(path, splits.model_copy(update={"folds": folds}))
 
 
-def lost_epochs(before: str, after: str) -> list[str]:
-    """What the killed training had announced as done and the next one did not go on from; `before`, `after`: output."""
-    announced = re.findall(r"epoch (\d+)/\d+\s+step (\d+)/(\d+)", before)
-    if not announced or "trained already" in after:
+def epochs_done(run: Path) -> int:
+    """Epochs in the history of the run's training; it is written behind the state that `--resume` needs."""
+    return sum(len(path.read_text().splitlines()) for path in run.rglob("history.jsonl"))
+
+
+def lost_epochs(done: int, after: str) -> list[str]:
+    """What the killed training had done and the next one, whose output is `after`, did not go on from."""
+    if "trained already" in after:
         return []
-    epoch, inside, of = map(int, announced[-1])
-    done = epoch if inside == of else epoch - 1
     kept = re.search(r"Going on at epoch (\d+)", after)
     begun = int(kept[1]) - 1 if kept else 0
     return [f"{done} epochs were done, {begun} are left"] if begun < done else []
@@ -170,14 +173,15 @@ def kill_once(stage: str, template: Path, data: Path, at_seconds: float, options
     words = command(stage, data, run, options)
     killed = execute(words, at_seconds)
     left = [path for path in run.rglob("*") if path.is_file()]
+    done = epochs_done(run)
     again = execute(words)
-    problems = problems_in(run) + (lost_epochs(killed.output, again.output) if stage == "train" else [])
+    problems = problems_in(run) + (lost_epochs(done, again.output) if stage == "train" else [])
     if killed.code not in (None, 0):
         problems.append(f"ended with code {killed.code} before it was killed: {killed.output[-300:]}")
     if again.code != 0:
         problems.append(f"the second run ended with code {again.code}: {again.output[-300:]}")
     unfinished = sum(TEMPORARY in path.name for path in left)
-    return Kill(stage, killed.seconds, len(left), unfinished, again.seconds, tuple(problems))
+    return Kill(stage, killed.seconds, len(left), unfinished, done, again.seconds, tuple(problems))
 
 
 def kills(stage: str, template: Path, data: Path, options: argparse.Namespace) -> list[Kill]:
@@ -202,7 +206,7 @@ def show(number: int, kill: Kill) -> None:
     what = "; ".join(kill.problems) or "ok"
     print(
         f"{kill.stage:<11} {number:>3}  killed at {kill.at_seconds:6.2f} s  {kill.files:>5} files, "
-        f"{kill.unfinished} unfinished  again {kill.again_seconds:6.1f} s  {what}",
+        f"{kill.unfinished} unfinished, {kill.epochs} epochs  again {kill.again_seconds:6.1f} s  {what}",
         flush=True,
     )
 

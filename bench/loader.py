@@ -72,29 +72,31 @@ def write_large(folder: Path, cases: int, shape: tuple[int, int, int]) -> dict[s
     return opened
 
 
-def hippocampus(data: Path, run: Path) -> tuple[Configuration, dict[str, CachedCase], int]:
-    """The planned 3d configuration with the training cases of fold 0, and the number of classes."""
+def planned(data: Path, run: Path) -> tuple[Configuration, dict[str, CachedCase], int, int]:
+    """The planned configuration with the training cases of fold 0, and the numbers of channels and classes."""
     made = plan(data, run, memory="8GB", device="cpu")
-    configuration = configuration_named(made, "3d")
-    preprocess(run, configuration="3d")
+    configuration = configuration_named(made, "3d" if made.dimension == 3 else "2d")
+    preprocess(run, configuration=configuration.name)
     layout = Layout(run)
     names = store.load(layout.splits, Splits).folds[0].train
-    return configuration, {name: open_case(layout.cache("3d"), name) for name in names}, made.classes
+    opened = {name: open_case(layout.cache(configuration.name), name) for name in names}
+    return configuration, opened, len(made.channels), made.classes
 
 
 def wait_share(
-    configuration: Configuration, opened: dict[str, CachedCase], classes: int, limit: int, steps: int, device: Device
-) -> tuple[float, float, int]:
+    configuration: Configuration, opened: dict[str, CachedCase], channels: int, classes: int, limit: int, steps: int,
+    device: Device,
+) -> tuple[float, float, int]:  # fmt: skip
     """(share of the time spent waiting, seconds per step, cases on disk) of training after two steps of warming up."""
     sources = held(opened, limit)
     on_disk = sum(isinstance(source, CachedCase) for source in sources.values())
     network = unet.build(configuration.network).to(device.torch_device)
-    network = lay_out(network, 3, device).train()
+    network = lay_out(network, configuration.dimension, device).train()
     train = configuration.train
     optimizer = make_optimizer(network, train, device)
     loss = build(train.loss, batch_dice=configuration.batch_dice)
     waited, start = 0.0, time.perf_counter()
-    with Batches(configuration, 0, 1, classes, device, None) as batches:
+    with Batches(configuration, 0, channels, classes, device, None) as batches:
         for number in range(steps + 2):
             if number == 2:
                 waited, start = 0.0, time.perf_counter()
@@ -107,7 +109,7 @@ def wait_share(
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/hippocampus"))
+    parser.add_argument("data", type=Path, nargs="?", help="default: ../shared/data/hippocampus, where it is")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cases", type=int, default=6, help="of the large data set")
     parser.add_argument("--shape", type=int, nargs=3, default=(200, 512, 512), help="of its cases, voxels Z Y X")
@@ -115,6 +117,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=float, default=0.05, help="share of waiting that is too much")
     parser.add_argument("--device", default=None)
     options = parser.parse_args(words)
+    data = options.data or Path("../shared/data/hippocampus")
+    if options.data is not None and not data.is_dir():
+        parser.error(f"{data}: no such folder")
     device = pick(options.device)
     set_up(device)
     torch.manual_seed(0)
@@ -122,12 +127,15 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="loader-") as folder:
         shape = tuple(options.shape)
         large = write_large(Path(folder) / "cache", options.cases, shape)
-        work = [("x".join(map(str, shape)), large_configuration(), large, 2, parse_bytes(options.cache))]
-        if options.data.is_dir():
-            configuration, opened, classes = hippocampus(options.data, Path(folder) / "run")
-            work.append((options.data.name, configuration, opened, classes, parse_bytes("64GB")))
-        for name, configuration, opened, classes, limit in work:
-            share, seconds, on_disk = wait_share(configuration, opened, classes, limit, options.steps, device)
+        work = [("x".join(map(str, shape)), large_configuration(), large, 1, 2, parse_bytes(options.cache))]
+        if data.is_dir():
+            work.append((data.name, *planned(data, Path(folder) / "run"), parse_bytes("64GB")))
+        else:
+            print(f"{data} is not there: only the large data set is read", flush=True)
+        for name, configuration, opened, channels, classes, limit in work:
+            share, seconds, on_disk = wait_share(
+                configuration, opened, channels, classes, limit, options.steps, device
+            )
             size = sum(bytes_of(case) for case in opened.values()) / GIB
             worst = max(worst, share)
             print(

@@ -1,7 +1,7 @@
 """Simulated against real peak memory of one training step: on the CPU, and on a CUDA card where there is one.
 
-    python bench/memory.py                  20 shapes on the CPU, in fp32 and bf16
-    python bench/memory.py --device cuda    the same shapes on a card, then 50 steps of plans for 8, 11 and 24 GB
+    python bench/memory.py                  ten shapes on the CPU, plain and residual, in fp32 and bf16
+    python bench/memory.py --device cuda    and three large ones on a card, then 50 steps of plans for 8, 11 and 24 GB
 
 On the CPU the real bytes are the allocations that torch's profiler records, which knows nothing of the simulation. On
 CUDA the simulated tensors, without and with the allowance for a workspace, stand beside max_memory_allocated, and the

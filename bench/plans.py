@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("--only", help="name of one folder in plans/")
     parser.add_argument("--recorded", action="store_true", help="use the readings of the plans that are there")
     options = parser.parse_args()
+    names = sorted({task.name for task in TASKS} | {*SHARED} | {file.parent.name for file in PLANS.glob("*/*.json")})
+    if options.only not in (None, *names):
+        parser.error(f"--only: there is no {options.only}, but {', '.join(names)}")
     if options.fingerprints:
         write_fingerprints(options.only)
     for file in sorted(PLANS.glob(f"{options.only or '*'}/fingerprint.json")):

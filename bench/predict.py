@@ -11,8 +11,8 @@ same. All of it is kept in --work: a second run starts with predicting.
 Then both predict the same folder, one after the other, `--times` times. Ours is the whole command, imports included;
 nnU-Net's seconds begin when its libraries are loaded. Printed: seconds, their ratio, and the share of equal voxels.
 
-Without --peer: seconds of ours per case, and resident memory over 200 predictions through one `Predictor`, with a small
-network of random weights.
+At the end, and without --peer alone: resident memory over 200 predictions through one `Predictor`, with a small network
+of random weights.
 """
 
 import argparse
@@ -118,13 +118,17 @@ def lend_weights(trained: Path, model: Path) -> None:
     )  # fmt: skip
     path = model / "fold_0" / "checkpoint_final.pth"
     theirs = torch.load(path, weights_only=False)  # made by the peer on this machine a moment ago
-    for name, tensor in nnunet.weights_from_nnunet(theirs["network_weights"], spec).items():
+    wanted = nnunet.weights_from_nnunet(theirs["network_weights"], spec)
+    for name, tensor in wanted.items():
+        shape = tuple(weights[name].shape) if name in weights else None
+        if shape != tuple(tensor.shape) and not (shape is None and name.endswith(".bias")):
+            found = f"lacks {name}" if shape is None else f"has {name} of shape {shape}, not {tuple(tensor.shape)}"
+            raise SystemExit(f"{trained} is not nnU-Net's network: it {found}. Leave --trained out.")
+    for name, tensor in wanted.items():
         if name in weights:
             tensor.copy_(weights[name])  # in place, so that it changes under all the names that it has
-        elif name.endswith(".bias"):
-            tensor.zero_()
         else:
-            raise SystemExit(f"{trained} lacks {name}")
+            tensor.zero_()
     torch.save(theirs, path)
 
 

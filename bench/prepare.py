@@ -47,7 +47,7 @@ def seconds_of_peer(data: Path, python: str, script: str) -> float:
     """Only its 3d_fullres configuration; the seconds it reports leave its copying of the raw files out."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, script, "prepare", str(data), folder]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         return float(json.loads(done.stdout.splitlines()[-1])["prepare_s"])
 
 

@@ -89,6 +89,10 @@ def main() -> None:
     parser.add_argument("--compare", type=int, default=4000)
     parser.add_argument("--speed", default="accurate")
     given = parser.parse_args()
+    from autoseg.image.slides import SLIDE_PIXELS
+
+    if 0 < given.size**2 <= SLIDE_PIXELS:
+        parser.error(f"--size {given.size}: up to {SLIDE_PIXELS:,} pixels are segmented in memory; give more, or 0")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = write_run(folder)

@@ -55,7 +55,8 @@ def like_the_peer(planned: Configuration, plans: Path) -> Configuration:
     network = planned.network.model_copy(update={
         "features": tuple(made["features_per_stage"]), "strides": tuple(map(tuple, made["strides"])),
         "kernels": tuple(map(tuple, made["kernel_sizes"])), "encoder_blocks": tuple(made["n_conv_per_stage"]),
-        "decoder_blocks": tuple(made["n_conv_per_stage_decoder"]), "norm": "instance", "deep_supervision": True,
+        "decoder_blocks": tuple(made["n_conv_per_stage_decoder"]), "norm": "instance", "bias": made["conv_bias"],
+        "deep_supervision": True,
     })  # fmt: skip
     # theirs counts decoder levels from the coarsest, ours from the finest
     network = network.model_copy(update={"decoder_blocks": network.decoder_blocks[::-1]})
@@ -173,6 +174,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.data.is_dir():
         parser.error(f"{options.data}: no such folder")
+    if options.steps < 3:
+        parser.error("--steps: give at least 3, the first two are not counted")
     device = pick(options.device, options.precision)
     print(f"torch {torch.__version__}, {allowed_cores()} cores, {device.name}, {device.precision}", flush=True)
     base, digits = None, 5 if device.is_cuda else 3

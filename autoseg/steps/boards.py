@@ -20,7 +20,8 @@ def board(folder: Path, written: int) -> Callable[[Sequence[Row]], None]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
-            "--tensorboard: TensorBoard is not installed.", fix="Run, where autoseg was cloned: pip install -e '.[tensorboard]'"
+            "--tensorboard: TensorBoard is not installed.",
+            fix="Run, where autoseg was cloned: pip install -e '.[tensorboard]'",
         ) from error
     writer = SummaryWriter(str(folder))
     done = written
