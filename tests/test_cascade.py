@@ -34,10 +34,10 @@ def cascade() -> tuple[Configuration, Configuration]:
     spec = TrainSpec(
         epochs=1, steps_per_epoch=2, warmup_steps=1, augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(2,))
     )
-    shared = {"axes": (2, 1, 0), "patch_voxels": PATCH, "train": spec}
-    low = a_configuration(name="3d_lowres", spacing_mm=(2.0, 2.0, 3.0), network=a_network(), **shared)
+    shared = {"axes": (2, 0, 1), "patch_voxels": PATCH, "train": spec}
+    low = a_configuration(name="3d_lowres", spacing_mm=(2.0, 3.0, 2.0), network=a_network(), **shared)
     full = a_configuration(
-        name="3d_cascade", spacing_mm=(1.0, 1.0, 1.5), network=a_network(in_channels=3), previous="3d_lowres", **shared
+        name="3d_cascade", spacing_mm=(1.0, 1.5, 1.0), network=a_network(in_channels=3), previous="3d_lowres", **shared
     )
     return low, full
 
@@ -110,11 +110,13 @@ def test_training_and_prediction_bring_the_first_stage_to_the_same_grid(cascaded
     maps = previous_label_maps(run, plan, configuration, "1", dataset.cases, "cpu", lambda event: None)
     for case in dataset.cases:
         values_ZYX, _ = read_labels(maps[case.id])
-        prepared = prepare(read_image(case.images), None, plan, configuration)
+        reference_ZYX, _ = read_labels(case.label)
+        prepared = prepare(read_image(case.images), reference_ZYX, plan, configuration)
         opened = open_case(layout.cache("3d_cascade"), case.id)
         seen_ZYX = previous_on_grid(maps[case.id], opened.mark, plan, configuration)
         assert seen_ZYX.shape == opened.shape
         np.testing.assert_array_equal(seen_ZYX, on_grid(values_ZYX, prepared, plan, configuration))
+        np.testing.assert_array_equal(on_grid(reference_ZYX, prepared, plan, configuration), prepared.labels_ZYX)
 
 
 def test_validation_cases_keep_the_predictions_of_the_network_that_did_not_see_them(cascaded: Path) -> None:

@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     oblique.unlink()
     dark.unlink()
     configuration = a_configuration(
-        axes=(1, 0, 2), spacing_mm=(1.0, 1.5, 1.25), network=a_network(),
+        axes=(2, 0, 1), spacing_mm=(1.25, 1.5, 1.0), network=a_network(),
         train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=(2,))),
     )  # fmt: skip
     run = a_planned_run(place / "run", data, configuration)

@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image.SetSpacing((1.25, 1.0, 1.5))
         sitk.WriteImage(image, str(path))
     configuration = a_configuration(
-        axes=(1, 0, 2), spacing_mm=(1.0, 1.5, 1.0), network=a_network(),
+        axes=(2, 0, 1), spacing_mm=(1.0, 1.5, 1.0), network=a_network(),
         train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,) * 3, mirror_axes=())),
     )  # fmt: skip
     run = a_planned_run(place / "run", data, configuration)

@@ -47,7 +47,7 @@ def a_run(root: Path, data: Path, seed: int = 0) -> Path:
     flat = a_configuration(
         name="2d", dimension=2, spacing_mm=(None, 1.0, 1.25), network=a_network(dimension=2), patch_voxels=(8, 8),
     )  # fmt: skip
-    deep = a_configuration(axes=(1, 0, 2), spacing_mm=(1.25, 1.5, 1.5), network=a_network())
+    deep = a_configuration(axes=(2, 0, 1), spacing_mm=(1.5, 1.5, 1.25), network=a_network())
     run = a_planned_run(root, data, flat, deep)
     cases = [case.id for case in store.load(Layout(run).dataset, Dataset).cases]
     for number, configuration in enumerate((flat, deep)):
