@@ -16,10 +16,11 @@ from autoseg.layout import Layout
 from autoseg.network import unet
 from autoseg.network.device import Device, lay_out
 from autoseg.network.loop import Batch
-from autoseg.network.patches import InMemory
+from autoseg.network.patches import InMemory, WithPrevious
 from autoseg.network.sampling import hard_rates
 from autoseg.records import AugmentSpec, TrainSpec
 from autoseg.steps.batches import Batches
+from autoseg.steps.predictor import one_hot
 from autoseg.steps.train import train
 
 STILL = AugmentSpec(rotation_rad=(0.0,) * 3, rotation_chance=0, scale_chance=0)
@@ -95,6 +96,32 @@ def test_images_that_lie_inside_the_patch_are_moved_as_if_more_were_read_around_
     assert read[0][:2] == patch[:2]
     assert read[1][0] > patch[0]
     assert (read[0][2] > patch[2]) == (patch[2] < 8)
+
+
+def test_what_the_stage_before_found_moves_with_the_image_and_is_told_by_one_channel_per_class() -> None:
+    """It finds exactly the labels here, so their channels must say what the labels of the batch say."""
+    rng = np.random.default_rng(0)
+    labels_ZYX = rng.integers(0, 3, (8, 8, 8)).astype(np.int16)
+    image_CZYX = rng.normal(0, 1, (1, 8, 8, 8)).astype(np.float32)
+    case = WithPrevious(InMemory(image_CZYX, labels_ZYX, {}), labels_ZYX)
+    spec = AugmentSpec(rotation_rad=(0.5,) * 3, rotation_chance=0.5, mirror_axes=(0, 1, 2))
+    configuration = a_configuration(network=a_network(3), previous="3d_lowres", train=TrainSpec(augment=spec))
+    seen: list[torch.Tensor] = []
+
+    def network(inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs)
+        return torch.zeros(len(inputs), 3, 8, 8, 8)
+
+    with Batches(configuration, 0, 1, 3, Device(torch.device("cpu"), "fp32"), 1) as coming:
+        drawn = [coming.draw([case], "a", step) for step in range(4)]
+        coming.validation_dice(network, [case], 10)  # type: ignore[arg-type]
+    for batch in drawn:
+        for image, labels in zip(batch.image, batch.labels, strict=True):
+            np.testing.assert_array_equal(image[1:].numpy(), one_hot(labels.numpy(), 3))
+    assert len({labels.numpy().tobytes() for batch in drawn for labels in batch.labels}) > 5
+    for image in seen[0]:
+        np.testing.assert_array_equal(image[:1].numpy(), image_CZYX)
+        np.testing.assert_array_equal(image[1:].numpy(), one_hot(labels_ZYX, 3))
 
 
 def test_a_compiled_network_is_validated_in_the_layout_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
