@@ -10,14 +10,17 @@ import torch
 from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 
+from autoseg.cases.prepare import prepare
 from autoseg.errors import UserError
 from autoseg.events import Event, Warned
 from autoseg.image.formats import read_image
 from autoseg.image.probabilities import read_probabilities
+from autoseg.image.resample import resample_image
 from autoseg.layout import Layout, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
 from autoseg.records import AugmentSpec, Configuration, Postprocessing, Rule, Run, TrainSpec
 from autoseg.steps.predict import Predictor, predict
+from autoseg.steps.predictor import as_volume
 from autoseg.store import TEMPORARY, save
 
 VALUES = {0, 100, 255}
@@ -124,6 +127,24 @@ def test_folds_are_averaged(place: Path) -> None:
     assert Predictor(place / "run", device="cpu").members == ("fold_0", "fold_1")
 
 
+def test_between_slices_that_are_far_apart_nothing_is_interpolated(place: Path, tmp_path: Path) -> None:
+    """5 x 1 x 1 mm, one tile of 4 x 1.25 x 1.25 mm: what the network says is repeated from slice to slice."""
+    configuration = a_configuration(axes=(2, 0, 1), spacing_mm=(1.25, 4.0, 1.25), network=a_network())
+    run = a_planned_run(tmp_path / "run", place / "data", configuration)
+    write_network(run, configuration, "0")
+    image_ZYX = np.random.default_rng(0).normal(5, 1, (6, 10, 10)).astype(np.float32)
+    predictor = Predictor(run, device="cpu", mirroring=False)
+    volume = as_volume(image_ZYX, (5.0, 1.0, 1.0))
+    found = predictor(volume, probabilities=True).probabilities_KZYX
+    prepared = prepare(volume, None, predictor.plan, configuration)
+    assert prepared.image_CZYX.shape == (1, 8, 8, 8)
+    with torch.no_grad(), predictor.device.autocast():
+        logits_KXZY = predictor._networks[0](torch.from_numpy(prepared.image_CZYX)[None])[0].float().numpy()
+    logits_KXZY = resample_image(logits_KXZY, (1.25, 4.0, 1.25), (10, 6, 10), 1)
+    expected = torch.from_numpy(logits_KXZY.transpose(0, 2, 3, 1)).softmax(0).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
 def test_a_predictor_gives_for_arrays_and_files_what_the_command_writes(place: Path) -> None:
     predictor = Predictor(place / "run", device="cpu")
     path = place / "data" / "imagesTs" / "oblique.nii.gz"
@@ -140,6 +161,16 @@ def test_mirroring_can_be_left_out(place: Path) -> None:
     path = place / "data" / "imagesTs" / "plain.nii.gz"
     plain_ZYX = Predictor(place / "run", device="cpu", mirroring=False).predict([path])
     assert not np.array_equal(plain_ZYX, values_in(place / "out" / "plain.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    ("speed", "mirror_axes", "overlap"), [("accurate", (2,), 0.5), ("balanced", (), 0.5), ("fast", (), 0.25)]
+)
+def test_a_speed_decides_about_mirroring_and_overlap(
+    place: Path, speed: str, mirror_axes: tuple[int, ...], overlap: float
+) -> None:
+    tiling = Predictor(place / "run", device="cpu", speed=speed).tiling((12, 14, 13), 3, 1)
+    assert (tiling.mirror_axes, tiling.overlap) == (mirror_axes, overlap)
 
 
 def test_an_empty_image_is_all_background(place: Path) -> None:

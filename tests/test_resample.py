@@ -8,7 +8,14 @@ from skimage.transform import resize
 
 from autoseg.errors import UserError
 from autoseg.image import resample
-from autoseg.image.resample import axis_matrix, resample_image, resample_labels, resampled_shape, thick_axis
+from autoseg.image.resample import (
+    axis_matrix,
+    operators,
+    resample_image,
+    resample_labels,
+    resampled_shape,
+    thick_axis,
+)
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 SHAPES = [((20, 31, 17), (33, 20, 17)), ((1, 40, 30), (1, 57, 44)), ((9, 8, 70), (3, 24, 150)), ((2, 3, 5), (7, 1, 9))]
@@ -50,6 +57,17 @@ def test_slices_of_a_thick_axis_are_interpolated_one_by_one_and_then_repeated() 
     assert np.abs(resampled[0] - expected).max() < 1e-4
     fewer = resample_image(image, (5.0, 1.0, 1.0), (3, 30, 18))
     assert np.abs(fewer[0] - expected[[1, 4, 6]]).max() < 1e-4
+
+
+@pytest.mark.parametrize("spacing_mm", [(5.0, 1.0, 1.0), (1.0, 1.0, 5.0), ISOTROPIC])
+@pytest.mark.parametrize("new", [(8, 30, 18), (3, 30, 22), (5, 11, 30)])
+def test_operators_do_to_a_piece_what_is_done_to_a_whole_image(spacing_mm: tuple, new: tuple) -> None:
+    image_ZYX = np.random.default_rng(1).normal(size=(5, 20, 22)).astype(np.float32)
+    matrices = operators(image_ZYX.shape, new, spacing_mm, 1)
+    assert [matrix is None for matrix in matrices] == [old == size for old, size in zip((5, 20, 22), new, strict=True)]
+    z, y, x = (np.eye(n) if each is None else each for each, n in zip(matrices, image_ZYX.shape, strict=True))
+    found = np.einsum("az,by,cx,zyx->abc", z, y, x, image_ZYX)
+    np.testing.assert_allclose(found, resample_image(image_ZYX[None], spacing_mm, new, 1)[0], atol=1e-5)
 
 
 def test_a_thick_last_axis_is_found_as_well() -> None:
