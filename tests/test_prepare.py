@@ -6,8 +6,9 @@ from planned import a_configuration, a_plan
 
 from autoseg.cases.prepare import class_locations, prepare, restore, restore_probabilities, to_indices, to_values
 from autoseg.errors import UserError
+from autoseg.image.resample import resample_image, resample_labels
 from autoseg.image.volume import Volume, plain_geometry
-from autoseg.records import Label
+from autoseg.records import Label, Resampling
 
 LABELS = tuple(Label(name=str(value), value=value) for value in (0, 5, 9))
 
@@ -43,6 +44,34 @@ def test_transposing_and_resampling_use_the_axes_of_the_plan() -> None:
     assert prepared.image_CZYX.shape == (1, 26, 9, 20)
     assert prepared.labels_ZYX.shape == (26, 9, 20)
     assert set(np.unique(prepared.labels_ZYX)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("anisotropy", [3.0, 1.8])
+@pytest.mark.parametrize(
+    ("spacing_mm", "target_mm"), [((1.0, 1.3, 2.0), (1.1, 1.5, 0.9)), ((5.0, 1.0, 1.0), (0.8, 3.0, 1.2))], ids=str
+)
+def test_preparing_is_cropping_normalizing_within_the_mask_and_resampling_in_this_order(
+    spacing_mm: tuple[float, float, float], target_mm: tuple[float, float, float], anisotropy: float
+) -> None:
+    axes, shape = (2, 0, 1), (10, 12, 14)
+    volume, _ = a_case(shape, spacing_mm)
+    labels = np.random.default_rng(1).choice(np.array([0, 5, 9], np.int32), shape)
+    volume.array_CZYX[0, 6:, 8:, 10:] = 0  # inside the box and outside the mask
+    configuration = a_configuration(
+        axes=axes, spacing_mm=target_mm, mask_for_normalization=(True,), resampling=Resampling(anisotropy=anisotropy)
+    )
+    image = volume.array_CZYX[0, 1:, 2:, 3:].transpose(axes).astype(np.float64)
+    inside = image != 0
+    assert not inside.all()
+    normalized = np.where(inside, (image - image[inside].mean()) / image[inside].std(), 0)
+    turned_mm = tuple(spacing_mm[axis] for axis in axes)
+    new = tuple(round(n * old / mm) for n, old, mm in zip(image.shape, turned_mm, target_mm, strict=True))
+    indices = ((labels == 5) + 2 * (labels == 9))[1:, 2:, 3:].transpose(axes).astype(np.int16)
+    prepared = prepare(volume, labels, a_plan(), configuration)
+    expected = resample_image(normalized[None].astype(np.float32), turned_mm, new, order=3, anisotropy=anisotropy)
+    np.testing.assert_allclose(prepared.image_CZYX, expected, atol=1e-4)
+    expected = resample_labels(indices, turned_mm, new, order=1, anisotropy=anisotropy)
+    np.testing.assert_array_equal(prepared.labels_ZYX, expected)
 
 
 def test_an_axis_without_target_spacing_keeps_its_slices() -> None:
