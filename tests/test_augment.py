@@ -170,6 +170,31 @@ def test_strengths_stay_in_their_ranges() -> None:
         assert high - 0.05 * (high - low) < values.max() <= high + 1e-4
 
 
+@pytest.mark.parametrize("in_plane", [False, True])
+@pytest.mark.parametrize(("patch", "axis", "plane"), [
+    ((6, 6), 0, (0, 1)), ((6, 6, 6), 0, (1, 2)), ((6, 6, 6), 1, (0, 2)), ((6, 6, 6), 2, (0, 1)),
+])  # fmt: skip
+def test_angles_are_drawn_to_both_sides_up_to_the_limit_of_their_axis(
+    patch: tuple[int, ...], axis: int, plane: tuple[int, int], in_plane: bool
+) -> None:
+    limits = [0.0] * (3 if len(patch) == 3 else 1)
+    limits[axis] = 0.7
+    spec = AugmentSpec(rotation_rad=tuple(limits), turn_in_plane_only=in_plane, **NOTHING | {"rotation_chance": 1.0})
+    matrix_BDD = draw(spec, 1000, 1, patch, seeded(8)).matrix_BDD
+    first, second = plane
+    angle_B = torch.atan2(matrix_BDD[:, second, first], matrix_BDD[:, first, first])
+    expected_BDD = torch.eye(len(patch)).repeat(1000, 1, 1)
+    expected_BDD[:, first, first] = expected_BDD[:, second, second] = angle_B.cos()
+    expected_BDD[:, second, first], expected_BDD[:, first, second] = angle_B.sin(), -angle_B.sin()
+    torch.testing.assert_close(matrix_BDD, expected_BDD)
+    if in_plane and len(patch) == 3 and axis != 0:
+        assert angle_B.abs().max() == 0
+        return
+    assert -0.7 - 1e-5 <= angle_B.min() < -0.67
+    assert 0.67 < angle_B.max() <= 0.7 + 1e-5
+    assert stats.kstest(angle_B.numpy(), stats.uniform(-0.7, 1.4).cdf).pvalue > 1e-3
+
+
 # ------------------------------------------------------------------------------------------------ movement
 
 
