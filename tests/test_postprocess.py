@@ -226,6 +226,29 @@ def test_volume_and_hole_rules_are_found(tmp_path):
     assert learned.rules[0].minimum_mm3 in VOLUMES_MM3
 
 
+def test_volumes_are_learned_in_cubic_millimetres(tmp_path):
+    """A false crumb of 8 voxels has 16 mm3, so the rule about 10 mm3 leaves it and that about 30 removes it."""
+    real = np.zeros((10, 24, 24), np.int16)
+    real[2:8, 2:8, 2:8] = 1
+    crumbs = real.copy()
+    crumbs[9, 22, 2:10] = 1
+    run = make_run(tmp_path, [(crumbs, real)] * 6)
+    learned = postprocess_learn(run, actions=("drop_volume",), workers=1)
+    assert [each.minimum_mm3 for each in learned.rules] == [30.0]
+
+
+@pytest.mark.parametrize("label", ["organ", None])
+def test_volumes_are_dropped_by_cubic_millimetres(label):
+    labels = np.zeros((10, 24, 24), np.int16)
+    labels[9, 22, 2:12] = 1
+    for spacing_mm, limits in (((2.0, 1.0, 1.0), (15.0, 20.0, 25.0)), ((0.5, 0.5, 1.0), (2.0, 2.5, 4.0))):
+        left = [
+            int((apply_rules(labels, (rule("drop_volume", label, minimum_mm3=mm3),), LABELS, spacing_mm) > 0).sum())
+            for mm3 in limits
+        ]
+        assert left == [10, 10, 0]
+
+
 def test_judging_by_lists_of_components_equals_applying_the_rules():
     chance = np.random.default_rng(1)
     rules = (
