@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from planned import a_configuration, a_plan
+from planned import INTENSITIES, a_configuration, a_plan
 
 from autoseg import store
-from autoseg.cases.cache import is_current, key_of, open_case, stamp_of, write
+from autoseg.cases.cache import PREPROCESSING, is_current, key_of, open_case, stamp_of, write
 from autoseg.cases.exchange import input_file, is_unchanged
 from autoseg.cases.inspect import content_of
 from autoseg.cases.prepare import Prepared, class_locations, prepare
@@ -22,7 +22,18 @@ from autoseg.image.formats import read_image, read_labels, write_labels
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import CachedFiles, Layout
 from autoseg.parallel import over_cases
-from autoseg.records import Case, Configuration, Dataset, Fold, Label, Plan, Splits
+from autoseg.records import (
+    AugmentSpec,
+    Case,
+    Configuration,
+    Dataset,
+    Fold,
+    Label,
+    Plan,
+    Resampling,
+    Splits,
+    TrainSpec,
+)
 from autoseg.steps.preprocess import keep_or_make_splits, preprocess
 from autoseg.store import save
 
@@ -166,15 +177,44 @@ def test_the_key_follows_what_decides_and_nothing_else() -> None:
     plan, configuration = a_plan(), a_configuration()
     key = key_of("content", plan, configuration)
     assert key == key_of("content", plan, configuration.model_copy(update={"name": "other", "batch_size": 7}))
-    changed = [
-        key_of("changed", plan, configuration),
-        key_of("content", plan.model_copy(update={"ignore_value": 3}), configuration),
-        key_of("content", plan, configuration.model_copy(update={"spacing_mm": (2.0, 1.0, 1.0)})),
-        key_of("content", plan, configuration.model_copy(update={"normalization": ("ct",)})),
-        key_of("content", plan, configuration.model_copy(update={"axes": (1, 0, 2)})),
-    ]
-    assert key not in changed
-    assert len(set(changed)) == len(changed)
+    assert key == key_of("content", plan, configuration.model_copy(update={"train": TrainSpec(augment=AugmentSpec(
+        rotation_rad=(0.1,) * 3, noise_chance=1.0
+    ))}))  # fmt: skip
+    assert key != key_of("changed", plan, configuration)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spacing_mm": (2.0, 1.0, 1.0)}, {"normalization": ("ct",)}, {"axes": (1, 0, 2)}, {"patch_voxels": (8, 8, 16)},
+        {"mask_for_normalization": (True,)}, {"resampling": Resampling(image_order=1)},
+        {"resampling": Resampling(label_order=0)}, {"resampling": Resampling(anisotropy=2.0)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_key_follows_every_field_of_a_configuration_that_decides(change: dict) -> None:
+    plan, configuration = a_plan(), a_configuration()
+    assert key_of("c", plan, configuration) != key_of("c", plan, configuration.model_copy(update=change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ignore_value": 3}, {"intensities": (INTENSITIES.model_copy(update={"std": 3.0}),)},
+        {"labels": tuple(Label(name=f"label_{value}", value=value) for value in (0, 5, 8))},
+        {"labels": tuple(Label(name=f"label_{value}", value=value) for value in (0, 9, 5))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_key_follows_every_field_of_a_plan_that_decides(change: dict) -> None:
+    plan, configuration = a_plan(), a_configuration()
+    assert key_of("c", plan, configuration) != key_of("c", plan.model_copy(update=change), configuration)
+
+
+def test_the_key_follows_the_version_of_the_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of("c", a_plan(), a_configuration())
+    monkeypatch.setattr("autoseg.cases.cache.PREPROCESSING", PREPROCESSING + 1)
+    assert key_of("c", a_plan(), a_configuration()) != before
 
 
 # ------------------------------------------------------------------------------------------------ steps/preprocess.py
