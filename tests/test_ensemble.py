@@ -69,6 +69,15 @@ def test_weights_move_the_mean(folders, tmp_path):
             ensemble(folders, tmp_path / "other", weights=wrong)
 
 
+@pytest.mark.parametrize("weights", [(1, 0, 0), (3, 1, 0), (3, 1, 4)])
+def test_every_weight_is_that_of_its_folder(folders, tmp_path, weights):
+    ensemble(folders, tmp_path / "out", weights=weights, save_probabilities=True)
+    mean = sum(weight * half(seed) for weight, seed in zip(weights, (0, 10, 20), strict=True)) / sum(weights)
+    found, _, _ = read_probabilities(probabilities_file(tmp_path / "out", "a"))
+    np.testing.assert_allclose(found, mean, atol=1e-3)
+    assert np.array_equal(read_labels(tmp_path / "out" / "a.nii.gz")[0], np.array(VALUES)[mean.argmax(0)])
+
+
 def test_the_result_does_not_depend_on_the_slabs(folders, tmp_path, monkeypatch):
     ensemble(folders, tmp_path / "whole", save_probabilities=True)
     monkeypatch.setattr(combine, "SLAB_VALUES", 1)

@@ -107,6 +107,24 @@ def test_a_2d_and_a_3d_network_of_one_run_are_averaged_on_the_images_grid(place,
     assert not list(tmp_path.glob("*unfinished*"))
 
 
+@pytest.mark.parametrize("weights", [(3, 1, 0), (1, 0, 0)])
+def test_every_weight_is_that_of_its_run_and_configuration(place, tmp_path, weights):
+    image = place / "data" / "imagesTs" / "case_04.nii.gz"
+    members = ((place / "a", "2d"), (place / "a", "3d"), (place / "b", "3d"))
+    mean = 0.0
+    for number, ((run, name), weight) in enumerate(zip(members, weights, strict=True)):
+        out = tmp_path / str(number)
+        predict(run, image, out, configuration=name, save_probabilities=True, device="cpu")
+        mean += weight / sum(weights) * read_probabilities(probabilities_file(out, "case_04"))[0].astype(np.float32)
+    four = (*weights[:2], 0, weights[2])
+    ensemble_runs(
+        [place / "a", place / "b"], image, tmp_path / "out", configurations=("2d", "3d"), weights=four,
+        save_probabilities=True, device="cpu",
+    )  # fmt: skip
+    found = read_probabilities(probabilities_file(tmp_path / "out", "case_04"))[0]
+    np.testing.assert_allclose(found, mean, atol=2e-3)
+
+
 def test_two_runs_and_their_configurations_work_from_the_command_line(place, tmp_path):
     images = str(place / "data" / "imagesTs")
     command = ["ensemble", "--runs", str(place / "a"), str(place / "b"), "-i", images, "-o"]
