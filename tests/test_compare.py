@@ -11,7 +11,7 @@ from autoseg.layout import comparison_file, comparison_picture, scores_file
 from autoseg.records import CaseScore, Scores
 from autoseg.scoring import statistics
 from autoseg.scoring.comparison import Comparison, Difference
-from autoseg.steps.compare import _corrected, compare, draw
+from autoseg.steps.compare import BETTER, _corrected, compare, draw
 
 LABELS = ("organ", "lesion")
 PAIRS = ((0, 1), (0, 2), (1, 2))
@@ -65,6 +65,43 @@ def test_a_real_difference_is_found_where_it_is_and_only_there(tmp_path):
     assert "of lesion" not in found.conclusion
     assert "may be chance" in found.conclusion
     assert not comparison_file(a).exists()
+
+
+def write_values(folder: Path, metric: str, values_N: np.ndarray) -> Path:
+    """A prediction folder with scores of one metric; errors of volume have the other sign for lesions."""
+    sign = -1 if metric == "volume_error" else 1
+    cases = tuple(
+        CaseScore(id=f"c{n:03d}", values={metric: (float(value), sign * float(value))})
+        for n, value in enumerate(values_N)
+    )
+    store.save(scores_file(folder), Scores(
+        prediction=str(folder), reference="nowhere", labels=LABELS, policy="", cases=cases,
+        mean={metric: (0.0, 0.0)}, foreground_mean={metric: 0.0},
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("metric", "good", "bad"),
+    [
+        ("dice", 0.9, 0.8), ("surface_dice", 0.9, 0.8), ("surface_dice_at_tolerance", 0.9, 0.8), ("iou", 0.9, 0.8),
+        ("precision", 0.9, 0.8), ("recall", 0.9, 0.8), ("lesion_f1", 0.9, 0.8), ("hd95_mm", 2.0, 9.0),
+        ("asd_mm", 0.5, 2.0), ("false_positive_mm3", 10.0, 40.0), ("volume_error", 0.1, -0.3),
+        ("volume_error", -0.1, 0.3), ("volume_error", -0.1, -0.3),
+    ],
+)  # fmt: skip
+def test_of_every_metric_it_is_known_which_end_is_better(tmp_path, metric, good, bad):
+    spread = np.linspace(-0.01, 0.01, 8)
+    worse = write_values(tmp_path / "a", metric, bad + spread**2)
+    found = compare(worse, write_values(tmp_path / "b", metric, good + spread), metrics=[metric])
+    assert row_of(found, metric, "organ").better == row_of(found, metric, "foreground").better == "b"
+    assert found.ranking == ("b", "a")
+    assert found.rank_shares == ((0.0, 1.0), (1.0, 0.0))
+
+
+def test_every_metric_has_a_better_end():
+    tested = test_of_every_metric_it_is_known_which_end_is_better.pytestmark[0].args[1]
+    assert {metric for metric, _, _ in tested} == set(BETTER)
 
 
 def test_no_method_is_better_where_most_cases_and_the_mean_disagree(tmp_path):
