@@ -69,7 +69,9 @@ def assert_same(one: TrainState, other: TrainState) -> None:
     left, right = tensors_of(one), tensors_of(other)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    numbers = ("step", "epoch", "steps_per_epoch", "smoothed_dice", "best_dice", "skipped")
+    numbers = (
+        "step", "epoch", "steps_per_epoch", "smoothed_dice", "best_dice", "skipped", "pieces", "precision", "troubled",
+    )  # fmt: skip
     assert [str(getattr(one, name)) for name in numbers] == [str(getattr(other, name)) for name in numbers]
 
 
@@ -102,12 +104,13 @@ def test_a_state_comes_back_exactly(tmp_path: Path, optimizer: str) -> None:
     train = a_train(optimizer=optimizer)
     state = a_state(train, norm="batch")
     go_on(state, train, 5)
-    state.skipped = 3
+    state.skipped, state.pieces, state.precision, state.troubled = 3, 2, "fp32", 1
     save_state(tmp_path / "state", state)
     back = a_state(train, seed=1, norm="batch")
     load_state(tmp_path / "state", back)
     assert_same(state, back)
     assert (back.step, back.epoch, back.skipped) == (5, 1, 3)
+    assert (back.pieces, back.precision, back.troubled) == (2, "fp32", 1)
     assert back.seconds == state.seconds
     assert json.dumps(back.history) == json.dumps(state.history)  # as text, for it holds a NaN
     assert math.isnan(back.history[0]["dice_2"])
