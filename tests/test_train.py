@@ -21,10 +21,11 @@ from synthetic import write_dataset
 
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Event, Said, Started, Trained, Warned
+from autoseg.image.formats import read_labels
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, unet
 from autoseg.network.device import Device
-from autoseg.records import AugmentSpec, Configuration, Memory, Plan, Run, Scores, Splits, TrainSpec
+from autoseg.records import AugmentSpec, Configuration, Dataset, Memory, Plan, Run, Scores, Splits, TrainSpec
 from autoseg.steps.models import as_trained
 from autoseg.steps.options import (
     Machine,
@@ -149,6 +150,17 @@ def test_the_weights_are_the_average_that_the_state_holds(trained: Path) -> None
     for index, name in enumerate(names):
         np.testing.assert_array_equal(weights[name], state[f"average.{index}"])
     assert any(not np.array_equal(weights[name], state[f"network.{name}"]) for name in names)
+
+
+def test_validation_is_of_the_weights_that_prediction_loads(trained: Path) -> None:
+    predictor = Predictor(trained, folds=["0"], device="cpu", postprocess=False)
+    cases = {case.id: case.images for case in load(Layout(trained).dataset, Dataset).cases}
+    validated = sorted(Layout(trained).model("3d", "0").validation.glob("*.nii.gz"))
+    assert validated
+    for path in validated:
+        labels_ZYX, _ = read_labels(path)
+        assert labels_ZYX.any()
+        np.testing.assert_array_equal(predictor.predict(cases[path.name.removesuffix(".nii.gz")]), labels_ZYX)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained: Path, run: Path) -> None:
