@@ -79,6 +79,18 @@ def test_differences_without_spread_have_plain_answers():
     assert effect_size(np.full(8, 0.5)) is None
 
 
+@pytest.mark.parametrize("gain", [0.1, 0.7, -0.1])
+def test_equal_differences_have_plain_answers_whatever_rounding_makes_of_their_spread(gain: float) -> None:
+    """The standard deviation of seven times 0.1 is 1e-17, and 0.8 - 0.7 is not quite 0.9 - 0.8."""
+    for cases in range(6, 41):
+        worse = np.random.default_rng(cases).uniform(0.2, 0.9, cases)
+        for differences in (np.full(cases, gain), (worse + gain) - worse):
+            assert bootstrap_interval(differences) == pytest.approx((gain, gain))
+            assert effect_size(differences) is None
+            assert paired_t(differences) == 0.0
+            assert paired_t(differences, "greater") == (gain < 0)
+
+
 def test_the_interval_equals_scipys_from_the_same_drawings():
     for seed in range(10):
         differences = drawn(seed, 20 + seed)

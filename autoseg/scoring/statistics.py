@@ -33,7 +33,7 @@ def paired_t(differences: np.ndarray, alternative: Alternative = "two-sided") ->
     """
     enough(differences.size)
     mean, spread = differences.mean(), differences.std(ddof=1)
-    if spread == 0:
+    if _all_equal(differences):
         return float(mean == 0 or (alternative == "greater" and mean < 0))
     t = mean / (spread / np.sqrt(differences.size))
     if alternative == "greater":
@@ -132,8 +132,8 @@ def bootstrap_interval(
     """
     enough(differences.size)
     n, mean = differences.size, float(differences.mean())
-    if differences.std() == 0:
-        return Interval(mean, mean)
+    if _all_equal(differences):
+        return Interval(float(differences[0]), float(differences[0]))
     chance = np.random.default_rng(seed)
     block = max(1, 2_000_000 // n)
     means = np.concatenate([
@@ -153,10 +153,9 @@ def bootstrap_interval(
 
 def effect_size(differences: np.ndarray) -> float | None:
     """Cohen's d of paired differences: mean / standard deviation; None when all differences are equal and not 0."""
-    spread = float(differences.std(ddof=1)) if differences.size > 1 else 0.0
-    if spread == 0:
+    if _all_equal(differences):
         return 0.0 if not differences.any() else None
-    return float(differences.mean()) / spread
+    return float(differences.mean() / differences.std(ddof=1))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -193,6 +192,11 @@ def enough(cases: int) -> None:
             f"{cases} paired case{'s are' if cases != 1 else ' is'} too few for a test; it needs {FEWEST}.",
             fix="Score more cases, or look at the numbers without a test.",
         )
+
+
+def _all_equal(differences: np.ndarray) -> bool:
+    """Whether all are the same number but for rounding; the standard deviation of equal numbers need not be 0."""
+    return bool(np.ptp(differences) <= 1e-12 * np.abs(differences).max()) if differences.size else True
 
 
 def _exact_signed_rank(statistic: int, n: int, alternative: Alternative) -> float:
