@@ -157,6 +157,32 @@ def test_cases_where_a_score_is_not_defined_do_not_count(tmp_path):
     assert "1 could not be tested for lack of cases" in found.conclusion
 
 
+def test_who_misses_the_hard_class_has_no_better_mean_of_distances(tmp_path):
+    """Both are as good in the organ; a alone misses every lesion, which has no HD95 then, and Dice 0."""
+    both, heard = drawn(1), []
+    missed = both.copy()
+    missed[:, 1] = np.nan
+    a, b, c = save(tmp_path / "a", missed), save(tmp_path / "b", both), save(tmp_path / "c", both - 0.01)
+    found = compare(a, b, metrics=["hd95_mm", "dice"], report=heard.append)
+    row = row_of(found, "hd95_mm", "foreground")
+    assert row.mean_first == row.mean_second == pytest.approx(10 * (1 - both[:, 0].mean()))
+    assert (row.unpaired, row.better, row.cases) == (30, None, 30)
+    assert "hd95_mm: only one of a and b has 30 scores of single classes" in heard[0].text
+    assert row_of(found, "hd95_mm", "lesion").unpaired == 30
+    ranked = compare(a, b, c, metrics=["hd95_mm"])
+    assert ranked.ranking[-1] == "c"
+    assert next(r for r in ranked.differences if (r.first, r.second) == ("b", "c")).unpaired == 0
+
+
+def test_a_class_drawn_in_vain_lowers_the_mean_dice(tmp_path):
+    """Dice is not defined where a class is rightly absent, and 0 where it is drawn all the same."""
+    a, b = drawn(1), drawn(1)
+    a[:, 1], b[:, 1] = np.nan, 0.0
+    row = row_of(compare(save(tmp_path / "a", a), save(tmp_path / "b", b), metrics=["dice"]), "dice", "foreground")
+    assert row.mean_second == pytest.approx(row.mean_first / 2)
+    assert (row.better, row.unpaired) == ("a", 0)
+
+
 def test_fewer_than_six_cases_are_refused(tmp_path):
     five, six = (
         [save(tmp_path / f"{name}{cases}", drawn(n, cases=cases)) for n, name in enumerate("ab")] for cases in (5, 6)

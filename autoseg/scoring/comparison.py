@@ -9,7 +9,8 @@ class Difference(Record):
     `difference` is the mean of first - second over the `cases` where both are defined, with its bootstrap interval at
     the comparison's level; `better` names the better method where `p_wilcoxon_holm` is below 1 - level, else None.
     Where it is, but cases (the sign of `rank_correlation`) and the mean disagree on which is better, there is none and
-    `torn` is true. The P values are None where there are too few cases to test.
+    `torn` is true. The P values are None where there are too few cases to test. `unpaired` counts the scores of single
+    classes that only one of the two has; they enter neither mean.
     """
 
     first: str
@@ -30,6 +31,7 @@ class Difference(Record):
     p_wilcoxon_holm: float | None = None
     better: str | None = None
     torn: bool = False
+    unpaired: int = 0
 
 
 class Comparison(Saved):

@@ -18,7 +18,7 @@ from autoseg.events import Report, Said, Warned, silent
 from autoseg.image.labels import some
 from autoseg.layout import comparison_file, comparison_picture, scores_file
 from autoseg.records import CaseScore, Scores
-from autoseg.scoring import overlap, statistics
+from autoseg.scoring import statistics
 from autoseg.scoring.comparison import Comparison, Difference
 from autoseg.steps.pairs import dataset_near
 
@@ -63,6 +63,7 @@ def compare(
         for family in ((FOREGROUND,), read[0].labels)
         for row in _corrected(list(_family(read, called, metric, family, level)), level)
     ]
+    _warn_of_unpaired(rows, report)
     ranking, shares = _ranking(read, called, chosen[0])
     found = Comparison(
         methods=called,
@@ -146,10 +147,11 @@ def _family(
 ) -> Iterator[Difference]:
     """Differences of all pairs of methods in these labels, not yet corrected."""
     for label in labels:
-        values = [_values(scores, metric, label) for scores in read]
         for one, other in combinations(range(len(read)), 2):
-            both = ~np.isnan(values[one]) & ~np.isnan(values[other])
-            yield _difference(values[one][both], values[other][both], called[one], called[other], metric, label, level)
+            values_MN, unpaired = _values((read[one], read[other]), metric, label)
+            first, second = values_MN[:, ~np.isnan(values_MN).any(axis=0)]
+            row = _difference(first, second, called[one], called[other], metric, label, level)
+            yield row.model_copy(update={"unpaired": unpaired})
 
 
 def _difference(
@@ -204,7 +206,7 @@ def _ranking(
     read: Sequence[Scores], called: tuple[str, ...], metric: str
 ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]:
     """Methods from best to worst by the foreground mean, and how often each has each rank when cases are redrawn."""
-    values_MN = BETTER[metric] * np.stack([_values(scores, metric, FOREGROUND) for scores in read])
+    values_MN = BETTER[metric] * _values(read, metric, FOREGROUND)[0]
     values_MN = values_MN[:, ~np.isnan(values_MN).any(axis=0)]
     if not values_MN.size:
         return called, ()
@@ -213,18 +215,29 @@ def _ranking(
     return tuple(called[m] for m in order), tuple(tuple(float(share) for share in row) for row in shares)
 
 
-def _values(scores: Scores, metric: str, label: str) -> np.ndarray:
-    """One number per case in the order of the ids, NaN where not defined; volume errors without their sign."""
-    values = [_value(case, metric, label, scores.labels) for case in _ordered(scores)]
-    array = np.array([np.nan if value is None else value for value in values], float)
-    return np.abs(array) if metric == "volume_error" else array
+def _values(read: Sequence[Scores], metric: str, label: str) -> tuple[np.ndarray, int]:
+    """One number per method and case, and how many scores were left out because not all methods have them.
 
-
-def _value(case: CaseScore, metric: str, label: str, labels: Sequence[str]) -> float | None:
-    per_class = case.values[metric]
-    if label == FOREGROUND:
-        return overlap.mean([abs(v) if metric == "volume_error" and v is not None else v for v in per_class])
-    return per_class[labels.index(label)]
+    Returns:
+        values_MN: M methods x N cases in the order of their ids, NaN where not defined; volume errors without their
+            sign. The foreground mean of a case is over the classes that all methods have a score of: one that always
+            misses the hard class would look better without it. Scores in `ZERO_WHERE_WRONG` need no such care.
+        unpaired: scores of single classes that some methods have and others lack, which therefore do not count.
+    """
+    values_MNK = np.array([[case.values[metric] for case in _ordered(scores)] for scores in read], float)
+    if metric == "volume_error":
+        values_MNK = np.abs(values_MNK)
+    if label != FOREGROUND:
+        values_MNK = values_MNK[..., [read[0].labels.index(label)]]
+    undefined_MNK = np.isnan(values_MNK)
+    if label == FOREGROUND and metric in ZERO_WHERE_WRONG:
+        unpaired_NK = np.zeros_like(undefined_MNK[0])
+    else:
+        unpaired_NK = undefined_MNK.any(axis=0) & ~undefined_MNK.all(axis=0)
+    counts_MNK = ~undefined_MNK & ~unpaired_NK
+    sums_MN, defined_MN = np.where(counts_MNK, values_MNK, 0.0).sum(axis=2), counts_MNK.sum(axis=2)
+    values_MN = np.where(defined_MN > 0, sums_MN / np.maximum(defined_MN, 1), np.nan)
+    return values_MN, int(unpaired_NK.sum())
 
 
 # ------------------------------------------------------------------------------------------------ input
@@ -326,6 +339,14 @@ def _warn_of_groups(scores: Scores, groups: Mapping[str, str] | None, report: Re
         report(Warned(f"Several cases come from the same patient ({who}), so P values look better than they are."))
 
 
+def _warn_of_unpaired(rows: Sequence[Difference], report: Report) -> None:
+    """Say how many scores a mean over classes is without, because only one of two methods has them."""
+    for row in rows:
+        if row.label == FOREGROUND and row.unpaired:
+            lacking = f"only one of {row.first} and {row.second} has {row.unpaired} scores of single classes"
+            report(Warned(f"{row.metric}: {lacking}, which therefore do not count; see how Dice judges these classes."))
+
+
 def _ordered(scores: Scores) -> list[CaseScore]:
     return sorted(scores.cases, key=lambda case: case.id)
 
@@ -344,3 +365,6 @@ BETTER: dict[str, int] = {
     "false_positive_mm3": -1,
 }
 """What can be compared, and whether more (1) or less (-1) is better."""
+
+ZERO_WHERE_WRONG = ("dice", "surface_dice", "surface_dice_at_tolerance", "iou", "lesion_f1")
+"""Not defined only where a class is rightly absent; 0 where it is missed or drawn in vain (see `overlap.POLICY`)."""
