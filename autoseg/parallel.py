@@ -25,6 +25,9 @@ Result = TypeVar("Result")
 THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 """Set to 1 in workers: with one worker per core, more threads only wait for each other."""
 
+LAST_WORDS_SECONDS = 5.0
+"""Terminated workers are waited for no longer."""
+
 
 def allowed_cores() -> int:
     """Cores this process may use: affinity, then the cgroup's CPU quota, then SLURM's allocation."""
@@ -66,6 +69,8 @@ def over_cases(
 
     At most 2 x workers items are under way, so memory stays bounded. `function` and its items must be picklable.
     An exception of `function` is raised here with the item named; a killed worker raises UserError with likely cause.
+    Where this ends early, by an exception or Ctrl-C, workers are terminated wherever they are: what `function` writes
+    has to be whole or absent, as `store.replacing` has it.
     Starting workers takes about a second of imports: with `head_start_seconds` this process works on the first items
     meanwhile, so that a small data set is done before a worker is needed. `preload` names slow modules that `function`
     imports late; they are imported once for all workers.
@@ -92,8 +97,11 @@ def over_cases(
                 yield item, _result(future, item, [*waiting.values(), item], name)
                 for following in _take(rest, 1):
                     waiting[_submit(pool, function, following, waiting, name)] = following
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException:
+        with ctrl_c_later(forget=True):  # what is under way ends with an exception in any case
+            _end(pool)
+        raise
+    pool.shutdown(wait=False)
 
 
 def _take(rest: Iterator[Item], most: int) -> Iterator[Item]:
@@ -166,9 +174,24 @@ def _wait_for_parent() -> None:
         os._exit(1)
 
 
+def _end(pool: ProcessPoolExecutor) -> None:
+    """Terminate the workers, who would work off what is queued for them, and wait until they are gone.
+
+    With Python 3.14 the first three lines are `pool.terminate_workers()`.
+    """
+    workers, results, manager = [*(pool._processes or {}).values()], pool._result_queue, pool._executor_manager_thread
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.terminate()
+    if results is not None:  # else the pool's thread would wait for the rest of a result that was cut short
+        results._writer.close()  # type: ignore[attr-defined]
+    if manager is not None:
+        manager.join(LAST_WORDS_SECONDS)  # type: ignore[attr-defined]
+
+
 @contextmanager
-def ctrl_c_later() -> Iterator[None]:
-    """Let the block end before Ctrl-C counts.
+def ctrl_c_later(forget: bool = False) -> Iterator[None]:
+    """Let the block end before Ctrl-C counts; with `forget` it never does.
 
     A worker whose start is cut short belongs to no pool: it outlives this process and complains on the screen.
     """
@@ -182,7 +205,7 @@ def ctrl_c_later() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):
+    if pressed and callable(before) and not forget:
         before(signal.SIGINT, pressed[-1])
 
 

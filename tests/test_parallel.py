@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,6 +39,14 @@ def leave_a_mark(folder_and_number: tuple[str, int]) -> int:
     folder, number = folder_and_number
     Path(folder, str(number)).touch()
     return number
+
+
+def start_and_sleep(folder_and_number: tuple[str, int]) -> bytes:
+    """Its first item gives more than a pipe holds at once."""
+    folder, number = folder_and_number
+    Path(folder, f"{number}-{os.getpid()}").touch()
+    time.sleep(0.0 if number == 0 else 60.0)
+    return bytes(10_000_000)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -75,6 +85,65 @@ def test_no_more_than_twice_the_workers_are_under_way(tmp_path: Path) -> None:
     time.sleep(0.5)
     assert len(list(tmp_path.iterdir())) <= 6
     results.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are asked for in /proc")
+def test_workers_are_gone_when_the_work_ends_early(tmp_path: Path) -> None:
+    results = over_cases(start_and_sleep, [(str(tmp_path), k) for k in range(8)], 2, str)
+    next(results)
+    began = time.monotonic()
+    while len(list(tmp_path.iterdir())) < 3 and time.monotonic() - began < 20:
+        time.sleep(0.05)
+    began = time.monotonic()
+    results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began < 4
+    workers = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
+    assert not [pid for pid in workers if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie that its parent, the fork server, has yet to collect."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+INTERRUPTED = """
+import sys
+from autoseg import cli
+from autoseg.parallel import over_cases
+from test_parallel import start_and_sleep
+@cli.app.command()
+def sleep(folder: str):
+    with cli._watched():
+        for _ in over_cases(start_and_sleep, [(folder, k) for k in range(8)], 2, str):
+            pass
+sys.argv.insert(1, "sleep")
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are asked for in /proc")
+@pytest.mark.parametrize("pauses", [(), (0.05, 0.05), (0.3, 0.3)])
+def test_ctrl_c_ends_command_and_workers_without_a_traceback(tmp_path: Path, pauses: tuple[float, ...]) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    began = time.monotonic()
+    while len(list(tmp_path.iterdir())) < 3 and time.monotonic() - began < 30:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    for pause in pauses:
+        time.sleep(pause)
+        process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=10)
+    assert "Traceback" not in said
+    assert "Stopped" in said
+    assert not [path for path in tmp_path.iterdir() if is_running(int(path.name.partition("-")[2]))]
 
 
 def test_at_least_one_core_is_allowed() -> None:

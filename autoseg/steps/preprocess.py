@@ -57,10 +57,9 @@ def preprocess(
     done = len(dataset.cases) - len(work)
     if done:
         report(Advanced(what, done=done, of=len(dataset.cases), note="already there"))
-    results = over_cases(
+    for each, _ in over_cases(
         preprocess_case, work, workers or allowed_cores(), _name_of, head_start_seconds=1.0, preload=("blosc2",)
-    )
-    for each, _ in results:
+    ):
         done += 1
         report(Advanced(what, done=done, of=len(dataset.cases), note=each.case.id))
     report(Finished(what))
