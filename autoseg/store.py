@@ -55,7 +55,8 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
             raise told from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written nothing can be removed
+            temporary.unlink()
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
@@ -96,11 +97,18 @@ def empty_folder(folder: Path) -> None:
 
 def _told(error: OSError, path: Path) -> UserError | None:
     """What only the user can mend: a full disk, a place that cannot be written."""
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if is_disk_full(error):
         return UserError(f"{path}: the disk is full.", fix="Free some space and run the same command again.")
     if error.errno in (13, 30):  # EACCES, EROFS
         return UserError(f"{path}: this place cannot be written.", fix="Choose another output folder.")
     return None
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error says by its number, or without one by its text, that disk or quota are full."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (28, 122)  # ENOSPC, EDQUOT
+    return any(text in str(error).lower() for text in ("no space left", "os error 28", "quota", "os error 122"))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -114,7 +122,8 @@ def remove_unfinished(folder: Path) -> None:
         if found.is_dir():
             shutil.rmtree(found, ignore_errors=True)
         else:
-            found.unlink(missing_ok=True)
+            with suppress(OSError):
+                found.unlink()
 
 
 def is_being_written(temporary: Path) -> bool:

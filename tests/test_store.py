@@ -1,5 +1,6 @@
 """Records on disk: whole or not at all, versioned, and wrong files are refused by the name of the bad field."""
 
+import errno
 import json
 import os
 import signal
@@ -129,6 +130,31 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
         store.write_text(tmp_path / "a.txt", "a")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.EROFS, "cannot be written"), (errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full")],
+)
+def test_what_the_disk_refuses_is_a_user_error_also_where_nothing_can_be_removed(
+    number: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a place mounted read-only, removing a file that is not there fails for the mount."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for method in ("write_bytes", "unlink"):
+        monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(UserError, match=message):
+        store.write_text(tmp_path / "a.txt", "a")
+
+
+def test_a_full_disk_is_known_by_number_and_by_text() -> None:
+    full = ("I/O error: No space left on device (os error 28)", "Disk quota exceeded (os error 122)")
+    assert all(store.is_disk_full(RuntimeError(text)) for text in full)
+    assert not store.is_disk_full(RuntimeError("I/O error: Permission denied (os error 13)"))
+    assert not store.is_disk_full(OSError(errno.EACCES, "no space left for you"))
 
 
 def test_a_file_in_the_place_of_a_folder_is_a_user_error(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoseg.errors import UserError
 from autoseg.network.loop import TrainState
-from autoseg.store import replacing
+from autoseg.store import is_disk_full, replacing
 
 STATE_VERSION = 1
 NUMBERS = (
@@ -152,7 +152,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> 
         try:
             save_file(shared, temporary, metadata=about)
         except SafetensorError as error:
-            if "No space" in str(error) or "os error 28" in str(error):
+            if is_disk_full(error):
                 raise UserError(
                     f"{path}: the disk is full; the last checkpoint is intact.", fix="Free some space and resume."
                 ) from error
