@@ -68,6 +68,26 @@ def test_geometry_goes_over_into_another_format(tmp_path: Path) -> None:
         assert displacement_mm(geometry, read_geometry(tmp_path / f"a{before}")) < 1e-3
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("mm", 1.0), ("cm", 10.0), ("microns", 0.001)])
+def test_the_unit_of_an_nrrd_file_counts_and_is_given_back(tmp_path: Path, unit: str, mm: float) -> None:
+    source, copy, other = tmp_path / "a.nrrd", tmp_path / "b.nrrd", tmp_path / "c.nii.gz"
+    write_oblique(source, 0, np.uint8)
+    plain = read_geometry(source)
+    content = source.read_bytes()
+    lines = f'space units: "{unit}" "{unit}" "{unit}"\nspace origin: '.encode()
+    source.write_bytes(content.replace(b"space origin: ", lines))
+    labels, geometry = read_labels(source)
+    assert geometry.spacing_mm == tuple(each * mm for each in plain.spacing_mm)
+    assert geometry.origin == tuple(each * mm for each in plain.origin)
+    for path in (copy, other):
+        write_labels(path, labels, geometry)
+        assert displacement_mm(read_geometry(path), geometry) < 1e-3 * mm
+    assert itk_geometry(copy) == itk_geometry(source)
+    source.write_bytes(content.replace(b"space origin: ", lines.replace(unit.encode(), b"nm", 1)))
+    with pytest.raises(UserError, match=r"a.nrrd: its axes have different units"):
+        read_labels(source)
+
+
 def test_a_nifti_file_with_skewed_axes_is_read_and_its_axes_are_given_back(tmp_path: Path) -> None:
     source, copy = tmp_path / "a.nii", tmp_path / "b.nii.gz"
     array = write_oblique(source, 0)

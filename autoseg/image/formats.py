@@ -225,11 +225,12 @@ def _read_header(path: Path) -> FileHeader:
         raise UserError(f"{path}: an image with {axes} axes.", fix="autoseg takes 2D and 3D images.")
     dimension = min(axes, 3)
     cosines = np.reshape(reader.GetDirection(), (axes, axes))[:dimension, :dimension]
+    unit_mm = nrrd.unit_mm(path) if ending_of(path) == ".nrrd" else 1.0
     return FileHeader(
         size=tuple(int(each) for each in reader.GetSize()),
         components=reader.GetNumberOfComponents(),
-        spacing=tuple(float(each) for each in reader.GetSpacing()[:dimension]),
-        origin=tuple(float(each) for each in reader.GetOrigin()[:dimension]),
+        spacing=tuple(float(each) * unit_mm for each in reader.GetSpacing()[:dimension]),
+        origin=tuple(float(each) * unit_mm for each in reader.GetOrigin()[:dimension]),
         direction=tuple(float(each) for each in cosines.ravel()),
     )
 
