@@ -109,7 +109,8 @@ def naming(path: Path, kind: str = "image") -> Iterator[None]:
 def unreadable(path: Path, error: BaseException, kind: str = "image") -> UserError:
     """What to say about a file for which tifffile raised `error`."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    fix = f"Install it (pip install {CODECS}), or save the file with deflate compression." if CODECS in reason else DAMAGED
+    install = f"Install it (pip install {CODECS}), or save the file with deflate compression."
+    fix = install if CODECS in reason else DAMAGED
     return UserError(f"{path}: this {kind} cannot be read ({reason}).", fix=fix)
 
 
