@@ -29,7 +29,7 @@ from autoseg.steps.begin import begin
 from autoseg.steps.models import load_network
 from autoseg.steps.options import Machine, Options
 from autoseg.steps.predict import predict
-from autoseg.steps.teachers import WithTeacher, teachers_named, who_saw
+from autoseg.steps.teachers import Lesson, WithTeacher, teachers_named, who_saw, with_teachers
 from autoseg.steps.train import train
 from autoseg.steps.work import Instead, look_up
 from autoseg.store import load, save
@@ -131,6 +131,22 @@ def test_what_the_teachers_say_is_their_mean_and_stored_for_training_cases_only(
     # the window at the corner counts almost alone there; logits, not probabilities, are averaged over mirrorings
     own = from_8_bits(said[:])[:, 0, 0, 0]
     np.testing.assert_allclose(own, (0.5 * (plain + mirrored))[:, 0, 0, 0], atol=0.03)
+
+
+def test_what_a_power_failure_left_empty_is_said_again(taught: tuple[Path, Distillation], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(taught[0], run)
+    layout, plan = Layout(run), load(Layout(run).plan, Plan)
+    lesson = Lesson(teachers_named(run, tiny(), "0", ["seeds"]), 1.0, 0.5)
+    (folder,) = layout.cache("3d").glob("teachers-*")
+    lost, kept = sorted(folder.iterdir())[:2]
+    said, age = open_array(lost)[:], kept.stat().st_mtime_ns
+    lost.write_bytes(b"")
+    names = [path.name.split(".")[0] for path in (lost, kept)]
+    sources = {name: open_case(layout.cache("3d"), name) for name in names}
+    with_teachers(layout, plan, tiny(), lesson, names, sources, CPU, silent)
+    np.testing.assert_allclose(open_array(lost)[:].astype(int), said.astype(int), atol=1)
+    assert kept.stat().st_mtime_ns == age
 
 
 def test_the_same_command_again_trains_and_teaches_nothing_anew(

@@ -269,7 +269,18 @@ def open_case(folder: Path, case_id: str) -> CachedCase:
 
 def write_array(path: Path, array: np.ndarray, chunk: Sequence[int]) -> None:
     """Write one array as blosc2; `chunk` is what will be read at once."""
-    write_bytes(path, _compressed(array, chunk), durable=False)
+    write_bytes(path, _compressed(array, chunk))  # durable: no mark tells what a power failure left empty
+
+
+def is_whole_array(path: Path) -> bool:
+    """Whether there is a file that `open_array` can open; a power failure may have left it empty."""
+    if not path.is_file():
+        return False
+    try:
+        _open(path)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def open_array(path: Path) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoseg.cases.predicted import Predicted
+from autoseg.errors import UserError
 from autoseg.events import Report, Warned
 from autoseg.layout import flagged_file, prediction_record
 from autoseg.store import load, write_text
@@ -17,8 +18,13 @@ FLAGGED_DEVIATIONS = 3.0
 
 
 def flag(output: Path, report: Report) -> None:
-    """Write flagged.csv: every case with a record, the most uncertain first."""
-    records = [load(path, Predicted) for path in sorted(prediction_record(output, "*").parent.glob("*.json"))]
+    """Write flagged.csv: every case with a record, the most uncertain first; what cannot be read is left out."""
+    records = []
+    for path in sorted(prediction_record(output, "*").parent.glob("*.json")):
+        try:
+            records.append(load(path, Predicted))
+        except UserError as error:
+            report(Warned(f"{error.what} {path.stem} is not in {flagged_file(output).name}."))
     numbers = sorted(((r.uncertainty, r.case) for r in records if r.uncertainty is not None), reverse=True)
     limit = flag_limit([number for number, _ in numbers])
     table = io.StringIO()

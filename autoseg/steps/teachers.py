@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from autoseg import store
-from autoseg.cases.cache import open_array, open_case, write_array
+from autoseg.cases.cache import is_whole_array, open_array, open_case, write_array
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started
 from autoseg.layout import Layout, ModelLayout, teacher_file
@@ -136,7 +136,7 @@ def with_teachers(
     folder = layout.teachers(configuration.name, _key(lesson.teachers))
     cache = layout.cache(configuration.name)
     files = {name: teacher_file(folder, name, open_case(cache, name).mark.key) for name in names}
-    missing = [name for name in names if not files[name].is_file()]
+    missing = [name for name in names if not is_whole_array(files[name])]
     what = f"{len(lesson.teachers)} teachers look at"
     if missing:
         store.remove_unfinished(folder)
