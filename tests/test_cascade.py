@@ -15,9 +15,10 @@ from autoseg.cases.cache import open_case
 from autoseg.cases.prepare import prepare
 from autoseg.cli import app
 from autoseg.errors import Interrupted
-from autoseg.events import Event, Said, Trained
+from autoseg.events import Event, Said, Trained, Warned, silent
 from autoseg.image.formats import read_image, read_labels
 from autoseg.layout import Layout
+from autoseg.network.distributed import Team
 from autoseg.records import AugmentSpec, Configuration, Dataset, Run, Splits, TrainSpec
 from autoseg.steps.cascade import previous_label_maps, previous_on_grid, trained
 from autoseg.steps.plan import checked
@@ -125,6 +126,42 @@ def test_validation_cases_keep_the_predictions_of_the_network_that_did_not_see_t
     first = layout.model("3d_lowres", "1")
     assert {path.name for path in first.for_next_stage.iterdir()} == {f"{case}.nii.gz" for case in fold.train}
     assert {path.name for path in first.validation.glob("*.nii.gz")} == {f"{case}.nii.gz" for case in fold.validation}
+
+
+def test_maps_of_a_network_that_learned_from_the_case_are_warned_of(cascaded: Path) -> None:
+    run = cascaded / "run"
+    layout, plan, dataset = Layout(run), checked(run), load(Layout(run).dataset, Dataset)
+    configuration = configuration_named(plan, "3d_cascade")
+    said: list[Event] = []
+    previous_label_maps(run, plan, configuration, "1", dataset.cases, "cpu", said.append)
+    (warned,) = said
+    assert isinstance(warned, Warned)
+    seen = len(load(layout.splits, Splits).folds[1].train)
+    assert warned.text.startswith(f"{seen} of {len(dataset.cases)} label maps are of 3d_lowres, fold_1, which learned")
+    assert "Train all folds of 3d_lowres first (autoseg train" in warned.text
+
+
+def test_processes_share_the_maps_that_are_missing(cascaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, waited, predicted = cascaded / "run", [], []
+    plan, dataset = checked(run), load(Layout(run).dataset, Dataset)
+    configuration = configuration_named(plan, "3d_cascade")
+    shutil.rmtree(Layout(run).model("3d_lowres", "1").for_next_stage)
+    monkeypatch.setattr("autoseg.steps.cascade.wait_for_all", waited.append)
+
+    def segment(predictor: Predictor, cases: list, *_: object) -> None:
+        assert len(waited) % 2 == 1
+        predicted.append([case.id for case in cases])
+
+    for rank in (0, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr("autoseg.steps.cascade.segment_cases", segment)
+            team = Team(rank, 2)
+            maps = previous_label_maps(run, plan, configuration, "1", dataset.cases, "cpu", silent, team)
+            assert set(maps) == {case.id for case in dataset.cases}
+    assert len(waited) == 4
+    fold = load(Layout(run).splits, Splits).folds[1]
+    assert sorted(each for some in predicted for each in some) == sorted(fold.train)
+    previous_label_maps(run, plan, configuration, "1", dataset.cases, "cpu", silent)  # as it was
 
 
 def test_a_first_stage_that_is_trained_is_used_as_it_is(cascaded: Path) -> None:

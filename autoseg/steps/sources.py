@@ -87,7 +87,7 @@ def _with_previous(
     unlabelled = work.lesson.unlabelled if work.lesson else ()
     wanted = [case for case in (*work.dataset.cases, *unlabelled) if case.id in opened]
     maps = previous_label_maps(
-        work.run, work.plan, configuration, work.fold, wanted, work.device.name, work.report
+        work.run, work.plan, configuration, work.fold, wanted, work.device.name, work.report, work.team
     )
     return {
         name: WithPrevious(source, previous_on_grid(maps[name], opened[name].mark, work.plan, configuration))
