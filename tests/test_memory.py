@@ -1,5 +1,6 @@
 """Budgets, the simulated peak of a training step against what torch really allocates, and shapes to stay away from."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from autoseg.errors import UserError
 from autoseg.network import losses_sums, memory, simulate, unet
+from autoseg.network.accumulators import free_ram_bytes
 from autoseg.network.device import Device
 from autoseg.records import AugmentSpec, Budget, Configuration, Memory, NetworkSpec, TrainSpec
 
@@ -284,6 +286,46 @@ def test_the_limit_of_a_job_counts_for_its_tasks(tmp_path: Path) -> None:
     (tmp_path / "system.slice" / "job_7" / "memory.max").write_text("1234567\n")
     (tmp_path / "own").write_text("0::/system.slice/job_7/step_0/task_0\n")
     assert memory.allowed_ram_bytes(tmp_path, tmp_path / "own") == 1234567
+
+
+def test_what_cgroups_use_already_is_not_free(tmp_path: Path) -> None:
+    """At each level its own limit and use count; files that nobody reads give way."""
+    job = tmp_path / "job"
+    task = job / "task"
+    task.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/job/task\n")
+    (tmp_path / "info").write_text("MemTotal: 900 kB\nMemAvailable:      500 kB\n")
+
+    def free() -> int:
+        return free_ram_bytes(tmp_path, tmp_path / "own", tmp_path / "info")
+
+    assert free() == 500 * 1024
+    (task / "memory.max").write_text("max\n")
+    (task / "memory.current").write_text("300000\n")
+    assert free() == 500 * 1024
+    (job / "memory.max").write_text("400000\n")
+    (job / "memory.current").write_text("350000\n")
+    assert free() == 50_000
+    (job / "memory.stat").write_text("anon 100000\nfile 250000\ninactive_file 200000\nactive_file 50000\n")
+    assert free() == 250_000
+    (job / "memory.current").write_text("700000\n")
+    assert free() == 0
+    first = tmp_path / "memory" / "job"  # version 1
+    first.mkdir(parents=True)
+    (job / "memory.max").unlink()
+    (tmp_path / "own").write_text("4:memory:/job\n")
+    (first / "memory.limit_in_bytes").write_text("300000\n")
+    (first / "memory.usage_in_bytes").write_text("290000\n")
+    (first / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 20000\n")
+    assert free() == 30_000
+
+
+def test_a_system_that_does_not_tell_its_memory_has_a_usual_amount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    assert memory.allowed_ram_bytes(tmp_path, tmp_path / "own") == memory.UNKNOWN_RAM_BYTES
+    assert free_ram_bytes(tmp_path, tmp_path / "own", tmp_path / "info") == memory.UNKNOWN_RAM_BYTES
 
 
 def test_a_card_gives_what_other_processes_leave_free(monkeypatch: pytest.MonkeyPatch) -> None:

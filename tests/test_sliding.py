@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.network import unet
-from autoseg.network.accumulators import Place, Room, accumulator_bytes, choose_place, described, free_ram_bytes
+from autoseg.network.accumulators import (
+    Place,
+    Room,
+    accumulator_bytes,
+    choose_place,
+    described,
+    free_ram_bytes,
+    room_of,
+)
 from autoseg.network.device import Device
+from autoseg.network.less_memory import sums_bytes
 from autoseg.network.sliding import OVERLAP, Scorer, Tiling, gaussian, mirrorings, score_blocks, tile_starts
 from autoseg.records import NetworkSpec
 
@@ -174,6 +183,25 @@ def test_only_as_many_slices_are_held_as_a_patch_is_thick() -> None:
         heights.append(block.shape[1])
     assert sum(heights) == 40
     assert accumulator_bytes(3, (40, 9, 10), (8, 8, 8)) == (3 + 1) * 8 * 9 * 10 * 4
+
+
+def test_the_whole_slices_of_a_2d_network_count_with_its_sums() -> None:
+    """Rows leave in patches, but blocks hold every row of some slices: with Y far above the patch they are the most."""
+    image = an_image(1, 10, 90, 9)
+    tiling = Tiling((8, 8))
+    blocks = score_blocks(Scorer([Stub(pointwise)], 3, CPU), image, tiling)
+    largest = max(block.untyped_storage().nbytes() for block in blocks)
+    assert largest == 3 * 8 * 90 * 9 * 4
+    assert sums_bytes(tiling, 3, (10, 90, 9)) == largest + (3 * 8 + 1) * 8 * 9 * 4
+    assert sums_bytes(tiling, 3, (1, 90, 9)) == (3 * 90 + (3 + 1) * 8) * 9 * 4
+    assert sums_bytes(Tiling((8, 8, 8)), 2, (10, 90, 9)) == accumulator_bytes(2, (10, 90, 9), (8, 8, 8))
+
+
+def test_what_the_allocator_holds_without_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (100, 900)), ("memory_reserved", 70), ("memory_allocated", 20)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda card, value=value: value)
+    assert room_of(Device(torch.device("cuda", 0), "bf16")).device == 150
+    assert room_of(CPU).device == 0
 
 
 def test_tiles_that_are_the_same_everywhere_are_computed_once_with_the_same_result() -> None:

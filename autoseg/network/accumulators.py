@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoseg.network.device import Device
-from autoseg.network.memory import allowed_ram_bytes
+from autoseg.network.memory import CGROUPS, OWN_CGROUP, bytes_in, cgroups, machine_ram_bytes
 
 Place = Literal["device", "ram", "memory map"]
 MOST_OF_DEVICE = 0.5
@@ -31,25 +31,47 @@ class Room:
 
 
 def room_of(device: Device) -> Room:
-    """What is free now on the device and in RAM."""
-    free = torch.cuda.mem_get_info(device.torch_device)[0] if device.is_cuda else 0
-    return Room(free, free_ram_bytes())
+    """What is free now on the device, with what torch's allocator holds and does not use, and in RAM."""
+    if not device.is_cuda:
+        return Room(0, free_ram_bytes())
+    card = device.torch_device
+    unused = torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
+    return Room(torch.cuda.mem_get_info(card)[0] + unused, free_ram_bytes())
 
 
-def free_ram_bytes() -> int:
-    """What this process may still take: what the system calls available, within the limits of its cgroup."""
-    info = Path("/proc/meminfo")
+def free_ram_bytes(
+    root: Path = CGROUPS, own: Path = OWN_CGROUP, info: Path = Path("/proc/meminfo")
+) -> int:
+    """What this process may still take: what the system calls available, and what its cgroups have left."""
+    free = [machine_ram_bytes()]
     for line in info.read_text().splitlines() if info.is_file() else ():
         if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, allowed_ram_bytes())
-    return allowed_ram_bytes()
+            free.append(int(line.split()[1]) * 1024)
+    for group in cgroups(root, own):
+        limit = bytes_in(group / "memory.max") or bytes_in(group / "memory.limit_in_bytes")
+        if limit is not None:
+            used = bytes_in(group / "memory.current") or bytes_in(group / "memory.usage_in_bytes") or 0
+            free.append(max(0, limit - max(0, used - _droppable(group / "memory.stat"))))
+    return min(free)
 
 
-def accumulator_bytes(channels: int, size: Sequence[int], patch_voxels: Sequence[int], slices: int = 1) -> int:
-    """Bytes of the sums over an image of `size` (patch axes): as many rows as the patch has."""
+def _droppable(stat: Path) -> int:
+    """Bytes of files in a cgroup's memory that nobody reads: they give way, so they count as free."""
+    found = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
+
+
+def accumulator_bytes(
+    channels: int, size: Sequence[int], patch_voxels: Sequence[int], slices: int = 1, whole: bool = False
+) -> int:
+    """Bytes of the sums over an image of `size` (patch axes): as many rows as the patch has.
+
+    With `whole` the finished rows of these slices are collected beside them, as `score_blocks` does for 2D networks.
+    """
     rows = min(patch_voxels[0], max(size[0], patch_voxels[0]))
-    rest = prod(max(a, b) for a, b in zip(size[1:], patch_voxels[1:], strict=True))
-    return 4 * rest * rows * (channels * slices + 1)
+    padded = [max(a, b) for a, b in zip(size, patch_voxels, strict=True)]
+    sums = 4 * prod(padded[1:]) * rows * (channels * slices + 1)
+    return sums + (4 * channels * slices * prod(padded) if whole else 0)
 
 
 def choose_place(needed_bytes: int, room: Room) -> Place:

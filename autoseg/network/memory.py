@@ -39,6 +39,9 @@ CPU_HEAP = 1.66
 fp32, with and without device.keep_freed_memory, for 40x56x40, 16x64x64 and 128x128 (glibc 2.36); the largest counts."""
 CPU_MOST_BYTES = 8 * GIB
 """Budget of a CPU when nothing is asked for: this, or half of the memory the process may use if that is less."""
+UNKNOWN_RAM_BYTES = 2 * CPU_MOST_BYTES
+"""Where the system does not say how much there is."""
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 """Where it is not torch's allocator that runs out: kernels loaded late, handles of cuDNN and cuBLAS."""
 WARM_STEPS = 2
@@ -95,18 +98,36 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def allowed_ram_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def allowed_ram_bytes(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
     """Memory this process may use: the machine's, or the least limit of its cgroups (version 1 or 2) and theirs."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    files = [root / "memory.max", root / "memory" / "memory.limit_in_bytes"]
+    limits = [
+        bytes_in(group / name) for group in cgroups(root, own) for name in ("memory.max", "memory.limit_in_bytes")
+    ]
+    return min([machine_ram_bytes(), *(limit for limit in limits if limit is not None)])
+
+
+def cgroups(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> tuple[Path, ...]:
+    """Folders of the cgroups (version 1 or 2) that this process is in: a job's limit lies above its tasks."""
+    places = [Path()]
     for line in own.read_text().splitlines() if own.is_file() else ():
         path = Path(line.split(":", 2)[-1].lstrip("/"))
-        for each in (path, *path.parents):  # a job's limit lies above its tasks
-            files += [root / each / "memory.max", root / "memory" / each / "memory.limit_in_bytes"]
-    for file in files:
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            limits.append(int(text))
-    return min(limits)
+        places += [path, *path.parents]
+    folders = (folder for place in dict.fromkeys(places) for folder in (root / place, root / "memory" / place))
+    return tuple(folder for folder in folders if folder.is_dir())
+
+
+def bytes_in(file: Path) -> int | None:
+    """The number that a file of the system holds; None where there is no file, or no limit."""
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def machine_ram_bytes() -> int:
+    """RAM of the machine; `UNKNOWN_RAM_BYTES` where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # such as on Windows, which has no sysconf
+        return UNKNOWN_RAM_BYTES
 
 
 def anywhere(budget: Budget) -> Budget:

@@ -162,7 +162,7 @@ def _whole_slices(scorer: Scorer, slices_NCYX: Tensor, tiling: Tiling, progress:
     for start, block_NKYX in blocks:
         if scores_KNYX is None:
             whole = (scorer.channels, len(slices_NCYX), *slices_NCYX.shape[2:])
-            scores_KNYX = torch.empty(whole, dtype=block_NKYX.dtype, device=block_NKYX.device)
+            scores_KNYX = zeros(whole, tiling.place, block_NKYX.device)
         scores_KNYX[:, :, start : start + block_NKYX.shape[2]] = block_NKYX.transpose(0, 1)
     if scores_KNYX is None:
         raise ValueError("a slice has at least one row")

@@ -35,7 +35,8 @@ from autoseg.layout import Layout
 from autoseg.network import accumulators
 from autoseg.network.device import Device, pick, set_up
 from autoseg.network.export import Matrices, Slab, Wanted, new_shape, slab_height, slabs
-from autoseg.network.sliding import OVERLAP, SLICES_PER_PASS, Progress, Scorer, Tiling, score_blocks
+from autoseg.network.less_memory import sums_bytes, tilings, until_it_fits
+from autoseg.network.sliding import OVERLAP, Progress, Scorer, Tiling, score_blocks
 from autoseg.records import Configuration, Plan, Rule
 from autoseg.steps.learned import rules_learned_on
 from autoseg.steps.models import (
@@ -210,11 +211,11 @@ class Predictor:
         """Segment one image that has been read; see `Segmentation`. Raises UserError where it holds NaN."""
         refuse_not_finite(volume, case)
         ready = Ready(tuple(prepare(volume, None, self.plan, each, case) for each in self.stages), ())
-        collected: list[np.ndarray] = []
+        collected: dict[int, np.ndarray] = {}
 
         def keep(slab: Slab) -> None:
             if slab.probabilities_KZYX is not None:
-                collected.append(slab.probabilities_KZYX.numpy().astype(np.float16))
+                collected[slab.window.start] = slab.probabilities_KZYX.numpy().astype(np.float16)
 
         found = self.compute(ready, keep if with_probabilities else None, uncertainty)
         prepared, axes = ready.stages[-1], self.configuration.axes
@@ -222,7 +223,7 @@ class Predictor:
         shares = None
         if with_probabilities:
             regions = bool(self.plan.regions)
-            shares = restore_probabilities(np.concatenate(collected, 1), prepared, axes, regions)
+            shares = restore_probabilities(np.concatenate(list(collected.values()), 1), prepared, axes, regions)
         images = [
             None if each is None else on_file_grid(each, prepared, axes).astype(np.float32) / PERMILLE
             for each in (found.entropy_ZYX, found.mutual_ZYX)
@@ -235,7 +236,10 @@ class Predictor:
         self, ready: Ready, put: Callable[[Slab], None] | None = None, uncertainty: bool = False,
         progress: Progress | None = None, first_height: int = 0,
     ) -> Found:  # fmt: skip
-        """What the networks say of a prepared case; `put` gets every slab of probabilities on the cropped grid."""
+        """What the networks say of a prepared case; `put` gets every slab of probabilities on the cropped grid.
+
+        Where a GPU runs out of memory it begins anew with less, and `put` gets the same slabs again.
+        """
         prepared = ready.stages[-1]
         image_CZYX = prepared.image_CZYX
         if self.previous is not None:
@@ -247,10 +251,16 @@ class Predictor:
             image_CZYX = np.concatenate((image_CZYX, one_hot(previous_ZYX, plan.classes)))
         wanted = self.wanted(put is not None, uncertainty)
         matrices = to_cropped_grid(prepared, self.configuration)
+        image, size = torch.from_numpy(image_CZYX), prepared.image_CZYX.shape[1:]
+        scorer = self.scorer(wanted)
+
+        def attempt(tiling: Tiling) -> Found:
+            blocks = score_blocks(scorer, image, tiling, progress)
+            return _gathered(slabs(blocks, size, matrices, wanted, first_height), prepared, ready, put)
+
         with self._one_at_a_time:
-            blocks = self._blocks(torch.from_numpy(image_CZYX), wanted, progress)
-            made = slabs(blocks, prepared.image_CZYX.shape[1:], matrices, wanted, first_height)
-            return _gathered(made, prepared, ready, put)
+            tried = self.tilings(sums_bytes(self._tiling, scorer.channels, size), scorer.channels)
+            return until_it_fits(tried, attempt, self.device, self._report)
 
     def slab_height(self, prepared: Prepared) -> int:
         """Slices of the cropped grid that `compute` passes to `put` at a time."""
@@ -271,25 +281,27 @@ class Predictor:
         outputs = len(self.plan.outputs)
         return Scorer(self._networks, outputs, self.device, mutual=wanted.mutual, activation=wanted.activation)
 
-    def _blocks(self, image_CZYX: torch.Tensor, wanted: Wanted, progress: Progress | None) -> Iterator[torch.Tensor]:
-        scorer, axes = self.scorer(wanted), len(self.configuration.patch_voxels)
-        slices = 1 if axes == 3 else min(SLICES_PER_PASS, image_CZYX.shape[1])
-        tiling = self.tiling(image_CZYX.shape[-axes:], scorer.channels, slices)
-        return score_blocks(scorer, image_CZYX, tiling, progress)
+    def tilings(self, needed_bytes: int, channels: int) -> tuple[Tiling, ...]:
+        """How an image whose sums need so many bytes is computed, and then with less memory (see `less_memory`).
 
-    def tiling(self, size: Sequence[int], channels: int, slices: int) -> Tiling:
-        """How an image of this size (patch axes) is computed; where its sums live is said in one line."""
-        patch, room = self.configuration.patch_voxels, accumulators.room_of(self.device)
-        needed = accumulators.accumulator_bytes(channels, size, patch, slices)
-        place = accumulators.choose_place(needed, room)
-        if needed >= WORTH_A_LINE and place != self._said:
-            self._report(Said(accumulators.described(place, needed, self.device)))
-            self._said = place
+        Where the sums live is said in one line.
+        """
+        room = accumulators.room_of(self.device)
         features = self.configuration.network.features[0]
-        samples = accumulators.samples_that_fit(
-            patch, features, channels, self.device, room, needed if place == "device" else 0
-        )
-        return Tiling(patch, self._mirror_axes, self._speed.overlap, samples, place)
+        found = tilings(self._tiling, needed_bytes, features, channels, self.device, room)
+        if needed_bytes >= WORTH_A_LINE and found[0].place != self._said:
+            self._report(Said(accumulators.described(found[0].place, needed_bytes, self.device)))
+            self._said = found[0].place
+        return found
+
+    @property
+    def _tiling(self) -> Tiling:
+        return Tiling(self.configuration.patch_voxels, self._mirror_axes, self._speed.overlap)
+
+    @property
+    def report(self) -> Report:
+        """Who is told where sums live, and of memory that runs out."""
+        return self._report
 
     @property
     def mirror_axes(self) -> tuple[int, ...]:

@@ -13,8 +13,10 @@ import torch
 from autoseg.cases.prepare import to_values
 from autoseg.errors import UserError
 from autoseg.image.slides import Box2, Slide, channels_of, nonzero_box, normalizers, open_slide, write_slide
+from autoseg.network.accumulators import accumulator_bytes
 from autoseg.network.export import Wanted, slabs
-from autoseg.network.sliding import Progress, row_blocks
+from autoseg.network.less_memory import until_it_fits
+from autoseg.network.sliding import Progress, Tiling, row_blocks
 from autoseg.records import Configuration
 from autoseg.steps.predictor import Predictor
 
@@ -32,9 +34,16 @@ def segment_slide(predictor: Predictor, path: Path, output: Path, progress: Prog
         wanted = predictor.wanted(False, False)
         largest = max(label.value for label in plan.labels)
         dtype = np.dtype(np.uint8 if largest < 256 else np.uint16)
-        rows = _label_rows(predictor, slide, box, wanted, progress)
         empty = to_values(np.zeros((), np.int16), plan.labels, plan.ignore_value)
-        write_slide(output, slide, _on_whole(rows, slide, box, int(empty), dtype, predictor), dtype)
+        size = tuple(max(edge, high - low) for edge, (low, high) in zip(configuration.patch_voxels, box, strict=True))
+
+        def attempt(tiling: Tiling) -> None:
+            rows = _label_rows(predictor, slide, box, wanted, tiling, progress)
+            write_slide(output, slide, _on_whole(rows, slide, box, int(empty), dtype, predictor), dtype)
+
+        scores = predictor.scorer(wanted).channels
+        tried = predictor.tilings(accumulator_bytes(scores, size, configuration.patch_voxels), scores)
+        until_it_fits(tried, attempt, predictor.device, predictor.report)
 
 
 def _check(configuration: Configuration, channels: int, planned: int, path: Path) -> None:
@@ -52,7 +61,7 @@ def _check(configuration: Configuration, channels: int, planned: int, path: Path
 
 
 def _label_rows(
-    predictor: Predictor, slide: Slide, box: Box2, wanted: Wanted, progress: Progress | None
+    predictor: Predictor, slide: Slide, box: Box2, wanted: Wanted, tiling: Tiling, progress: Progress | None
 ) -> Iterator[np.ndarray]:
     """Label indices of the box in bands (rows, X), as rows become final."""
     configuration = predictor.configuration
@@ -60,7 +69,7 @@ def _label_rows(
     patch = configuration.patch_voxels
     before = [max(0, edge - (high - low)) // 2 for edge, (low, high) in zip(patch, box, strict=True)]
     size = (max(patch[0], y1 - y0), max(patch[1], x1 - x0))
-    scorer, tiling = predictor.scorer(wanted), predictor.tiling(size, predictor.scorer(wanted).channels, 1)
+    scorer = predictor.scorer(wanted)
     tile_of = _reader(slide, box, before, normalizers(
         slide, box, configuration.normalization, predictor.plan.intensities
     ))  # fmt: skip

@@ -20,8 +20,10 @@ from autoseg.cases.cache import is_whole_array, open_array, open_case, write_arr
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started
 from autoseg.layout import Layout, ModelLayout, teacher_file
+from autoseg.network.accumulators import room_of
 from autoseg.network.device import Device
 from autoseg.network.distillation import LARGEST_LOGIT, from_8_bits, to_8_bits
+from autoseg.network.less_memory import sums_bytes, tilings
 from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import Scorer, Tiling, score_blocks
 from autoseg.records import Case, Configuration, Plan, Run
@@ -168,13 +170,16 @@ def said_of_case(
         used = store.load(model.run, Run).configuration
         tiling = Tiling(used.patch_voxels, mirror_axes_of(model))
         alike.setdefault(tiling, []).append(network)
-    classes = store.load(lesson.teachers[0].run, Run).configuration.network.classes
+    network_spec = store.load(lesson.teachers[0].run, Run).configuration.network
+    classes, features = network_spec.classes, network_spec.features[0]
     shape = (classes, *image_CZYX.shape[1:])
     said, total = np.empty(shape, np.uint8), np.zeros(shape, np.float32) if len(alike) > 1 else None
     for tiling, some in alike.items():
         scorer = Scorer(some, classes, device, probabilities=True, activation="sigmoid" if regions else "softmax")
         start = 0
-        for block in score_blocks(scorer, torch.from_numpy(image_CZYX), tiling):
+        needed = sums_bytes(tiling, classes, shape[1:])
+        fastest, *_ = tilings(tiling, needed, features, classes, device, room_of(device))
+        for block in score_blocks(scorer, torch.from_numpy(image_CZYX), fastest):
             rows = slice(start, start := start + block.shape[1])
             if total is None:
                 said[:, rows] = to_8_bits(block.cpu().numpy())
