@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from autoseg import cli
+from autoseg.network import losses
 
 COMMAND_LINE = re.compile(r"^ {4}(autoseg .+)$", re.MULTILINE)
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,18 @@ def test_every_decision_is_in_the_index() -> None:
     pages = {path.name for path in (ROOT / "docs" / "decisions").glob("*.md")} - {"index.md"}
     index = (ROOT / "docs" / "decisions" / "index.md").read_text()
     assert [name for name in sorted(pages) if f"({name})" not in index] == []
+
+
+def test_every_loss_is_listed_with_its_options() -> None:
+    page = (ROOT / "docs" / "reference" / "losses.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", page, re.MULTILINE))
+    assert list(rows) == list(losses.LOSSES)
+    for name, listed in rows.items():
+        usual = losses.USUAL_RULE if name in losses.WEIGHTED else "none"
+        for option, default in losses.options_of(name).items():
+            shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
+            shown = f"{shown:.4g}" if isinstance(shown, float) else usual if shown is None else shown
+            assert f"`{option}` {shown}" in listed, f"{name}: {option} {shown}"
 
 
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
