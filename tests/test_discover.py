@@ -72,6 +72,18 @@ def test_an_nnunet_folder_is_read_and_a_missing_channel_keeps_its_place(tmp_path
     assert dataset.cases[1].images[1] == str(tmp_path / "imagesTr" / "b_0001.nii.gz")
 
 
+@pytest.mark.parametrize("key", ["channel_names", "modality"])
+def test_channels_come_in_the_order_of_their_numbers(tmp_path: Path, key: str) -> None:
+    numbers = (1, 10, 0, *range(9, 1, -1))
+    describe(tmp_path, **{key: {str(n): f"C{n}" for n in numbers}}, labels={"background": 0, "tumour": 1})
+    for number in numbers:
+        save(tmp_path / f"imagesTr/a_{number:04d}.nii.gz", volume())
+    save(tmp_path / "labelsTr/a.nii.gz", labels(1))
+    dataset = discover(tmp_path, workers=1)
+    assert dataset.channels == tuple(f"C{n}" for n in range(11))
+    assert [Path(path).name for path in dataset.cases[0].images] == [f"a_{n:04d}.nii.gz" for n in range(11)]
+
+
 def test_one_name_with_several_values_makes_every_name_a_region(tmp_path: Path) -> None:
     named = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     decathlon(tmp_path, labels=named, regions_class_order=[1, 2])

@@ -271,6 +271,21 @@ def test_pooled_intensities_give_every_case_the_same_weight(tmp_path: Path) -> N
     assert all(case.intensity_sample == () for case in fingerprint_of(dataset, stats).cases)
 
 
+def test_every_channel_has_its_own_intensities(tmp_path: Path) -> None:
+    dataset = a_dataset(tmp_path)
+    cases = []
+    for n, case in enumerate(dataset.cases):
+        write(tmp_path / f"other_{n}.nii.gz", -3 - arrays(n + 10)[0] / 50)  # mean -5, deviation 0.2
+        cases.append(case.model_copy(update={"images": (*case.images, str(tmp_path / f"other_{n}.nii.gz"))}))
+    both = dataset.model_copy(update={"channels": ("T1", "T2"), "cases": tuple(cases)})
+    first, second = fingerprint_of(*inspect(both, tmp_path / "stats", workers=1)).intensities
+    for found, mean, std in ((first, 100.0, 10.0), (second, -5.0, 0.2)):
+        assert (found.mean, found.median) == pytest.approx((mean, mean), abs=std)
+        assert found.std == pytest.approx(std, rel=0.3)
+        assert mean - 5 * std < found.minimum <= found.percentile_00_5 < mean - std
+        assert mean + std < found.percentile_99_5 <= found.maximum < mean + 5 * std
+
+
 def test_slices_make_a_data_set_of_dimension_two(tmp_path: Path) -> None:
     dataset = a_dataset(tmp_path, 2)
     for n in range(2):

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 from typer.testing import CliRunner, Result
 
 import autoseg
+from autoseg.cases.cache import open_case
 from autoseg.cli import app
 from autoseg.errors import UserError
 from autoseg.layout import Layout
-from autoseg.records import Dataset, Postprocessing, Scores
+from autoseg.records import AugmentSpec, Dataset, Plan, Postprocessing, Scores, TrainSpec
 from autoseg.steps.demo import demo, draw
-from autoseg.store import TEMPORARY, load
+from autoseg.store import TEMPORARY, load, save
 
 CPU = ("--device", "cpu")
 
@@ -81,6 +83,36 @@ def test_a_plan_can_be_made_again_from_its_fingerprint(journey: Path) -> None:
 
 def test_nothing_unfinished_is_left(journey: Path) -> None:
     assert not list(journey.rglob(f"*{TEMPORARY}*"))
+
+
+def test_two_channels_keep_their_order_from_the_files_to_the_label_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.evaluate.allowed_cores", lambda: 1)
+    data, run = tmp_path / "data", tmp_path / "run"
+    write_dataset(data, cases=5, shape=(8, 10, 12), channels=2, layout="nnunet", held_out=1)
+    train = TrainSpec(epochs=1, steps_per_epoch=2, warmup_steps=1, augment=AugmentSpec(rotation_rad=(0.5,) * 3))
+    a_planned_run(run, data, a_configuration(
+        network=a_network(2), train=train, normalization=("zscore",) * 2, mask_for_normalization=(False,) * 2
+    ))  # fmt: skip
+    plan = load(Layout(run).plan, Plan)
+    assert plan.channels == ("modality 0", "modality 1")
+    save(Layout(run).plan, plan.model_copy(update={"intensities": plan.intensities * 2}))
+    command("train", run, "-f", "0", "--workers", "1", *CPU)
+    case = load(Layout(run).dataset, Dataset).cases[0]
+    assert [Path(path).name for path in case.images] == ["case_00_0000.nii.gz", "case_00_0001.nii.gz"]
+    cached_CZYX = open_case(Layout(run).cache("3d"), case.id).read()[0]
+    own = [sitk.GetArrayFromImage(sitk.ReadImage(path)).astype(np.float64) for path in case.images]
+    for cached_ZYX, image_ZYX in zip(cached_CZYX, own, strict=True):
+        assert np.corrcoef(cached_ZYX.ravel(), image_ZYX.ravel())[0, 1] > 0.999
+    command("predict", run, "-i", data / "imagesTs", "-o", tmp_path / "out", "--workers", "0", *CPU)
+    predictor = autoseg.Predictor(run, device="cpu")
+    files = sorted((data / "imagesTs").iterdir())
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "case_05.nii.gz")))
+    np.testing.assert_array_equal(predictor.predict(files), written)
+    shares, other = (predictor(each, probabilities=True).probabilities_KZYX for each in (files, files[::-1]))
+    assert np.abs(shares - other).max() > 0.01
 
 
 def test_photographs_with_masks_of_0_and_255_keep_their_values(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from planned import a_configuration, a_network, a_planned_run
+from planned import INTENSITIES, a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 from test_predict import write_network
 
@@ -14,8 +14,10 @@ from autoseg.errors import UserError
 from autoseg.image import slides
 from autoseg.image.formats import read_image, read_labels
 from autoseg.image.slides import channels_of, is_slide, nonzero_box, open_slide, write_slide
-from autoseg.records import AugmentSpec, TrainSpec
+from autoseg.layout import Layout
+from autoseg.records import AugmentSpec, Plan, TrainSpec
 from autoseg.steps.predict import predict
+from autoseg.store import load, save
 
 
 def picture(height: int, width: int, channels: int = 1) -> np.ndarray:
@@ -104,6 +106,34 @@ def test_a_slide_is_segmented_as_in_memory(
     assert len(np.unique(expected)) > 1
     found = tifffile.imread(tmp_path / "bands" / in_bands.name)
     np.testing.assert_array_equal(found, expected[0])
+
+
+def test_colours_of_a_slide_are_scaled_each_by_its_own_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_dataset(
+        tmp_path / "data", cases=2, shape=(20, 24), dimension=2, layout="plain", channels=3, label_values=(100, 255)
+    )
+    configuration = a_configuration(
+        name="2d", dimension=2, spacing_mm=(None, 1.0, 1.0), median_shape_voxels=(1, 20, 24), patch_voxels=(16, 16),
+        normalization=("zscore", "ct", "rescale_0_1"), mask_for_normalization=(False,) * 3,
+        network=a_network(in_channels=3, dimension=2), train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,))),
+    )  # fmt: skip
+    run = a_planned_run(tmp_path / "run", data, configuration)
+    plan = load(Layout(run).plan, Plan)
+    middle = INTENSITIES.model_copy(update={"mean": 60.0, "std": 20.0, "percentile_99_5": 90.0})
+    save(Layout(run).plan, plan.model_copy(update={"intensities": (INTENSITIES, middle, INTENSITIES)}))
+    write_network(run, configuration, "0")
+    colours = picture(50, 33, 3) // np.array([1, 2, 4], np.uint8)
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", colours, photometric="rgb")
+    [in_memory] = predict(run, tmp_path / "in", tmp_path / "memory", device="cpu")
+    tifffile.imwrite(tmp_path / "in" / "a.tif", colours, photometric="rgb", tile=(32, 32))
+    monkeypatch.setattr(slides, "SLIDE_PIXELS", 10)
+    monkeypatch.setattr(slides, "BAND_ROWS", 32)
+    monkeypatch.setattr(slides.scales, "ROW_VOXELS", 100)
+    [in_bands] = predict(run, tmp_path / "in", tmp_path / "bands", device="cpu")
+    expected = read_labels(in_memory)[0]
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(tifffile.imread(in_bands), expected[0])
 
 
 def test_a_large_stack_is_no_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
