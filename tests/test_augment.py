@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import interpolate, ndimage, stats
 from torch import Tensor
 
@@ -422,6 +423,37 @@ def test_low_resolution_loses_detail_but_keeps_constant_images_and_in_plane_axis
     ramp = torch.rand(8, generator=seeded()).view(1, 1, 8, 1, 1).expand(2, 2, *patch)
     drawn = replace(only(patch, low_resolution_BC=halves(0.5)), in_plane_only=True)
     torch.testing.assert_close(apply(ramp, labels, drawn, patch)[0], ramp.contiguous())
+
+
+@pytest.mark.parametrize("in_plane", [False, True])
+def test_low_resolution_is_the_nearest_voxel_down_and_linear_up(in_plane: bool) -> None:
+    patch, small = (8, 12, 10), (8 if in_plane else 5, 7, 6)
+    image, labels = batch_of(patch)
+    drawn = replace(only(patch, low_resolution_BC=halves(0.6)), in_plane_only=in_plane)
+    expected = image[:1, 1:]
+    for axis, (size, count) in enumerate(zip(patch, small, strict=True), 2):
+        expected = expected.index_select(axis, ((torch.arange(count) + 0.5) * size / count).floor().long())
+    expected = F.interpolate(expected, patch, mode="trilinear", align_corners=False)
+    torch.testing.assert_close(apply(image, labels, drawn, patch)[0][:1, 1:], expected)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_intensities_change_in_the_order_of_the_default_trainer(patch: tuple[int, ...]) -> None:
+    image, labels = batch_of(patch)
+    sigma = torch.full((2, 2, len(patch)), 0.8)
+    flips = torch.zeros(2, len(patch), dtype=torch.bool)
+    flips[0, 1] = True
+    every = {
+        "noise_sigma_B": torch.tensor([0.1, 0.08]), "blur_sigma_BCD": sigma, "brightness_BC": halves(1.2),
+        "contrast_BC": halves(1.25), "low_resolution_BC": halves(0.6), "gamma_inverted_BC": halves(1.4),
+        "gamma_BC": halves(0.7), "mirror_BD": flips,
+    }  # fmt: skip
+    expected = image
+    for name, values in every.items():
+        before = expected
+        expected = apply(before, labels, only(patch, **{name: values}), patch)[0]
+        assert not torch.equal(before, expected), name
+    torch.testing.assert_close(apply(image, labels, only(patch, **every), patch)[0], expected)
 
 
 def test_noise_has_the_drawn_deviation_in_all_channels() -> None:
