@@ -15,12 +15,25 @@ from autoseg.cases.cache import open_array, open_case
 from autoseg.errors import UserError
 from autoseg.events import Event, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
-from autoseg.network import augment
+from autoseg.network import augment, unet
 from autoseg.network.device import Device
 from autoseg.network.distillation import from_8_bits, have_labels, to_8_bits
 from autoseg.network.distributed import ALONE
 from autoseg.network.patches import InMemory
-from autoseg.records import AugmentSpec, Configuration, Dataset, Plan, Run, Splits, TrainSpec
+from autoseg.network.sliding import Scorer, Tiling, score_blocks
+from autoseg.records import (
+    AugmentSpec,
+    CaseScore,
+    Configuration,
+    Dataset,
+    Fold,
+    Plan,
+    Run,
+    Scores,
+    Splits,
+    TrainSpec,
+)
+from autoseg.scoring import statistics
 from autoseg.scoring.distillation import Contestant, Distillation
 from autoseg.steps import contest
 from autoseg.steps import distill as step
@@ -29,7 +42,7 @@ from autoseg.steps.begin import begin
 from autoseg.steps.models import load_network
 from autoseg.steps.options import Machine, Options
 from autoseg.steps.predict import predict
-from autoseg.steps.teachers import Lesson, WithTeacher, teachers_named, who_saw, with_teachers
+from autoseg.steps.teachers import Lesson, WithTeacher, said_of_case, teachers_named, who_saw, with_teachers
 from autoseg.steps.train import train
 from autoseg.steps.work import Instead, look_up
 from autoseg.store import load, save
@@ -147,6 +160,29 @@ def test_what_a_power_failure_left_empty_is_said_again(taught: tuple[Path, Disti
     with_teachers(layout, plan, tiny(), lesson, names, sources, CPU, silent)
     np.testing.assert_allclose(open_array(lost)[:].astype(int), said.astype(int), atol=1)
     assert kept.stat().st_mtime_ns == age
+
+
+def test_teachers_of_other_patches_and_mirrorings_count_like_all_others(tmp_path: Path) -> None:
+    image_CZYX = np.random.default_rng(0).normal(0, 1, (1, 10, 9, 12)).astype(np.float32)
+    models, networks, shares = [], [], []
+    for number, (patch, axes) in enumerate((((8, 8, 8), ()), ((4, 8, 12), (2,)), ((8, 8, 8), ()))):
+        spec = tiny().train.augment.model_copy(update={"mirror_axes": axes})
+        changes = {"patch_voxels": patch, "train": tiny().train.model_copy(update={"augment": spec})}
+        models.append(ModelLayout(tmp_path / str(number)))
+        save(models[-1].run, Run(
+            autoseg_version="0", torch_version="0", configuration=tiny().model_copy(update=changes), fold="0",
+            seed=number, device="cpu", precision="fp32", compiled=False, finished=True,
+        ))  # fmt: skip
+        torch.manual_seed(number)
+        networks.append(unet.build(tiny().network).eval())
+        scorer = Scorer([networks[-1]], 3, CPU, probabilities=True)
+        blocks = score_blocks(scorer, torch.from_numpy(image_CZYX), Tiling(patch, axes))
+        shares.append(np.concatenate([block.numpy().copy() for block in blocks], 1))
+    said = said_of_case(networks, image_CZYX, Lesson(tuple(models), 2.0, 0.5), CPU)
+    mean = (shares[0] + shares[1] + shares[2]) / 3
+    np.testing.assert_allclose(said.astype(int), to_8_bits(mean).astype(int), atol=1)
+    for wrong in (shares[0], (shares[0] + shares[1]) / 2, (shares[0] + 2 * shares[1] + shares[2]) / 4):
+        assert np.abs(to_8_bits(wrong).astype(int) - said).max() > 3
 
 
 def test_the_same_command_again_trains_and_teaches_nothing_anew(
@@ -392,6 +428,42 @@ def test_the_ensemble_is_tested_against_the_mean_of_its_members() -> None:
     assert contest._chance(better, mean) == pytest.approx(2 / 2**10)
     assert contest._chance({name: better[name] for name in ("c1", "c2")}, mean) is None
     assert contest._mean_of([*members, {}]) == {}
+
+
+def test_the_record_tests_the_student_against_labels_alone_and_the_ensemble_against_its_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = np.random.default_rng(1)
+    names = ("fold_0", "fold_1", "ensemble of 2", "student", contest.ALONE)
+    dice = {name: chance.normal(0.8, 0.02, 9) for name in names}
+
+    def player(name: str) -> contest.Player:
+        cases = tuple(CaseScore(id=f"c{n}", values={"dice": (float(d),)}) for n, d in enumerate(dice[name]))
+        mean = float(dice[name].mean())
+        scores = Scores(
+            prediction="p", reference="r", labels=("x",), policy="", cases=cases, mean={"dice": (mean,)},
+            foreground_mean={"dice": mean},
+        )  # fmt: skip
+        return contest.Player(name, tiny(), (), scores)
+
+    monkeypatch.setattr(contest, "_players", lambda *_: [player(name) for name in names])
+    monkeypatch.setattr(contest, "_timed", lambda *_: [1.0, 1.0, 2.0, 0.5, 0.5])
+    models = tuple(ModelLayout(tmp_path / name) for name in names)
+    school = contest.School(
+        tmp_path, None, None, Fold(train=(), validation=("c0",)), tiny(), tiny(), models[:2], (), models[3]  # type: ignore[arg-type]
+    )  # fmt: skip
+    begun = Distillation(student="s", fold="0", seed=0, teachers=names[:2], temperature=2.0, labels_weight=0.5)
+    ended = contest.contest(begun, school, CPU, silent)
+    chances = {
+        (one, other): statistics.wilcoxon(dice[one] - dice[other])
+        for one in names for other in names if one != other
+    }  # fmt: skip
+    members = (dice["fold_0"] + dice["fold_1"]) / 2
+    assert ended.p_value == pytest.approx(chances["student", contest.ALONE])
+    assert ended.p_ensemble == pytest.approx(statistics.wilcoxon(dice["ensemble of 2"] - members))
+    assert sum(abs(p - ended.p_value) < 1e-9 for p in chances.values()) == 2  # the same pair in both orders
+    assert f"p = {ended.p_value:.2g} over cases)." in ended.conclusion
+    assert f", p = {ended.p_ensemble:.2g} over cases)" in ended.conclusion
 
 
 def test_records_of_a_distillation_are_whole_after_a_round_trip(tmp_path: Path) -> None:
