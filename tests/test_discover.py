@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from autoseg.cases.discover import discover, discover_images
 from autoseg.errors import UserError
-from autoseg.records import Label, Region
+from autoseg.records import Case, Label, Region
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -82,6 +82,28 @@ def test_channels_come_in_the_order_of_their_numbers(tmp_path: Path, key: str) -
     dataset = discover(tmp_path, workers=1)
     assert dataset.channels == tuple(f"C{n}" for n in range(11))
     assert [Path(path).name for path in dataset.cases[0].images] == [f"a_{n:04d}.nii.gz" for n in range(11)]
+
+
+@pytest.mark.parametrize("name", ["../../x/y", "site1/case3", "site1\\case3", ".hidden", "", "a.unfinished-b"])
+def test_a_name_that_no_file_can_have_is_refused_with_where_it_stands(tmp_path: Path, name: str) -> None:
+    decathlon(tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    entries = content.pop("training")
+    describe(tmp_path, **content, dataset={"good": entries[0], name or " ": entries[1]})
+    if name:
+        with pytest.raises(UserError, match=r"dataset\.json: a case cannot be called") as caught:
+            discover(tmp_path)
+        assert repr(name) in caught.value.what
+    with pytest.raises(ValueError, match="a case cannot be called"):
+        Case(id=name, images=("a.nii.gz",))
+
+
+def test_names_that_differ_in_upper_and_lower_case_alone_are_refused(tmp_path: Path) -> None:
+    for name in ("Scan1", "scan1", "scan2"):
+        save(tmp_path / f"images/{name}.nii.gz", volume())
+        save(tmp_path / f"labels/{name}.nii.gz", labels(1))
+    with pytest.raises(UserError, match="cases Scan1 and scan1 differ in upper and lower case alone"):
+        discover(tmp_path, workers=1)
 
 
 def test_one_name_with_several_values_makes_every_name_a_region(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The dataset.json of a data set, as Decathlon and nnU-Net write it: channels, labels, regions, what was annotated."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from autoseg.errors import UserError
+from autoseg.image.labels import some
 from autoseg.records import Case, Label, Region
 
 
@@ -105,6 +107,29 @@ def read_regions(description: Mapping[str, Any], where: str) -> tuple[Region, ..
 def _plainer(named: Mapping[str, Any]) -> dict[str, Any]:
     """The labels with a value in place of a list of one."""
     return {name: entry[0] if isinstance(entry, list) and len(entry) == 1 else entry for name, entry in named.items()}
+
+
+def with_groups(folder: Path, description: Mapping[str, Any], cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The patient of each case, where 'patients' in dataset.json or groups.csv (case,group) say so.
+
+    Raises UserError where groups.csv has no such first line, or a case is named that is not there.
+    """
+    groups = {str(case): str(group) for case, group in dict(description.get("patients") or {}).items()}
+    table = folder / "groups.csv"
+    if table.is_file():
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"case", "group"} <= set(rows.fieldnames or ()):
+                raise UserError(f"{table}: its first line must be 'case,group'.", fix="Add that line.")
+            groups |= {row["case"].strip(): (row["group"] or "").strip() for row in rows}
+    unknown = sorted(set(groups) - {case.id for case in cases})
+    if unknown:
+        where = table if table.is_file() else folder / "dataset.json"
+        raise UserError(
+            f"{where}: there is no case {some([repr(each) for each in unknown])}.",
+            fix=f"Cases are named as their files are without the ending, such as {cases[0].id!r}.",
+        )
+    return tuple(case.model_copy(update={"group": groups.get(case.id) or None}) for case in cases)
 
 
 def with_annotated(

@@ -6,7 +6,6 @@ A case is kept with the paths it should have, so that `inspect` can report what 
 one that has two files for the same thing is named in `Dataset.left_out`, for `inspect` to report as well.
 """
 
-import csv
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from autoseg.cases.description import (
     channel_names,
@@ -21,6 +21,7 @@ from autoseg.cases.description import (
     read_label_names,
     read_regions,
     with_annotated,
+    with_groups,
 )
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started, silent
@@ -35,7 +36,6 @@ from autoseg.image.formats import (
     read_labels,
     stem_of,
 )
-from autoseg.image.labels import some
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Case, Dataset, Label, LeftOut
 
@@ -82,40 +82,24 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
         workers: processes for reading label values where none are named; None takes all allowed cores.
 
     Raises:
-        UserError: no accepted layout, no case, no label map at all, or a broken dataset.json.
+        UserError: no accepted layout, no case, no label map at all, a broken dataset.json, or a name that no case can
+            have or that differs from another in upper and lower case alone.
     """
     folder = Path(folder).absolute()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.", fix="Give the folder that holds the data set.")
-    description = read_description(folder / "dataset.json")
-    named = bool(description and description.get("labels"))
-    pair = _folder_pair(folder)
-    clashes: dict[str, str] = {}
-
-    def clash(case: str, first: Path | str, second: Path | str) -> None:
-        clashes.setdefault(case, f"it has two files for the same thing: {first} and {second}.")
-
-    if description is not None and ("training" in description or "dataset" in description):
-        cases = _listed_cases(folder, description, clash)
-    elif pair is not None:
-        names = channel_names(description or {})
-        cases = _paired_cases(*pair, len(names) if names else None, clash)
-    else:
-        raise _nothing(folder, "no data set was found here.", ACCEPTED)
-    if not cases:
-        raise _nothing(folder, "there is no readable image in it.", ACCEPTED)
-    cases = _with_groups(folder, description or {}, cases)
+    cases, clashes = list_cases(folder)
+    description, where = read_description(folder / "dataset.json") or {}, str(folder / "dataset.json")
+    cases = with_groups(folder, description, cases)
     _refuse_lossy_labels(cases)
-    if named:
-        labels, ignore_value = read_label_names(description or {}, str(folder / "dataset.json"))
+    if named := bool(description.get("labels")):
+        labels, ignore_value = read_label_names(description, where)
     else:
         labels, ignore_value = _labels_found(folder, cases, workers or allowed_cores(), report), None
-    regions = read_regions(description or {}, str(folder / "dataset.json")) if named else ()
-    cases = with_annotated(folder, description or {}, cases, regions or labels[1:])
+    regions = read_regions(description, where) if named else ()
+    cases = with_annotated(folder, description, cases, regions or labels[1:])
     return Dataset(
-        name=str((description or {}).get("name") or folder.name),
+        name=str(description.get("name") or folder.name),
         dimension=_dimension(cases),
-        channels=channel_names(description or {}) or _default_channels(cases),
+        channels=channel_names(description) or _default_channels(cases),
         labels=labels,
         regions=regions,
         ignore_value=ignore_value,
@@ -123,6 +107,32 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
         cases=cases,
         left_out=tuple(LeftOut(id=case, problem=what) for case, what in clashes.items()),
     )
+
+
+def list_cases(folder: Path) -> tuple[tuple[Case, ...], dict[str, str]]:
+    """The cases of a data set without their groups, no image being opened, and why some of them cannot be used.
+
+    Raises UserError as `discover`.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder.", fix="Give the folder that holds the data set.")
+    description, pair = read_description(folder / "dataset.json") or {}, _folder_pair(folder)
+    clashes: dict[str, str] = {}
+
+    def clash(case: str, first: Path | str, second: Path | str) -> None:
+        clashes.setdefault(case, f"it has two files for the same thing: {first} and {second}.")
+
+    if "training" in description or "dataset" in description:
+        cases = _listed_cases(folder, description, clash)
+    elif pair is not None:
+        cases = _paired_cases(*pair, len(channel_names(description)) or None, clash)
+    else:
+        raise _nothing(folder, "no data set was found here.", ACCEPTED)
+    if not cases:
+        raise _nothing(folder, "there is no readable image in it.", ACCEPTED)
+    _refuse_twins(folder, cases)
+    return cases, clashes
 
 
 def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
@@ -135,7 +145,7 @@ def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
     if folder.is_file():
         stem = stem_of(folder)
         case = stem if _holds_all(folder, channels) else stem.removesuffix("_0000")  # other numbers count cases
-        return (Case(id=case, images=(str(folder),)),)
+        return (_case(case, (folder,)),)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.", fix="Give a folder with images, or one image.")
     files = _files(folder)
@@ -176,7 +186,7 @@ def _listed_cases(folder: Path, description: Mapping[str, Any], clash: Clash) ->
         stem = stem_of(paths[0])
         label = entry.get("label")
         case = name or (CHANNEL_SUFFIX.sub("", stem) if len(paths) > 1 else stem)
-        cases.append(Case(id=case, images=paths, label=str(_below(folder, label)) if label else None))
+        cases.append(_case(case, paths, _below(folder, label) if label else None, folder / "dataset.json"))
     return tuple(sorted(_once(cases, clash), key=lambda case: case.id))
 
 
@@ -214,7 +224,7 @@ def _paired_cases(images: Path, labels: Path, channels: int | None, clash: Clash
     for stem, path in label_files.items():
         if stem not in found:
             wanted = images / f"{stem}{ending_of(files[0]) if files else ending_of(path)}"
-            cases.append(Case(id=stem, images=(str(wanted),), label=str(path)))
+            cases.append(_case(stem, (wanted,), path))
     return tuple(sorted(cases, key=lambda case: case.id)) if files else ()
 
 
@@ -235,7 +245,7 @@ def _cases_of_files(
         and (channels != 1 or counted == {0})
     )
     if not by_channel:
-        return _once((Case(id=stem_of(path), images=(str(path),)) for path in files), clash)
+        return _once((_case(stem_of(path), (path,)) for path in files), clash)
     wanted = channels or max(counted) + 1
     by_case: dict[str, dict[int, Path]] = {}
     for path in files:
@@ -247,8 +257,25 @@ def _cases_of_files(
         present = next(iter(found.values()))
         every = range(max(wanted, max(found) + 1))
         paths = (found.get(n, present.with_name(f"{stem}_{n:04d}{ending_of(present)}")) for n in every)
-        cases.append(Case(id=stem, images=tuple(str(path) for path in paths)))
+        cases.append(_case(stem, tuple(paths)))
     return tuple(cases)
+
+
+def _case(case: str, images: Sequence[Path | str], label: Path | None = None, listed_in: Path | None = None) -> Case:
+    try:
+        return Case(id=case, images=tuple(map(str, images)), label=None if label is None else str(label))
+    except ValidationError as error:
+        what = f"{listed_in or images[0]}: {error.errors()[0]['msg'].removeprefix('Value error, ')}."
+        raise UserError(what, fix="Give the case another name.") from error
+
+
+def _refuse_twins(folder: Path, cases: Sequence[Case]) -> None:
+    """Names that differ in upper and lower case alone are one file on some disks."""
+    known: dict[str, Case] = {}
+    for case in cases:
+        if (twin := known.setdefault(case.id.casefold(), case)) is not case:
+            what = f"{folder}: cases {twin.id} and {case.id} differ in upper and lower case alone."
+            raise UserError(what, fix="Rename one of them, in dataset.json if it names the cases.")
 
 
 def _nothing(folder: Path, what: str, fix: str) -> UserError:
@@ -278,25 +305,6 @@ def _refuse(case: str, first: Path | str, second: Path | str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- what nobody wrote down
-
-
-def _with_groups(folder: Path, description: Mapping[str, Any], cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    groups = {str(case): str(group) for case, group in dict(description.get("patients") or {}).items()}
-    table = folder / "groups.csv"
-    if table.is_file():
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"case", "group"} <= set(rows.fieldnames or ()):
-                raise UserError(f"{table}: its first line must be 'case,group'.", fix="Add that line.")
-            groups |= {row["case"].strip(): (row["group"] or "").strip() for row in rows}
-    unknown = sorted(set(groups) - {case.id for case in cases})
-    if unknown:
-        where = table if table.is_file() else folder / "dataset.json"
-        raise UserError(
-            f"{where}: there is no case {some([repr(each) for each in unknown])}.",
-            fix=f"Cases are named as their files are without the ending, such as {cases[0].id!r}.",
-        )
-    return tuple(case.model_copy(update={"group": groups.get(case.id) or None}) for case in cases)
 
 
 def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Report) -> tuple[Label, ...]:
