@@ -12,6 +12,7 @@ from autoseg.events import Said, Warned
 from autoseg.layout import Layout
 from autoseg.records import Dataset, Fingerprint, Plan
 from autoseg.steps.plan import checked, edited, from_fingerprint, plan
+from autoseg.steps.run import _planned
 from autoseg.store import load, save
 
 
@@ -66,6 +67,51 @@ def test_a_plan_that_changes_under_trained_models_is_announced(tmp_path: Path) -
     assert not [e for e in events if isinstance(e, Warned) and "trained" in e.text]
     plan(data, tmp_path / "run", memory="5GB", preset="M", workers=1, report=events.append)
     assert [e for e in events if isinstance(e, Warned) and "2d was trained by the old one" in e.text]
+
+
+def test_trained_configurations_that_the_new_plan_lacks_are_named(tmp_path: Path) -> None:
+    data, events = write_dataset(tmp_path / "data", cases=3, shape=(24, 20), dimension=2), []
+    made = plan(data, tmp_path / "run", memory="4GB", workers=1)
+    student = made.configurations[0].model_copy(update={"name": "2d_student"})
+    save(Layout(tmp_path / "run").plan, made.model_copy(update={"configurations": (*made.configurations, student)}))
+    Layout(tmp_path / "run").configuration("2d_student").mkdir(parents=True)
+    plan(data, tmp_path / "run", memory="4GB", workers=1, report=events.append)
+    [said] = [event.text for event in events if isinstance(event, Warned) and "trained" in event.text]
+    assert said == "The new plan is without 2d_student, of which there are trained networks: they stay."
+
+
+def test_a_plan_never_lies_beside_a_data_set_that_it_was_not_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the records are saved, the run has the new data set and no plan."""
+    data, run = write_dataset(tmp_path / "data", cases=3, shape=(24, 20), dimension=2), tmp_path / "run"
+    plan(data, run, memory="4GB", workers=1)
+    more = write_dataset(tmp_path / "more", cases=4, shape=(24, 20), dimension=2)
+
+    def until_the_fingerprint(path: Path, record: object) -> None:
+        if path.name == "fingerprint.json":
+            raise KeyboardInterrupt
+        save(path, record)
+
+    monkeypatch.setattr("autoseg.steps.plan.save", until_the_fingerprint)
+    with pytest.raises(KeyboardInterrupt):
+        plan(more, run, memory="4GB", workers=1)
+    assert len(load(Layout(run).dataset, Dataset).cases) == 4
+    assert not Layout(run).plan.exists()
+
+
+def test_going_on_with_a_run_says_which_cases_are_new_and_which_are_gone(tmp_path: Path) -> None:
+    data, run, events = write_dataset(tmp_path / "data", cases=3, layout="plain"), tmp_path / "run", []
+    plan(data, run, memory="2GB", workers=1)
+    _planned(data, run, None, None, 1, False, events.append)
+    assert not [event for event in events if isinstance(event, Warned)]
+    for folder in ("images", "labels"):
+        [first, *_] = sorted((data / folder).iterdir())
+        first.rename(first.with_name(f"new{''.join(first.suffixes)}"))
+    _planned(data, run, None, None, 1, False, events.append)
+    [said] = [event.text for event in events if isinstance(event, Warned)]
+    assert "1 more (new) and 1 fewer (case_00) cases" in said
+    assert f"autoseg plan {data} -o {run}" in said
 
 
 def test_data_that_was_moved_leaves_the_plan_as_it_is(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def plan(
     planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
     _warn_of_trained_models(layout, planned, report)
     remove_unfinished(run)
+    layout.plan.unlink(missing_ok=True)  # killed from here on, a run has no plan rather than that of other data
     save(layout.dataset, dataset)
     save(layout.fingerprint, fingerprint)
     save(layout.plan, planned)
@@ -87,6 +88,7 @@ def from_fingerprint(
     planned = _plan_for(fingerprint, memory, device, preset, file_ending, report)
     if output is not None:
         _warn_of_trained_models(Layout(output), planned, report)
+        Layout(output).plan.unlink(missing_ok=True)
         save(Layout(output).fingerprint, fingerprint)
         save(Layout(output).plan, planned)
     return planned
@@ -233,3 +235,7 @@ def _warn_of_trained_models(layout: Layout, planned: Plan, report: Report) -> No
     trained = [name for name in changed if layout.configuration(name).is_dir()]
     if trained:
         report(Warned(f"The plan changes, but {', '.join(trained)} was trained by the old one: train again."))
+    names = {each.name for each in planned.configurations}
+    dropped = [name for name in known if name not in names and layout.configuration(name).is_dir()]
+    if dropped:
+        report(Warned(f"The new plan is without {', '.join(dropped)}, of which there are trained networks: they stay."))

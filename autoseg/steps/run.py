@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoseg import store
-from autoseg.cases.discover import discover
+from autoseg.cases.discover import list_cases
 from autoseg.errors import UserError
-from autoseg.events import Report, Said, silent
+from autoseg.events import Report, Said, Warned, silent
+from autoseg.image.labels import some
 from autoseg.layout import Layout
 from autoseg.records import Dataset, Plan, Run, Scores
 from autoseg.steps.evaluate import evaluate_run
@@ -35,7 +36,8 @@ def run(
 
     Args:
         data: the data set, see `plan`.
-        run: the run folder; one that exists is continued, with its plan as it is there (edited or not).
+        run: the run folder; one that exists is continued, with its plan as it is there (edited or not) and the cases
+            that it was made for, with a warning where `data` has others now.
         max_seconds: for all trainings together; None: the plan's epochs.
         folds: "0" to "4", and "all" beside them if wanted.
         configuration: name in the plan; None: 3d where the plan has it, else 2d.
@@ -80,7 +82,20 @@ def _planned(
     if known.cases and not _is_of(known, data):
         raise UserError(f"{run} was planned for other data than {data}.", fix="Choose another folder for -o.")
     report(Said(f"Going on with {layout.plan}."))
+    _warn_of_other_cases(known, data, run, report)
     return checked(run)
+
+
+def _warn_of_other_cases(known: Dataset, data: Path, run: Path, report: Report) -> None:
+    """Say so where the data set has gained or lost cases since it was planned for."""
+    if not data.is_dir():
+        return  # all that is needed may be in the cache
+    now, then = {case.id for case in list_cases(data)[0]}, {case.id for case in known.cases}
+    new, gone = sorted(now - then - {each.id for each in known.left_out}), sorted(then - now)
+    changes = [f"{len(ids)} {what} ({some(ids)})" for ids, what in ((new, "more"), (gone, "fewer")) if ids]
+    if changes:
+        counted = f"{data} has {' and '.join(changes)} cases than {Layout(run).dataset}, which this run keeps to."
+        report(Warned(f"{counted} To take them in: autoseg plan {data} -o {run}"))
 
 
 def _is_of(known: Dataset, data: Path) -> bool:
@@ -88,7 +103,7 @@ def _is_of(known: Dataset, data: Path) -> bool:
     first = Path(known.cases[0].images[0])
     if first.is_relative_to(data.absolute()) or first.resolve().is_relative_to(data.resolve()):
         return True
-    return first.resolve() in {Path(path).resolve() for case in discover(data).cases for path in case.images}
+    return first.resolve() in {Path(path).resolve() for case in list_cases(data)[0] for path in case.images}
 
 
 def is_trained(layout: Layout, configuration: str, fold: str) -> bool:
