@@ -114,6 +114,14 @@ def test_shrinking_takes_the_axis_that_covers_most() -> None:
     assert smaller.patch_voxels == (128, 112, 128)
 
 
+def test_a_chain_goes_on_where_its_largest_axis_cannot_shrink() -> None:
+    """One slice is left at (1, 896, 896); (32, 136, 80) is rounded up to more voxels than (32, 135, 81)."""
+    thick = [t.patch_voxels for t in patch_chain((10.0, 0.3, 0.3), (3, 3000, 3000))]
+    assert thick[2:4] == [(1, 896, 896), (1, 896, 768)]
+    assert thick[-1] == (1, 8, 8)
+    assert math.prod(patch_chain((0.43, 4.8, 8.1), (33, 330, 410))[-1].patch_voxels) < 1000
+
+
 def test_every_chain_falls_to_a_small_end() -> None:
     rng = random.Random(9)
     for _ in range(150):
@@ -124,3 +132,4 @@ def test_every_chain_falls_to_a_small_end() -> None:
         assert volumes == sorted(volumes, reverse=True)
         assert len(set(volumes)) == len(volumes)
         assert all(t.stages >= 2 for t in chain[1:])
+        assert volumes[-1] < 1000 or chain[0].stages < 2

@@ -6,10 +6,12 @@ Axes are those of the patch: Z Y X, or Y X in 2D. Source of the rules: nnU-Net's
 from collections.abc import Sequence
 from math import prod
 
-from autoseg.planning.topology import Topology, choose_topology
+from autoseg.planning.topology import SMALLEST_EDGE, Topology, choose_topology
 
 VOXELS_OF_FIRST_PATCH = {3: 256**3, 2: 2048**2}
 LEAST_STAGES = 2
+SMALLEST_OUT_OF_TURN = 2 * SMALLEST_EDGE
+"""Voxels that an axis keeps where it shrinks because another one cannot."""
 
 
 def choose_first_patch(spacing_mm: Sequence[float], median_shape_voxels: Sequence[int]) -> Topology:
@@ -23,20 +25,32 @@ def choose_first_patch(spacing_mm: Sequence[float], median_shape_voxels: Sequenc
 def shrink(now: Topology, spacing_mm: Sequence[float], median_shape_voxels: Sequence[int]) -> Topology | None:
     """The next smaller patch: the axis that is largest relative to the median shape loses one step; None at the end.
 
-    The step is the divisor that the axis has *after* shrinking, so that no valid size is skipped (224 between 256 and
-    192). Ties go to the last axis.
+    Where that gives no valid or no smaller patch (one voxel is left on the axis, or another one grows by rounding up),
+    it is the next largest axis that stays at `SMALLEST_OUT_OF_TURN` or above. Ties go to the last axis.
     """
-    patch = list(now.patch_voxels)
-    axis = max(range(len(patch)), key=lambda a: (patch[a] / median_shape_voxels[a], a))
-    tried = list(patch)
+    share = [size / median for size, median in zip(now.patch_voxels, median_shape_voxels, strict=True)]
+    first, *others = sorted(range(len(share)), key=lambda a: (share[a], a), reverse=True)
+    for axis in (first, *others):
+        smaller = _one_step_less(now, axis, spacing_mm)
+        if smaller is None or (axis != first and smaller.patch_voxels[axis] < SMALLEST_OUT_OF_TURN):
+            continue
+        if smaller.stages >= LEAST_STAGES and prod(smaller.patch_voxels) < prod(now.patch_voxels):
+            return smaller
+    return None
+
+
+def _one_step_less(now: Topology, axis: int, spacing_mm: Sequence[float]) -> Topology | None:
+    """The patch with one step less on an axis; None where nothing is left of it.
+
+    The step is the divisor that the axis has *after* shrinking, so that no valid size is skipped (224 between 256 and
+    192).
+    """
+    tried, patch = list(now.patch_voxels), list(now.patch_voxels)
     tried[axis] -= now.divisors[axis]
     if tried[axis] < 1:
         return None
     patch[axis] -= choose_topology(spacing_mm, tried).divisors[axis]
-    smaller = choose_topology(spacing_mm, patch)
-    if smaller.stages < LEAST_STAGES or prod(smaller.patch_voxels) >= prod(now.patch_voxels):
-        return None
-    return smaller
+    return choose_topology(spacing_mm, patch) if patch[axis] >= 1 else None
 
 
 def patch_chain(spacing_mm: Sequence[float], median_shape_voxels: Sequence[int]) -> tuple[Topology, ...]:
