@@ -14,6 +14,10 @@ from autoseg.specs import AugmentSpec, NetworkSpec
 
 Voxels3 = tuple[int, int, int]
 Millimetres3 = tuple[float, float, float]
+PatientAxis = Literal["head-foot", "front-back", "left-right"]
+PatientAxes = tuple[PatientAxis, ...]
+PatientAxes3 = tuple[PatientAxes, PatientAxes, PatientAxes]
+"""For Z, Y and X of a file the axis of the patient that it runs along, or several where it lies between them."""
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -107,8 +111,11 @@ class CaseStats(Saved):
     `class_voxels[k]` and `class_mm3[k]` count label index k, background included at 0. `class_components[k]` is its
     number of connected components and `class_median_component_voxels[k]` their median size; both are 0 for background.
     `intensity_sample[c]` holds foreground intensities of channel c at evenly spaced ranks.
-    `content` is the hash of the files' bytes and of the label values it was computed with.
+    `content` is the hash of the files' bytes and of the label values it was computed with. `patient_axes` is None where
+    the files do not tell how they lie in the patient: 2D files, photographs, and fingerprints before schema 2.
     """
+
+    SCHEMA = 2
 
     id: str
     content: str
@@ -122,10 +129,13 @@ class CaseStats(Saved):
     class_median_component_voxels: tuple[float, ...]
     intensities: tuple[Intensities, ...]
     intensity_sample: tuple[tuple[float, ...], ...] = ()
+    patient_axes: PatientAxes3 | None = None
 
 
 class Fingerprint(Saved):
     """All that planning needs to know of a data set; a plan can be made from this file alone."""
+
+    SCHEMA = 2
 
     dataset: str
     dimension: Literal[2, 3]

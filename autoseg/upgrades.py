@@ -28,10 +28,17 @@ def _movement(configuration: dict) -> dict:
     return configuration | {"train": train | {"augment": augment}}
 
 
+def _without_patient_axes(fields: dict) -> dict:
+    """Nobody wrote down how the files lie in the patient: the field stays None, and X is taken for left-right."""
+    return fields
+
+
 UPGRADES: dict[tuple[str, int], Callable[[dict], dict]] = {
     ("plan", 1): _movement_of_plan,
     ("run", 1): _movement_of_run,
     ("run", 2): _without_cases,
     ("study", 1): _movement_of_run,
+    ("casestats", 1): _without_patient_axes,
+    ("fingerprint", 1): _without_patient_axes,
 }
 """(record name, old version) -> the function for the step to the next version."""

@@ -5,6 +5,7 @@ import gzip
 import resource
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from autoseg.errors import UserError
 from autoseg.image import formats
 from autoseg.image.formats import read_geometry, read_image, read_labels, write_labels
-from autoseg.image.volume import Geometry, displacement_mm, plain_geometry
+from autoseg.image.volume import Geometry, displacement_mm, patient_axes, plain_geometry
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 VOLUMES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
@@ -57,6 +58,24 @@ def test_geometry_is_what_itk_says(tmp_path: Path) -> None:
     assert (geometry.size_voxels[::-1], geometry.itk_spacing) == (size, spacing)
     assert (geometry.origin, geometry.direction, geometry.spacing_mm) == (origin, direction, spacing[::-1])
     assert Geometry.from_json(geometry.to_json()) == geometry
+
+
+@pytest.mark.parametrize(
+    ("direction", "expected"),
+    [
+        (np.diag([-1.0, 1, -1]), "H F L"),
+        ([[0, 0, -1], [1, 0, 0], [0, -1, 0]], "L H F"),  # sagittal: X to the back, Y downwards, Z to the right
+        ([[1, 0, 0], [0, 0, 1], [0, -1, 0]], "F H L"),  # coronal
+        (Rotation.from_euler("z", 30, degrees=True).as_matrix(), "H F L"),
+        (Rotation.from_euler("z", 44, degrees=True).as_matrix(), "H FL LF"),
+        (Rotation.from_euler("z", 60, degrees=True).as_matrix(), "H L F"),
+        (np.array([[2, -1, 2], [2, 2, -1], [-1, 2, 2]]) / 3, "HL FH LF"),  # equally far from two axes
+    ],
+)
+def test_the_axes_of_the_patient_are_those_of_the_largest_cosines(direction: np.ndarray, expected: str) -> None:
+    names = {"H": "head-foot", "F": "front-back", "L": "left-right"}
+    geometry = replace(plain_geometry((4, 5, 6), (1.0, 1.0, 1.0)), direction=tuple(np.ravel(direction).tolist()))
+    assert patient_axes(geometry) == tuple(tuple(names[each] for each in way) for way in expected.split())
 
 
 def test_geometry_goes_over_into_another_format(tmp_path: Path) -> None:

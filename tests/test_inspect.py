@@ -1,5 +1,6 @@
 """cases/inspect.py and cases/measure.py: what is found wrong, what is measured, and what is not read again."""
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from autoseg.cases.inspect import BadDataset, Problem, content_of, fingerprint_o
 from autoseg.cases.measure import measure_case
 from autoseg.errors import UserError
 from autoseg.events import Event, Warned
+from autoseg.layout import case_stats_file
 from autoseg.records import Case, CaseStats, Dataset, Label, LeftOut
+from autoseg.store import load, save
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LABELS = (Label(name="background", value=0), Label(name="a", value=1), Label(name="b", value=2))
@@ -92,6 +95,15 @@ def test_ignored_voxels_are_counted_in_no_class() -> None:
     indices[0], indices[1] = -1, 1
     stats = measure_case("a", "", np.ones((1, 4, 4, 4), np.float32), indices, (1.0, 1.0, 1.0), 2)
     assert stats.class_voxels == (32, 16)
+
+
+def test_a_photograph_does_not_say_how_it_lies_in_the_patient(tmp_path: Path) -> None:
+    paths = tmp_path / "image.png", tmp_path / "label.png"
+    for path, array in zip(paths, arrays()[1].repeat(2, 0)[[2, 3]], strict=True):
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+    case = Case(id="a", images=(str(paths[0]),), label=str(paths[1]))
+    dataset = Dataset(name="toy", dimension=2, channels=("grey",), labels=LABELS, cases=(case,))
+    assert inspect(dataset, tmp_path / "stats", workers=1)[1][0].patient_axes is None
 
 
 def test_all_problems_of_all_cases_are_found(tmp_path: Path) -> None:
@@ -219,6 +231,19 @@ def test_a_second_run_reads_only_what_changed(tmp_path: Path, monkeypatch: pytes
     assert sorted(read) == ["c0", "c2"]
     assert second[:2] == first[:2]
     assert second[2] != first[2]
+
+
+def test_statistics_that_do_not_say_how_the_files_lie_are_measured_anew(tmp_path: Path) -> None:
+    dataset = a_dataset(tmp_path)
+    _, measured = inspect(dataset, tmp_path / "stats", workers=1)
+    file = case_stats_file(tmp_path / "stats", "c1")
+    save(file, measured[1].model_copy(update={"content": "as schema 1 hashed it"}))
+    older = json.loads(file.read_text()) | {"schema": 1}
+    del older["patient_axes"]
+    file.write_text(json.dumps(older))
+    assert load(file, CaseStats).patient_axes is None
+    assert inspect(dataset, tmp_path / "stats", workers=1)[1] == measured
+    assert measured[1].patient_axes == (("head-foot",), ("front-back",), ("left-right",))
 
 
 def test_other_channel_names_make_the_statistics_stale(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """`autoseg plan` on small data sets, without a GPU."""
 
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 from fingerprints import alike, fingerprint
 from synthetic import write_dataset
 
@@ -35,6 +38,65 @@ def test_a_saved_fingerprint_gives_the_same_plan_without_data(tmp_path: Path) ->
     assert [c.name for c in made.configurations] == ["2d"]
     assert again.configurations == made.configurations
     assert load(Layout(tmp_path / "other").plan, Plan) == again
+
+
+SAGITTAL = (0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
+"""ITK's cosines where X runs to the back, Y downwards and Z to the right."""
+
+
+def with_sides(data: Path, sagittal: Iterable[int]) -> Path:
+    """Call the two labels left and right, and have these cases lie as sagittal series do."""
+    described = json.loads((data / "dataset.json").read_text())
+    described["labels"] = {"0": "background", "1": "left hippocampus", "2": "right hippocampus"}
+    (data / "dataset.json").write_text(json.dumps(described))
+    for file in (f for number in sagittal for f in data.glob(f"*/case_{number:02d}*.nii.gz")):
+        image = sitk.ReadImage(str(file))
+        image.SetDirection(SAGITTAL)
+        sitk.WriteImage(image, str(file))
+    return data
+
+
+def test_left_and_right_of_sagittal_files_are_not_mirrored_into_each_other(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", cases=3, shape=(20, 24, 16), spacing_mm=(1.0, 1.0, 2.0))
+    warnings: list[str] = []
+    made = plan(
+        with_sides(data, range(3)), tmp_path / "run", memory="4GB", workers=1,
+        report=lambda event: warnings.append(event.text) if isinstance(event, Warned) else None,
+    )  # fmt: skip
+    slices, volumes = made.configurations
+    assert volumes.axes == (2, 0, 1)
+    assert volumes.train.augment.mirror_axes == (0, 2)  # X and Y of the files: Z is the second axis of the patch
+    assert slices.train.augment.mirror_axes == (1,)
+    [because] = [c.because for c in made.choices if c.field == "3d.train.augment.mirror_axes"]
+    assert "mirroring along Z, which is left-right in these files, would teach one as the other" in because
+    assert not warnings
+    stats = load(Layout(tmp_path / "run").fingerprint, Fingerprint).cases
+    assert {each.patient_axes for each in stats} == {(("left-right",), ("head-foot",), ("front-back",))}
+    by_hand = edited(tmp_path / "run", ["3d.train.augment.mirror_axes=1"])
+    assert by_hand.configurations[1].train.augment.mirror_axes == (1,)
+
+
+def test_files_that_lie_in_different_ways_are_mirrored_along_none_of_their_sides(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", cases=3, shape=(16, 24, 20))
+    warnings: list[str] = []
+    made = plan(
+        with_sides(data, [1]), tmp_path / "run", memory="4GB", workers=1,
+        report=lambda event: warnings.append(event.text) if isinstance(event, Warned) else None,
+    )  # fmt: skip
+    assert made.configurations[1].train.augment.mirror_axes == (1,)
+    assert any("left-right is X in 2, Z in 1 of 3 cases" in each for each in warnings)
+
+
+def test_a_fingerprint_that_does_not_say_how_files_lie_is_planned_as_before(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", cases=3, shape=(16, 24, 20))
+    plan(with_sides(data, range(3)), tmp_path / "run", memory="4GB", workers=1)
+    older = json.loads(Layout(tmp_path / "run").fingerprint.read_text()) | {"schema": 1}
+    for each in older["cases"]:
+        del each["patient_axes"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    made = from_fingerprint(tmp_path / "older.json", memory="4GB")
+    assert made.configurations[1].train.augment.mirror_axes == (0, 1)
+    assert any("mirroring along X, taken to run that way" in each.because for each in made.choices)
 
 
 @pytest.mark.parametrize(

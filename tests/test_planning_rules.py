@@ -12,7 +12,17 @@ from autoseg.planning.batch import batch_cap, choose_norm
 from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.normalization import KNOWN, RULES, choose_masks, choose_normalization, warnings_of
 from autoseg.planning.spacing import choose_axes, choose_spacing, coarser, median_shape, percentile, transposed
-from autoseg.planning.train import choose_augment, choose_sampling, choose_train, sided_labels, tubes
+from autoseg.planning.train import (
+    AXIAL,
+    choose_augment,
+    choose_sampling,
+    choose_train,
+    orientations_of,
+    sided_labels,
+    tubes,
+    warn_of_mixed,
+)
+from autoseg.records import PatientAxes3
 
 
 def test_target_spacing_is_the_median_per_axis() -> None:
@@ -116,16 +126,21 @@ def test_batch_norm_needs_a_large_batch() -> None:
 
 def test_left_right_pairs_are_found_by_name() -> None:
     names = ["left hippocampus", "right hippocampus", "kidney_l", "kidney_r", "LeftLung", "RightLung", "liver"]
-    assert sided_labels(names) == tuple((2, name) for name in names[:-1])
+    assert sided_labels(names) == tuple(("left-right", name) for name in names[:-1])
     assert sided_labels(["left atrium", "vertebra_L", "r", "liver"]) == ()
-    assert sided_labels(["lh_cortex", "rh_cortex", "rh_other"]) == ((2, "lh_cortex"), (2, "rh_cortex"))
+    halves = [("left-right", "lh_cortex"), ("left-right", "rh_cortex")]
+    assert sided_labels(["lh_cortex", "rh_cortex", "rh_other"]) == tuple(halves)
     lobes = [f"lung_{height}_lobe_{side}" for height in ("upper", "lower") for side in ("left", "right")]
-    assert sided_labels(lobes) == tuple((axis, name) for name in lobes for axis in (2, 0))
-    assert sided_labels(["Anterior", "Posterior"]) == ((1, "Anterior"), (1, "Posterior"))
+    assert sided_labels(lobes) == tuple((axis, name) for name in lobes for axis in ("left-right", "head-foot"))
+    assert sided_labels(["Anterior", "Posterior"]) == (("front-back", "Anterior"), ("front-back", "Posterior"))
+
+
+SAGITTAL: PatientAxes3 = (("left-right",), ("head-foot",), ("front-back",))
+LUNGS = sided_labels(["left lung", "right lung"])
 
 
 def test_labels_with_sides_switch_off_mirroring_along_x_only() -> None:
-    sided = ((2, "left lung"), (2, "right lung"))
+    sided = LUNGS
     assert choose_augment((64, 64, 64), (0, 1, 2), ())[0].mirror_axes == (0, 1, 2)
     assert choose_augment((64, 64, 64), (0, 1, 2), sided)[0].mirror_axes == (0, 1)
     assert choose_augment((64, 64, 64), (2, 0, 1), sided)[0].mirror_axes == (1, 2)
@@ -134,6 +149,47 @@ def test_labels_with_sides_switch_off_mirroring_along_x_only() -> None:
     _, (_, choice) = choose_augment((64, 64, 64), (2, 0, 1), sided)
     assert choice.value == "Z Y of the files"
     assert "left lung" in choice.because
+
+
+@pytest.mark.parametrize(
+    ("lie", "axes", "mirrored", "says"),
+    [
+        ([SAGITTAL] * 3, (0, 1, 2), (1, 2), "mirroring along Z, which is left-right in these files,"),
+        ([SAGITTAL] * 3, (2, 0, 1), (0, 2), "mirroring along Z, which is left-right in these files,"),
+        ([AXIAL] * 3, (0, 1, 2), (0, 1), "mirroring along X, which is left-right in these files,"),
+        ([None] * 3, (0, 1, 2), (0, 1), "mirroring along X, taken to run that way,"),
+        ([AXIAL, SAGITTAL, AXIAL], (0, 1, 2), (1,), "mirroring along X, which is left-right in 2 of 3 cases,"),
+        ([None, SAGITTAL], (0, 1, 2), (1,), "mirroring along Z, which is left-right in 1 of 2 cases,"),
+        (
+            [(("head-foot",), ("front-back", "left-right"), ("left-right", "front-back"))], (0, 1, 2), (0,),
+            "mirroring along Y, which is partly left-right in these files,",
+        ),
+    ],
+)  # fmt: skip
+def test_mirroring_is_off_along_the_file_axes_that_labels_tell_sides_of(
+    lie: list[PatientAxes3 | None], axes: tuple[int, int, int], mirrored: tuple[int, ...], says: str
+) -> None:
+    orientations = orientations_of([case().model_copy(update={"patient_axes": each}) for each in lie])
+    augment, (_, choice) = choose_augment((64, 64, 64), axes, LUNGS, orientations)
+    assert augment.mirror_axes == mirrored
+    assert says in choice.because
+
+
+def test_slices_across_the_sides_are_mirrored_both_ways() -> None:
+    """The two axes of a sagittal slice are Y and X of its file."""
+    augment, (_, choice) = choose_augment((64, 64), (0, 1, 2), LUNGS, [(SAGITTAL, 4)])
+    assert augment.mirror_axes == (0, 1)
+    assert "along no axis of these slices" in choice.because
+
+
+def test_files_that_lie_in_different_ways_are_warned_of_where_labels_tell_it() -> None:
+    mixed = [(AXIAL, 12), (SAGITTAL, 7), (None, 1)]
+    [warning] = warn_of_mixed(LUNGS, mixed)
+    assert "left-right is X in 13, Z in 7 of 20 cases" in warning
+    assert "left lung, right lung tell left from right, so there is no mirroring along Z or X." in warning
+    assert warn_of_mixed((), mixed) == warn_of_mixed(LUNGS, [(SAGITTAL, 7)]) == ()
+    turned: PatientAxes3 = (("front-back",), ("head-foot",), ("left-right",))  # coronal: X still is left-right
+    assert warn_of_mixed(LUNGS, [(AXIAL, 12), (turned, 7)]) == ()
 
 
 def test_rotation_depends_on_the_shape_of_the_patch() -> None:

@@ -22,7 +22,7 @@ from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.companions import hash_into
 from autoseg.image.formats import PHOTOGRAPHS, ending_of, read_image, read_labels
-from autoseg.image.volume import Geometry, displacement_mm
+from autoseg.image.volume import Geometry, displacement_mm, patient_axes
 from autoseg.layout import case_stats_file
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Case, CaseStats, Dataset, Label, LeftOut
@@ -162,7 +162,9 @@ def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
     if problems or isinstance(indices_ZYX, Problem):
         return Inspected(None, tuple(problems))
     content = content_of(case, dataset.labels, dataset.ignore_value)
-    stats = measure_case(case.id, content, image.array_CZYX, indices_ZYX, geometry.spacing_mm, len(dataset.labels))
+    axes = None if ending_of(case.images[0]) in PHOTOGRAPHS else patient_axes(geometry)
+    classes = len(dataset.labels)
+    stats = measure_case(case.id, content, image.array_CZYX, indices_ZYX, geometry.spacing_mm, classes, axes)
     save(case_stats_file(stats_folder, case.id), stats, durable=False)
     return Inspected(stats, tuple(_empty(stats)))
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 from autoseg.cases.prepare import occupied
 from autoseg.errors import UserError
 from autoseg.image.crop import box_of, crop
-from autoseg.records import CaseStats, Dataset, Fingerprint, Intensities, Millimetres3
+from autoseg.records import CaseStats, Dataset, Fingerprint, Intensities, Millimetres3, PatientAxes3
 
 SAMPLE_SIZE = 1000
 LARGEST_SORTED = 2_000_000
@@ -19,7 +19,13 @@ LARGEST_SORTED = 2_000_000
 
 
 def measure_case(
-    case: str, content: str, image_CZYX: np.ndarray, indices_ZYX: np.ndarray, spacing_mm: Millimetres3, classes: int
+    case: str,
+    content: str,
+    image_CZYX: np.ndarray,
+    indices_ZYX: np.ndarray,
+    spacing_mm: Millimetres3,
+    classes: int,
+    patient_axes: PatientAxes3 | None = None,
 ) -> CaseStats:
     """Statistics of one case after cropping to the nonzero region.
 
@@ -28,6 +34,7 @@ def measure_case(
         image_CZYX: as read, finite.
         indices_ZYX: label indices, -1 where ignored.
         classes: number of label indices, background included.
+        patient_axes: see `volume.patient_axes`.
     """
     box = box_of(occupied(image_CZYX))
     cropped_CZYX, cropped_ZYX = crop(image_CZYX, box), crop(indices_ZYX, box)
@@ -55,6 +62,7 @@ def measure_case(
         class_median_component_voxels=tuple(float(np.median(sizes)) if len(sizes) else 0.0 for sizes in components),
         intensities=tuple(intensities),
         intensity_sample=tuple(samples),
+        patient_axes=patient_axes,
     )
 
 

@@ -3,6 +3,7 @@
 Axes: C channel, Z Y X voxels. A 2D image is a volume with one slice, 1 mm thick.
 """
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -11,9 +12,15 @@ from typing import Any
 import numpy as np
 
 from autoseg.errors import UserError
+from autoseg.records import PatientAxes, PatientAxes3, PatientAxis
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """((z0, z1), (y0, y1), (x0, x1)), half open."""
+
+LPS: tuple[PatientAxis, ...] = ("left-right", "front-back", "head-foot")
+"""The axes of the patient in ITK's order: to the left, to the back, upwards."""
+ALONG, OBLIQUE = 0.8, 0.5
+"""A file axis with a cosine from `ALONG` on runs along one axis of the patient, else along all above `OBLIQUE`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,25 @@ def plain_geometry(size_voxels: tuple[int, int, int], spacing_mm: tuple[float, f
         direction=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
         itk_spacing=spacing_mm[::-1],
     )
+
+
+def patient_axes(geometry: Geometry) -> PatientAxes3 | None:
+    """How Z, Y and X of a file run in the patient; None for a 2D file, whose cosines only tell a turn in its plane.
+
+    Each axis of the patient belongs to another axis of the file, those with the largest sum of cosines; a file axis
+    between two or three of them runs along these too.
+    """
+    if geometry.dimension != 3:
+        return None
+    cosines = np.abs(np.reshape(geometry.direction, (3, 3)))  # [axis of the patient, axis X Y Z of the file]
+    x, y, z = max(itertools.permutations(range(3)), key=lambda found: float(cosines[found, range(3)].sum()))
+    return _along(cosines[:, 2], z), _along(cosines[:, 1], y), _along(cosines[:, 0], x)
+
+
+def _along(cosines: np.ndarray, main: int) -> PatientAxes:
+    """Its main axis of the patient first."""
+    others = [k for k in range(3) if k != main and cosines.max() < ALONG and cosines[k] > OBLIQUE]
+    return tuple(LPS[k] for k in (main, *others))
 
 
 def displacement_mm(one: Geometry, other: Geometry) -> float:

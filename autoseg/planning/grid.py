@@ -12,7 +12,7 @@ from autoseg.planning.cost import training_operations
 from autoseg.planning.patch import LEAST_STAGES, patch_chain
 from autoseg.planning.search import CLOSE_ENOUGH, SMALLEST_BATCH, Draft, Fit, Patch, Readings, fit
 from autoseg.planning.topology import SMALLEST_EDGE, Topology, choose_topology
-from autoseg.planning.train import Sampling, Sided, choose_augment, choose_train
+from autoseg.planning.train import Orientation, Sampling, Sided, choose_augment, choose_train
 from autoseg.planning.wording import device, gigabytes, millimetres, voxels
 from autoseg.records import Choice, Configuration, Memory, Millimetres3, Resampling, Voxels3
 
@@ -23,7 +23,7 @@ Source = Literal["measured", "simulated", "assumed"]
 class Shared:
     """What all configurations of a plan have in common. `cases` counts them; `sided` names labels with a side.
 
-    `most_operations` is what a step at batch 2 may cost on the device, in FLOP.
+    `most_operations` is what a step at batch 2 may cost on the device, in FLOP. `orientations` are those of the files.
     """
 
     channels: int
@@ -40,6 +40,7 @@ class Shared:
     base_features: int = BASE_FEATURES
     most_operations: float = inf
     sampling: Sampling = "foreground"
+    orientations: tuple[Orientation, ...] = ((None, 1),)
     outputs: int = 0
     """Of the network where they are regions; 0 where they are the classes."""
 
@@ -124,7 +125,7 @@ def quick_enough(chain: tuple[Patch, ...], draft: Draft, most_operations: float)
 
 def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) -> Configuration:
     topology = choose_topology(grid.patch_spacing_mm, patch)
-    augment, _ = choose_augment(patch, shared.axes, shared.sided)
+    augment, _ = choose_augment(patch, shared.axes, shared.sided, shared.orientations)
     spacing, outputs = grid.spacing_mm, shared.outputs or shared.classes
     inputs = shared.channels + (shared.classes - 1 if grid.previous else 0)
     return Configuration(
@@ -149,7 +150,7 @@ def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) ->
 def _choices(
     configuration: Configuration, grid: Grid, tops: tuple[Patch, Patch], shared: Shared, found: Fit, budget_bytes: int
 ) -> tuple[Choice, ...]:
-    _, augment = choose_augment(found.patch_voxels, shared.axes, shared.sided)
+    _, augment = choose_augment(found.patch_voxels, shared.axes, shared.sided, shared.orientations)
     own = (
         _patch_choice(grid, tops, shared, found, budget_bytes),
         _batch_choice(grid, shared, found, budget_bytes),

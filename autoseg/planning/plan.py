@@ -11,7 +11,7 @@ from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_
 from autoseg.planning.normalization import choose_masks, choose_normalization, warnings_of
 from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patch, Readings, once
 from autoseg.planning.spacing import choose_axes, choose_spacing, describe_shape, median_shape, transposed
-from autoseg.planning.train import choose_sampling, describe_train, sided_labels
+from autoseg.planning.train import choose_sampling, describe_train, orientations_of, sided_labels, warn_of_mixed
 from autoseg.planning.wording import device, gigabytes, some
 from autoseg.records import Budget, Choice, Configuration, Fingerprint, Millimetres3, Plan, TrainSpec
 
@@ -168,6 +168,7 @@ def _shared(
         base_features=choose_base_features(budget.device),
         most_operations=most_operations(budget.device, budget.precision),
         sampling=choose_sampling(fingerprint),
+        orientations=orientations_of(fingerprint.cases),
         outputs=len(fingerprint.regions),
     )
     return shared, (Choice(field="preset", value=preset, because=chosen.because), *normalization_choices, masks_choice)
@@ -182,6 +183,8 @@ def _notice(fingerprint: Fingerprint, spacing_mm: Millimetres3, train: TrainSpec
     if sided:
         names = some(list(dict.fromkeys(name for _, name in sided)))
         report(Said(f"{names}: labels that tell one side from the other; no mirroring along that axis."))
+    for warning in warn_of_mixed(sided, orientations_of(fingerprint.cases)):
+        report(Warned(warning))
     empty, imbalance = awareness.describe_empty(fingerprint), awareness.describe_imbalance(fingerprint, train)
     return empty, imbalance, tiny, *describe_train(train)
 

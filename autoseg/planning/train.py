@@ -1,15 +1,17 @@
 """How a configuration is trained: optimizer, length, loss and augmentation, with nnU-Net's augmentation ranges.
 
-Axes: rotations and mirror axes are those of the patch (Z Y X, or Y X in 2D), after transposition.
+Axes: rotations and mirror axes are those of the patch (Z Y X, or Y X in 2D), after transposition. Labels tell sides of
+the patient; along which axes of the files these lie is known from the cases' `patient_axes`.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from math import degrees, pi
 from typing import Literal
 
 from autoseg.planning.wording import some
-from autoseg.records import AugmentSpec, Choice, Fingerprint, TrainSpec, Voxels3
+from autoseg.records import AugmentSpec, CaseStats, Choice, Fingerprint, PatientAxes3, PatientAxis, TrainSpec, Voxels3
 
 IN_PLANE_BEYOND = 3.0
 """A patch this many times longer than its first axis is turned in the plane only."""
@@ -19,16 +21,30 @@ FEW_CASES, ENOUGH_CASES = 0.1, 20
 """A class in fewer cases than this share is drawn at a rate of its own, where there are so many cases."""
 TUBES = ("vessel", "artery", "arteries", "vein", "airway", "bronch", "aorta", "nerve", "ureter")
 Sampling = Literal["foreground", "class_balanced", "case_balanced", "hard"]
-Sided = tuple[int, str]
-"""A label that tells a side, behind the file axis (0 Z, 1 Y, 2 X) it tells it of."""
+Sided = tuple[PatientAxis, str]
+"""A label that tells a side, behind the axis of the patient it tells it of."""
+Orientation = tuple[PatientAxes3 | None, int]
+"""How files lie in the patient (None: they do not say), and in how many cases."""
+AXIAL: PatientAxes3 = (("head-foot",), ("front-back",), ("left-right",))
+"""How files are taken to lie that do not say it."""
 
 
 def choose_augment(
-    patch_voxels: Sequence[int], axes: Voxels3, sided: Sequence[Sided]
+    patch_voxels: Sequence[int],
+    axes: Voxels3,
+    sided: Sequence[Sided],
+    orientations: Sequence[Orientation] = ((None, 1),),
 ) -> tuple[AugmentSpec, tuple[Choice, ...]]:
-    """Rotation range and mirror axes for a patch; `sided` are the labels that tell one side from the other."""
+    """Rotation range and mirror axes for a patch.
+
+    Args:
+        patch_voxels: Z Y X, or Y X.
+        axes: those of the files, in the order of the patch; see `Configuration.axes`.
+        sided: the labels that tell one side from the other; see `sided_labels`.
+        orientations: how the files lie in the patient; see `orientations_of`.
+    """
     rotation, in_plane, rotation_choice = _rotation(patch_voxels)
-    mirror_axes, mirror_choice = _mirror_axes(len(patch_voxels), axes, sided)
+    mirror_axes, mirror_choice = _mirror_axes(len(patch_voxels), axes, sided, orientations)
     augment = AugmentSpec(rotation_rad=rotation, turn_in_plane_only=in_plane, mirror_axes=mirror_axes)
     return augment, (rotation_choice, mirror_choice)
 
@@ -81,6 +97,30 @@ def sided_labels(names: Sequence[str]) -> tuple[Sided, ...]:
     return tuple((axis, name) for name in names for axis in _axes_told_by(_words(name), spellings))
 
 
+def orientations_of(cases: Sequence[CaseStats]) -> tuple[Orientation, ...]:
+    """How the files of the cases lie in the patient, the most frequent first."""
+    return tuple(Counter(case.patient_axes for case in cases).most_common())
+
+
+def warn_of_mixed(sided: Sequence[Sided], orientations: Sequence[Orientation]) -> tuple[str, ...]:
+    """A warning for each axis of the patient that labels tell sides of and that is not the same axis in all files."""
+    warnings = []
+    for told in dict.fromkeys(told for told, _ in sided):
+        found: Counter[str] = Counter()
+        for each, cases in orientations:
+            found[" and ".join("ZYX"[axis] for axis in _file_axes(told, [(each, cases)]))] += cases
+        if len(found) > 1:
+            counts = ", ".join(f"{axes} in {cases}" for axes, cases in found.most_common())
+            total = sum(found.values())
+            lost = " or ".join("ZYX"[axis] for axis in _file_axes(told, orientations))
+            warnings.append(
+                f"The files lie in different ways: {told} is {counts} of {total} cases. {_names(told, sided)} "
+                f"tell {SIDES[told]}, so there is no mirroring along {lost}. Saved in one orientation, the files would "
+                "lose one axis only."
+            )
+    return tuple(warnings)
+
+
 def _rotation(patch: Sequence[int]) -> tuple[tuple[float, ...], bool, Choice]:
     in_plane = False
     if len(patch) == 2:
@@ -100,22 +140,23 @@ def _rotation(patch: Sequence[int]) -> tuple[tuple[float, ...], bool, Choice]:
     return rotation, in_plane, Choice(field="train.augment.rotation_rad", value=value, because=because)
 
 
-def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple[tuple[int, ...], Choice]:
+def _mirror_axes(
+    dimension: int, axes: Voxels3, sided: Sequence[Sided], orientations: Sequence[Orientation]
+) -> tuple[tuple[int, ...], Choice]:
     of_file = axes[3 - dimension :]
-    told = {axis for axis, _ in sided}
-    mirrored = tuple(a for a in range(dimension) if of_file[a] not in told)
+    along = {told: _file_axes(told, orientations) for told, _ in sided}
+    lost = [(axis, told) for axis in of_file for told, file_axes in along.items() if axis in file_axes]
+    mirrored = tuple(a for a in range(dimension) if of_file[a] not in dict(lost))
     names = (" ".join("ZYX"[of_file[a]] for a in mirrored) or "none") + " of the files"
     because = (
         "no label name tells left from right or front from back, so every axis may be mirrored. A training too "
         "short for it (mirror_from_patches) moves more patches instead, unless they are turned to all sides."
     )
-    lost = [axis for axis in of_file if axis in told]
     if lost:
         because = " ".join(
-            f"{sum(a == axis for a, _ in sided)} labels tell {SIDES[axis]} "
-            f"({some([name for a, name in sided if a == axis])}): mirroring along {'ZYX'[axis]}, taken to run that "
-            "way, would teach one as the other."
-            for axis in lost
+            f"{sum(each == told for each, _ in sided)} labels tell {SIDES[told]} ({_names(told, sided)}): mirroring "
+            f"along {'ZYX'[axis]}, {_run(axis, told, orientations)}, would teach one as the other."
+            for axis, told in lost
         )
     elif sided:
         telling = list(dict.fromkeys(name for _, name in sided))
@@ -123,13 +164,32 @@ def _mirror_axes(dimension: int, axes: Voxels3, sided: Sequence[Sided]) -> tuple
     return mirrored, Choice(field="train.augment.mirror_axes", value=names, because=because)
 
 
+def _file_axes(told: PatientAxis, orientations: Sequence[Orientation]) -> tuple[int, ...]:
+    """The file axes (0 Z, 1 Y, 2 X) that run along this axis of the patient in any case."""
+    return tuple(axis for axis in range(3) if any(told in (each or AXIAL)[axis] for each, _ in orientations))
+
+
+def _run(axis: int, told: PatientAxis, orientations: Sequence[Orientation]) -> str:
+    """How a file axis runs, e.g. "which is left-right in 3 of 20 cases"."""
+    if all(each is None for each, _ in orientations):
+        return "taken to run that way"
+    along = [((each or AXIAL)[axis], cases) for each, cases in orientations if told in (each or AXIAL)[axis]]
+    cases, total = sum(cases for _, cases in along), sum(cases for _, cases in orientations)
+    partly = "partly " if all(len(axes) > 1 for axes, _ in along) else ""
+    return f"which is {partly}{told} in " + ("these files" if cases == total else f"{cases} of {total} cases")
+
+
+def _names(told: PatientAxis, sided: Sequence[Sided]) -> str:
+    return some([name for axis, name in sided if axis == told])
+
+
 def _words(name: str) -> tuple[str, ...]:
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
     return tuple(word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word)
 
 
-def _axes_told_by(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> tuple[int, ...]:
-    """The file axes along which a mirrored label would get the name of another label."""
+def _axes_told_by(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> tuple[PatientAxis, ...]:
+    """The axes of the patient along which a mirrored label would get the name of another label."""
     return tuple(
         axis
         for axis, opposites in OPPOSITES.items()
@@ -137,12 +197,18 @@ def _axes_told_by(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> tu
     )
 
 
-SIDES = {0: "above from below", 1: "front from back", 2: "left from right"}
-OPPOSITES: dict[int, dict[str, str]] = {
-    2: {"left": "right", "l": "r", "lt": "rt", "lh": "rh", "lhs": "rhs", "sinister": "dexter", "links": "rechts"},
-    1: {"anterior": "posterior", "ant": "post", "front": "back", "ventral": "dorsal"},
-    0: {"superior": "inferior", "upper": "lower", "cranial": "caudal"},
+SIDES: dict[PatientAxis, str] = {
+    "head-foot": "above from below",
+    "front-back": "front from back",
+    "left-right": "left from right",
 }
+OPPOSITES: dict[PatientAxis, dict[str, str]] = {
+    "left-right": {
+        "left": "right", "l": "r", "lt": "rt", "lh": "rh", "lhs": "rhs", "sinister": "dexter", "links": "rechts",
+    },
+    "front-back": {"anterior": "posterior", "ant": "post", "front": "back", "ventral": "dorsal"},
+    "head-foot": {"superior": "inferior", "upper": "lower", "cranial": "caudal"},
+}  # fmt: skip
 for _pairs in OPPOSITES.values():
     _pairs |= {other: word for word, other in _pairs.items()}
-"""Per file axis (0 Z, 1 Y, 2 X, as in axial series): words in label names, and the word of the opposite side."""
+"""Per axis of the patient: words in label names, and the word of the opposite side."""
