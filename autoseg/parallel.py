@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -19,11 +20,21 @@ from typing import TypeVar
 
 from autoseg.errors import UserError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 """Set to 1 in workers: with one worker per core, more threads only wait for each other."""
+USUAL_OPEN_FILES = 1024
+MOST_OPEN_FILES = 2**16
+"""Enough for any data set; some systems allow a thousand million, over which some programs loop."""
+LIMIT_OF_MACOS = 10_240
+"""What it takes at most, though it says that there is no limit."""
 
 LAST_WORDS_SECONDS = 5.0
 """Terminated workers are waited for no longer."""
@@ -50,6 +61,23 @@ def torchrun_setting(name: str, otherwise: int) -> int:
 def own_cores() -> int:
     """Cores for this process where torchrun started several on this machine; else all that are allowed."""
     return max(1, allowed_cores() // torchrun_setting("LOCAL_WORLD_SIZE", 1))
+
+
+@cache
+def allowed_open_files() -> int:
+    """Files this process may have open, the limit raised as far as the system lets it; often it is 1024 at first."""
+    if resource is None:
+        return USUAL_OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted = MOST_OPEN_FILES if hard == unlimited else min(hard, MOST_OPEN_FILES)
+    if soft == unlimited or soft >= wanted:
+        return MOST_OPEN_FILES if soft == unlimited else soft
+    for limit in (wanted, min(wanted, LIMIT_OF_MACOS)):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, soft), hard))
+            break
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def make_cublas_repeatable() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import SimpleITK as sitk
 from planned import INTENSITIES, a_configuration, a_plan
 
 from autoseg import store
+from autoseg.cases import cache
 from autoseg.cases.cache import PREPROCESSING, is_current, key_of, open_case, stamp_of, write
 from autoseg.cases.exchange import input_file, is_unchanged
 from autoseg.cases.inspect import content_of
@@ -109,6 +111,19 @@ def test_a_case_that_is_preprocessed_otherwise_while_in_use_is_refused(tmp_path:
         path.unlink()
     with pytest.raises(UserError, match="case a was preprocessed otherwise, or removed"):
         gone.read()
+
+
+def test_few_files_stay_open_and_all_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "allowed_open_files", lambda: 6)
+    monkeypatch.setattr(cache, "OPEN", deque())
+    cases = []
+    for number in range(5):
+        write(tmp_path, f"c{number}", a_prepared(np.full((1, 4, 5, 6), number, np.float32)), {}, "key")
+        cases.append(open_case(tmp_path, f"c{number}"))
+    for _ in range(2):
+        for number, case in enumerate(cases):
+            assert (case.read()[0] == number).all()
+            assert sum("_array" in each.__dict__ for one in cases for each in (one._image, one._labels)) <= 3
 
 
 def test_a_case_counts_only_when_whole_and_of_the_same_key(tmp_path: Path) -> None:

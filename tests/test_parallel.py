@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoseg.errors import UserError
-from autoseg.parallel import allowed_cores, ctrl_c_later, over_cases
+from autoseg.parallel import MOST_OPEN_FILES, allowed_cores, allowed_open_files, ctrl_c_later, over_cases
 
 
 def double(number: int) -> int:
@@ -148,6 +148,21 @@ def test_ctrl_c_ends_command_and_workers_without_a_traceback(tmp_path: Path, pau
 
 def test_at_least_one_core_is_allowed() -> None:
     assert 1 <= allowed_cores() <= (os.cpu_count() or 1)
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_allowed() -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    allowed_open_files.cache_clear()
+    try:
+        raised = allowed_open_files()
+        assert raised == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert 256 < raised <= MOST_OPEN_FILES
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        allowed_open_files.cache_clear()
 
 
 def test_ctrl_c_waits_until_a_worker_is_started() -> None:

@@ -18,13 +18,15 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from autoseg.errors import UserError
 from autoseg.image.companions import files_of
 from autoseg.image.volume import Box
 from autoseg.layout import CachedFiles
+from autoseg.parallel import allowed_open_files
 from autoseg.records import Case, Configuration, Millimetres3, Plan, Saved, Voxels3
 from autoseg.store import load, save, write_bytes
 
@@ -67,7 +70,7 @@ class CacheMark(Saved):
 
 @dataclass(frozen=True)
 class CachedCase:
-    """A preprocessed case. Files are opened on the first read and stay open.
+    """A preprocessed case. Files are opened on the first read and stay open, see `StoredArray`.
 
     Reading raises UserError where the case was preprocessed otherwise since `open_case`: cases would be of two kinds.
 
@@ -108,14 +111,12 @@ class CachedCase:
         return Lock()
 
     @cached_property
-    def _image(self) -> Any:
-        with self._unchanged():
-            return _open(self._files.image)
+    def _image(self) -> "StoredArray":
+        return StoredArray(self._files.image, self._unchanged)
 
     @cached_property
-    def _labels(self) -> Any:
-        with self._unchanged():
-            return _open(self._files.labels)
+    def _labels(self) -> "StoredArray":
+        return StoredArray(self._files.labels, self._unchanged)
 
     @property
     def _files(self) -> CachedFiles:
@@ -139,6 +140,35 @@ class CachedCase:
 
     def __getstate__(self) -> dict[str, Any]:  # open files do not travel to other processes
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """An array that `write_array` wrote, to be read by one thread at a time.
+
+    Its file is opened on the first read, inside `while_opening`, and stays open until so many are that half of what
+    the system allows is used: then that which was opened first is closed, and opened again when it is read.
+    """
+
+    path: Path
+    while_opening: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(self._array[box])
+
+    @cached_property
+    def _array(self) -> Any:
+        with self.while_opening():
+            array = _open(self.path)
+        OPEN.append(ref(self))
+        while len(OPEN) > allowed_open_files() // 2:
+            if (first := OPEN.popleft()()) is not None:
+                first.__dict__.pop("_array", None)  # a read that is under way holds the array, and so its file
+        return array
+
+
+OPEN: deque[ref[StoredArray]] = deque()
+"""Arrays in the order in which their files were opened; some may be gone."""
 
 
 def key_of(content: str, plan: Plan, configuration: Configuration) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from autoseg import store
-from autoseg.cases.cache import is_whole_array, open_array, open_case, write_array
+from autoseg.cases.cache import StoredArray, is_whole_array, open_case, write_array
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started
 from autoseg.layout import Layout, ModelLayout, teacher_file
@@ -152,7 +152,7 @@ def with_teachers(
             report(Advanced(what, number, len(names), name))
         report(Finished(what))
     return {
-        name: WithTeacher(source, open_array(files[name]), bool(plan.regions)) if name in files else source
+        name: WithTeacher(source, StoredArray(files[name]), bool(plan.regions)) if name in files else source
         for name, source in sources.items()
     }
 
