@@ -191,6 +191,7 @@ def test_hidden_files_are_left_out(tmp_path: Path) -> None:
     save(tmp_path / "images/a.nii.gz", volume())
     save(tmp_path / "labels/a.nii.gz", labels(1))
     (tmp_path / "images" / "._a.nii.gz").write_bytes(b"resource fork")
+    (tmp_path / "images" / "a.nii.gz.unfinished-here~1~ab.nii.gz").write_bytes(b"half")
     assert len(discover(tmp_path, workers=1).cases) == 1
 
 

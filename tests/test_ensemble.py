@@ -61,6 +61,7 @@ def test_the_ensemble_is_the_largest_mean_probability_in_the_users_values(folder
 
 
 def test_weights_move_the_mean(folders, tmp_path):
+    (folders[0] / "._a.probabilities.b2nd").touch()  # as macOS leaves on other file systems
     ensemble(folders, tmp_path / "out", weights=(0, 2, 0))
     assert np.array_equal(read_labels(tmp_path / "out" / "a.nii.gz")[0], np.array(VALUES)[half(10).argmax(0)])
     assert not list((tmp_path / "out").glob("*.probabilities.*"))

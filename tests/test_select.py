@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ from autoseg.network import checkpoint, unet
 from autoseg.records import CaseScore, Configuration, Dataset, Label, Plan, Postprocessing, Rule, Run
 from autoseg.scoring.comparison import Agreement
 from autoseg.scoring.selection import Selection, selected
+from autoseg.steps.combine import mean_of_probabilities
 from autoseg.steps.ensemble import ensemble, ensemble_runs
 from autoseg.steps.evaluate import Scoring, evaluate_all
 from autoseg.steps.members import members_of_runs
+from autoseg.steps.pairs import predicted_names
 from autoseg.steps.predict import predict
 from autoseg.steps.select import choose, select
 
@@ -235,6 +238,50 @@ def test_pairs_are_combined_by_the_networks_that_have_not_seen_the_case_and_not_
     after = {path: path.stat().st_mtime_ns for path in layout.ensembles.rglob("*.nii.gz")}
     assert sum(after[path] != before[path] for path in before) == 2
     layout.selection.unlink()
+
+
+def test_a_pair_that_was_stopped_half_way_is_not_scored(place, tmp_path, monkeypatch):
+    """Also not where older networks had combined all of it: half of that would be left."""
+    run = tmp_path / "run"
+    a_run(run, place / "data")
+    layout = Layout(run)
+    combined = mean_of_probabilities
+    written: list[Path] = []
+
+    def stopped(files: list[Path], shares: tuple[float, ...], target: Path) -> None:
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        combined(files, shares, target)
+        written.append(target)
+
+    for _ in range(2):
+        written.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr("autoseg.steps.select.mean_of_probabilities", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                select(run, device="cpu", workers=1)
+        assert predicted_names(run) == ("2d", "3d")
+        assert set(evaluate_all(run, workers=1)) == {"2d", "3d"}
+        select(run, device="cpu", workers=1)
+        assert predicted_names(run) == ("2d", "3d", "2d+3d")
+        later = time.time() + 100
+        for name in ("2d", "3d"):
+            for fold in ("0", "1"):
+                os.utime(layout.model(name, fold).weights, (later, later))
+
+
+def test_what_is_no_label_map_is_no_prediction(place, tmp_path):
+    run = a_planned_run(tmp_path / "run", place / "data", *[a_configuration(name=name) for name in ("x", "y")])
+    write_network(run, a_configuration(name="x"), "0", 0)
+    path = prediction_file(Layout(run).model("x", "0").validation, "case_00", ".nii.gz")
+    write_labels(path, *read_labels(place / "data" / "labelsTr" / "case_00.nii.gz"))
+    for name in ("y", "x+y"):
+        folder = ModelLayout(Layout(run).cross_validation(name) / "fold_0").validation
+        folder.mkdir(parents=True)
+        for junk in (".DS_Store", "._case_00.nii.gz", "case_00.nii.gz.unfinished-1-a.nii.gz"):
+            (folder / junk).touch()
+    assert predicted_names(run) == ("x",)
+    assert set(evaluate_all(run, workers=1)) == {"x"}
 
 
 def test_saved_probabilities_are_used_instead_of_predicting_again(place, tmp_path, monkeypatch):

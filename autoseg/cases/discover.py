@@ -38,6 +38,7 @@ from autoseg.image.formats import (
 )
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Case, Dataset, Label, LeftOut
+from autoseg.store import TEMPORARY
 
 FOLDER_PAIRS = (
     ("images", "labels"),
@@ -203,10 +204,9 @@ def _folder_pair(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Readable image files in name order; hidden ones (also those that macOS adds) are left out."""
-    return sorted(
-        path for path in folder.iterdir() if not path.name.startswith(".") and ending_of(path) and path.is_file()
-    )
+    """Readable image files in name order; hidden ones (also those that macOS adds) and unfinished ones are left out."""
+    named = (path for path in folder.iterdir() if not path.name.startswith(".") and TEMPORARY not in path.name)
+    return sorted(path for path in named if ending_of(path) and path.is_file())
 
 
 def _paired_cases(images: Path, labels: Path, channels: int | None, clash: Clash) -> tuple[Case, ...]:

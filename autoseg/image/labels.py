@@ -28,8 +28,7 @@ def label_maps(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder}: no such folder.")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        hidden = path.name.startswith(".") or store.TEMPORARY in path.name
-        if path.name.lower().endswith(READABLE) and not hidden and path.is_file():
+        if is_label_map(path):
             case = stem_of(path)
             if case in found:
                 raise UserError(f"{folder}: {found[case].name} and {path.name} are both {case}.", fix="Remove one.")
@@ -37,6 +36,12 @@ def label_maps(folder: Path) -> dict[str, Path]:
     if not found:
         raise UserError(f"{folder}: there is no label map in this folder.", fix=f"Known endings: {' '.join(READABLE)}.")
     return found
+
+
+def is_label_map(path: Path) -> bool:
+    """Whether a path is a file that may be a label map; hidden and unfinished ones are none."""
+    hidden = path.name.startswith(".") or store.TEMPORARY in path.name
+    return path.name.lower().endswith(READABLE) and not hidden and path.is_file()
 
 
 def grid_difference(one: Geometry, other: Geometry) -> str:

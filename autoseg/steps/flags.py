@@ -20,7 +20,8 @@ FLAGGED_DEVIATIONS = 3.0
 def flag(output: Path, report: Report) -> None:
     """Write flagged.csv: every case with a record, the most uncertain first; what cannot be read is left out."""
     records = []
-    for path in sorted(prediction_record(output, "*").parent.glob("*.json")):
+    files = sorted(prediction_record(output, "*").parent.glob("*.json"))
+    for path in (each for each in files if not each.name.startswith(".")):
         try:
             records.append(load(path, Predicted))
         except UserError as error:

@@ -34,7 +34,7 @@ def member_of(folder: Path) -> Member:
         path.name[: -len(ending)]: path
         for ending in reversed(PROBABILITIES)  # what is written today last: it counts where both are there
         for path in sorted(folder.glob(f"*{ending}"))
-        if store.TEMPORARY not in path.name
+        if store.TEMPORARY not in path.name and not path.name.startswith(".")
     }
     try:
         maps = label_maps(folder)

@@ -8,8 +8,8 @@ from pathlib import Path
 from autoseg import store
 from autoseg.cases.description import read_label_names, read_regions
 from autoseg.errors import UserError
-from autoseg.image.formats import read_geometry
-from autoseg.image.labels import grid_difference, label_maps, some
+from autoseg.image.formats import read_geometry, stem_of
+from autoseg.image.labels import grid_difference, is_label_map, label_maps, some
 from autoseg.layout import Layout, ModelLayout
 from autoseg.records import Case, Dataset, Label, Run
 from autoseg.scoring.selection import selected
@@ -100,16 +100,26 @@ def predicted_names(run: Path) -> tuple[str, ...]:
 def validated_folds(run: Path, name: str) -> tuple[str, ...]:
     """Folders of the folds (unnamed seed) whose validation cases are all predicted, such as "fold_0".
 
-    A training that is still under way, or was stopped in validation, is none.
+    A training that is still under way, or was stopped in validation, is none; nor is a fold of a pair that lacks a case
+    which both of its configurations have.
     """
     folders = sorted(Layout(run).cross_validation(name).glob("fold_*"))
     own = [each for each in folders if ".seed_" not in each.name and each.name != "fold_all"]
-    return tuple(each.name for each in own if _is_validated(ModelLayout(each)))
+    return tuple(each.name for each in own if _is_validated(Layout(run), name, ModelLayout(each)))
 
 
-def _is_validated(model: ModelLayout) -> bool:
+def _is_validated(layout: Layout, name: str, model: ModelLayout) -> bool:
     ended = not model.run.is_file() or store.load(model.run, Run).finished
-    return ended and any(model.validation.glob("*"))
+    found, members = _cases_in(model.validation), name.split("+")
+    wanted = found
+    if len(members) > 1:
+        folders = [layout.configuration(each) / model.root.name for each in members]
+        wanted = set.intersection(*(_cases_in(ModelLayout(each).validation) for each in folders))
+    return ended and bool(found) and wanted <= found
+
+
+def _cases_in(folder: Path) -> set[str]:
+    return {stem_of(path) for path in folder.glob("*") if is_label_map(path)}
 
 
 def pair_of(case: Case, prediction: Path) -> Pair:

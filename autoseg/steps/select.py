@@ -64,9 +64,11 @@ def select(
     if not common:
         raise UserError(f"{run}: no validation case is predicted by all of {', '.join(names)}.")
     if pairs and len(names) > 1:
+        held_out = {fold: [case for case in common if case in _maps(layout, names[0], [fold])] for fold in folds}
         for fold in folds:
-            held_out = {case: cases[case] for case in common if case in label_maps(_validation(layout, names[0], fold))}
-            combine_fold(run, names, fold, held_out, device, report)
+            drop_older(layout, names, fold, held_out[fold])
+        for fold in folds:
+            combine_fold(run, names, fold, {case: cases[case] for case in held_out[fold]}, device, report)
         maps |= {pair: _maps(layout, "+".join(pair), folds) for pair in combinations(names, 2)}
     scoring = scoring_of(dataset, surface=False)
     scored: dict[tuple[str, ...], tuple[CaseScore, ...]] = {}
@@ -131,6 +133,14 @@ def choose(
     )
 
 
+def drop_older(layout: Layout, names: Sequence[str], fold: str, cases: Sequence[str]) -> None:
+    """Remove the pairs' label maps that older networks made: a fold that lacks cases is not scored in the meantime."""
+    for pair in combinations(names, 2):
+        for case in cases:
+            if not _is_current(layout, pair, fold, case):
+                _target(layout, pair, fold, case).unlink(missing_ok=True)
+
+
 def combine_fold(
     run: Path, names: Sequence[str], fold: str, cases: Mapping[str, Case], device: str | None, report: Report
 ) -> None:
@@ -149,8 +159,7 @@ def combine_fold(
             files = {name: _probabilities(run, name, fold, cases[case], staging, predictors, device) for name in used}
             for pair, waiting in missing.items():
                 if case in waiting:
-                    folder = _validation(layout, "+".join(pair), fold)
-                    target = prediction_file(folder, case, _ending(layout, pair[0], fold, case))
+                    target = _target(layout, pair, fold, case)
                     mean_of_probabilities([files[name] for name in pair], (0.5, 0.5), target)
         report(Advanced(what, done, len(wanted), case))
     report(Finished(what))
@@ -205,14 +214,15 @@ def _maps(layout: Layout, name: str, folds: Sequence[str]) -> Files:
     return {case: path for fold in folds for case, path in label_maps(_validation(layout, name, fold)).items()}
 
 
-def _ending(layout: Layout, name: str, fold: str, case: str) -> str:
-    return label_maps(_validation(layout, name, fold))[case].name.removeprefix(case)
+def _target(layout: Layout, pair: Sequence[str], fold: str, case: str) -> Path:
+    """The label map of a pair, with the ending of its first configuration's."""
+    ending = label_maps(_validation(layout, pair[0], fold))[case].name.removeprefix(case)
+    return prediction_file(_validation(layout, "+".join(pair), fold), case, ending)
 
 
 def _is_current(layout: Layout, pair: Sequence[str], fold: str, case: str) -> bool:
     """Whether this pair's label map is there and newer than the networks that would make it."""
-    folder = _validation(layout, "+".join(pair), fold)
-    target = prediction_file(folder, case, _ending(layout, pair[0], fold, case))
+    target = _target(layout, pair, fold, case)
     weights = [ModelLayout(layout.configuration(name) / fold).weights for name in pair]
     if not target.is_file() or not all(path.is_file() for path in weights):
         return False
