@@ -342,6 +342,14 @@ def test_a_card_gives_what_other_processes_leave_free(monkeypatch: pytest.Monkey
     assert memory.measurer(budget)[1] == "measured"
 
 
+def test_a_card_has_no_more_than_cuda_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = SimpleNamespace(uuid="", total_memory=22 * GIB)
+    fake = SimpleNamespace(memory_reserved=lambda card: GIB, get_device_properties=lambda card: known)
+    monkeypatch.setattr(memory.torch, "cuda", fake)
+    monkeypatch.setattr(memory, "_ask_nvml", lambda uuid: memory._Card(24 * GIB, 2 * GIB, None, "570.1"))
+    assert memory._card(torch.device("cuda", 0)) == (22 * GIB, 2 * GIB, GIB, "570.1")
+
+
 def failing_card(monkeypatch: pytest.MonkeyPatch, error: Exception, simulated_bytes: int) -> list[str]:
     """A card of 8 GB on which every step fails; what is done to clean it is listed."""
     calls: list[str] = []
@@ -371,6 +379,8 @@ def failing_card(monkeypatch: pytest.MonkeyPatch, error: Exception, simulated_by
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
 )
 @pytest.mark.parametrize("simulated", [6 * GIB, 40 * GIB])

@@ -30,12 +30,13 @@ class Small(nn.Module):
         super().__init__()
         self.network, self.holds, self.backward = network, holds, backward
         self.seen: list[int] = []
+        self.error: RuntimeError = torch.OutOfMemoryError("out of memory, as if")
 
     def forward(self, image: Tensor) -> list[Tensor]:
         self.seen.append(len(image))
         out = self.network(image)
         if len(image) > self.holds and not self.backward:
-            raise torch.OutOfMemoryError("out of memory, as if")
+            raise self.error
         if len(image) > self.holds and torch.is_grad_enabled():
             out[0].register_hook(self.run_out)
         return out
@@ -93,6 +94,16 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)  # every piece sees the loss of the same whole
 
 
+def test_a_convolution_without_room_for_its_workspace_splits_the_batch_and_other_errors_do_not() -> None:
+    small, pieces = Small(a_network(), holds=1), Pieces()
+    small.error = RuntimeError("FIND was unable to find an engine to execute this computation")
+    stepped(small, "dice_ce", True, pieces)
+    assert pieces.count == 3
+    small.error = RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(RuntimeError, match="assert"):
+        stepped(small, "dice_ce", True, Pieces())
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_where_memory_runs_out_the_batch_is_split_with_the_same_gradient(backward: bool) -> None:
     whole = stepped(a_network(), "dice_ce", True, Pieces())
@@ -106,6 +117,13 @@ def test_where_memory_runs_out_the_batch_is_split_with_the_same_gradient(backwar
 def test_memory_for_less_than_one_sample_is_an_error_with_a_fix() -> None:
     with pytest.raises(UserError, match=r"too little memory for a single patch.*--memory"):
         stepped(Small(a_network(), holds=0), "dice_ce", True, Pieces())
+
+
+def test_a_batch_that_may_not_be_split_is_an_error_with_a_fix() -> None:
+    small = Small(a_network(), holds=1)
+    with pytest.raises(UserError, match=r"cpu ran out of memory.*batch norm.*--batch-size"):
+        stepped(small, "dice_ce", True, Pieces(splits=False))
+    assert small.seen == [3]
 
 
 def test_running_statistics_see_every_sample_once() -> None:
@@ -123,9 +141,12 @@ def test_running_statistics_see_every_sample_once() -> None:
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_training_that_ran_out_of_memory_goes_on_in_pieces_and_says_so_once() -> None:
+@pytest.mark.parametrize(
+    ("norm", "gradient"), [("instance", "with the same gradient"), ("batch", "each with its own batch statistics")]
+)
+def test_a_training_that_ran_out_of_memory_goes_on_in_pieces_and_says_so_once(norm: str, gradient: str) -> None:
     train = TrainSpec(warmup_steps=0, steps_per_epoch=2, augment=AugmentSpec(rotation_rad=(0.0,)))
-    network = Small(a_network(), holds=2)
+    network = Small(a_network(norm=norm), holds=2)
     state = TrainState(network, make_optimizer(network, train, CPU), make_scaler(CPU), steps_per_epoch=2)
     pieces, events = Pieces(), list[Event]()
     loss = losses.build("dice_ce", batch_dice=True, reduce=pieces)
@@ -136,8 +157,7 @@ def test_a_training_that_ran_out_of_memory_goes_on_in_pieces_and_says_so_once() 
     )  # fmt: skip
     warnings = [event.text for event in events if isinstance(event, Warned)]
     assert warnings == [
-        "cpu ran out of memory: batches go through the network in 2 pieces from now on, with the same gradient, more "
-        "slowly."
+        f"cpu ran out of memory: batches go through the network in 2 pieces from now on, {gradient}, more slowly."
     ]
     assert (state.pieces, state.step) == (2, 4)
     assert network.seen.count(3) == 1

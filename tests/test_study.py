@@ -268,7 +268,9 @@ def test_a_study_of_the_same_name_with_another_length_is_refused(studied: tuple[
 
 
 def test_under_a_time_limit_all_settings_have_the_same_batch(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device: 1.0)
+    prepared: list[str] = []
+    monkeypatch.setattr(step, "set_up", lambda device: prepared.append(device.name))
+    monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device: float(prepared == ["cpu"]))
     plan = json.loads(Layout(run).plan.read_text())
     plan["configurations"][0]["batch_size"] = 8
     Layout(run).plan.write_text(json.dumps(plan))

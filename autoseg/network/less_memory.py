@@ -11,7 +11,7 @@ from autoseg.errors import UserError
 from autoseg.events import Report, Warned
 from autoseg.network.accumulators import Room, accumulator_bytes, choose_place, samples_that_fit
 from autoseg.network.device import Device
-from autoseg.network.memory import _ran_out as ran_out
+from autoseg.network.pieces import ran_out
 from autoseg.network.sliding import SLICES_PER_PASS, Tiling
 
 Result = TypeVar("Result")

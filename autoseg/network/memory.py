@@ -17,6 +17,7 @@ import torch
 from autoseg.errors import UserError
 from autoseg.network import simulate as simulation
 from autoseg.network.device import Device, native_precision, pick, set_up
+from autoseg.network.pieces import ran_out
 from autoseg.network.simulate import Reading
 from autoseg.records import Budget, Configuration
 
@@ -42,8 +43,6 @@ CPU_MOST_BYTES = 8 * GIB
 UNKNOWN_RAM_BYTES = 2 * CPU_MOST_BYTES
 """Where the system does not say how much there is."""
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Where it is not torch's allocator that runs out: kernels loaded late, handles of cuDNN and cuBLAS."""
 WARM_STEPS = 2
 MEASURED_STEPS = 2
 
@@ -204,7 +203,7 @@ def measure_on_device(configuration: Configuration, device: Device) -> int:
     try:
         return device_peaks(configuration, device)[1] + context_bytes(card)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not _ran_out(error):
+        if not ran_out(error):
             raise
     _clean(card)  # until here the error held what the step had got
     beyond = torch.cuda.mem_get_info(card)[1] + CONTEXT_BYTES
@@ -215,7 +214,7 @@ def device_peaks(configuration: Configuration, device: Device, steps: int = MEAS
     """(allocated, reserved) bytes at the peak of `steps` warm training steps on a CUDA card, workspaces included.
 
     Warm-up steps search for algorithms and make the optimizer's state; their peak is forgotten. No memory stays.
-    Raises torch.OutOfMemoryError, or a RuntimeError of CUDA's libraries (`OUT_OF_MEMORY`), when a step does not fit.
+    Raises torch.OutOfMemoryError, or a RuntimeError of CUDA's libraries (`pieces.ran_out`), when a step does not fit.
     """
     card = device.torch_device
     set_up(device)
@@ -235,10 +234,6 @@ def device_peaks(configuration: Configuration, device: Device, steps: int = MEAS
     finally:
         del step
         _clean(card)
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _clean(card: torch.device) -> None:
@@ -270,11 +265,13 @@ def _card(card: torch.device) -> _Card:
     context counts as another's, on the safe side.
     """
     reserved = torch.cuda.memory_reserved(card)
+    known = torch.cuda.get_device_properties(card)
     try:
-        told = _ask_nvml(str(torch.cuda.get_device_properties(card).uuid))
+        told = _ask_nvml(str(known.uuid))
     except pynvml.NVMLError:
         free, total = torch.cuda.mem_get_info(card)
         return _Card(total, total - free, reserved, "")
+    told = told._replace(total_bytes=min(told.total_bytes, known.total_memory))  # NVML counts what CUDA never gives
     return told if told.own_bytes is not None else told._replace(own_bytes=reserved)
 
 

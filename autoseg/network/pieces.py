@@ -18,6 +18,13 @@ from autoseg.network.losses_sums import Reduce, alone
 
 Forward = Callable[..., Tensor]
 
+OUT_OF_MEMORY = (
+    "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED", "unable to find an engine",
+)  # fmt: skip
+"""Where it is not torch's allocator that runs out: kernels loaded late, handles of cuDNN and cuBLAS, and cuDNN's
+workspaces, for want of which it finds no engine that computes a convolution (pytorch #108645)."""
+
 
 def whole_backward(
     forward: Forward, scaled: Callable[[Tensor], Tensor], batch: Sequence[Tensor], lap: Callable[[str], None]
@@ -30,11 +37,24 @@ def whole_backward(
     return value.detach()
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an error of torch, cuDNN or cuBLAS says that there is too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 def too_little_memory(device: str, error: Exception) -> UserError:
     """What is said where not even one patch fits."""
     return UserError(
         f"{device} has too little memory for a single patch ({str(error).splitlines()[0]}).",
         fix="Free memory on it, or plan again with less --memory.",
+    )
+
+
+def _not_split(device: str, error: Exception) -> UserError:
+    return UserError(
+        f"{device} ran out of memory ({str(error).splitlines()[0]}), and with batch norm between processes a batch "
+        "cannot be split.",
+        fix="Train with a smaller --batch-size, or set network.norm to instance in plan.json.",
     )
 
 
@@ -44,10 +64,12 @@ class Pieces:
     Args:
         between: adds sums over processes, with gradient; each sum is added once, however often a piece is tried.
         count: pieces to begin with.
+        splits: whether batches may be split. Not where the network's forward pass waits for other processes, as batch
+            norms of the whole batch do: their pieces are not as many.
     """
 
-    def __init__(self, between: Reduce = alone, count: int = 1) -> None:
-        self.count = count
+    def __init__(self, between: Reduce = alone, count: int = 1, splits: bool = True) -> None:
+        self.count, self._splits = count, splits
         self._between = between
         self._totals: list[Tensor] = []
         """What each call of `reduce` in this step came to, over all processes."""
@@ -87,8 +109,8 @@ class Pieces:
     ) -> Tensor:
         """Add the gradient of a batch to the weights, in `count` pieces; returns the loss of the batch.
 
-        Where memory runs out (torch.OutOfMemoryError), the number of pieces is doubled until it is enough or a piece
-        is a single sample; `count` keeps what was needed.
+        Where memory runs out (see `ran_out`), the number of pieces is doubled until it is enough or a piece
+        is a single sample; `count` keeps what was needed. Raises UserError where that is too much, or may not be split.
 
         Args:
             forward: from the tensors of a piece to its loss, which calls this object as its `reduce`.
@@ -104,8 +126,12 @@ class Pieces:
             short = False
             try:
                 return self._try(forward, scaled, batch, buffers, lap)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not ran_out(error):
+                    raise
                 short = True
+                if not self._splits:
+                    raise _not_split(str(batch[0].device), error) from error
                 if self.count >= len(batch[0]):
                     raise too_little_memory(str(batch[0].device), error) from error
             if short:  # here, not above: the exception still holds every tensor of the failed pass

@@ -1,5 +1,6 @@
 """What the user asks of a training beside the plan, and how the planned configuration is fitted to it."""
 
+import gc
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from autoseg.errors import UserError
 from autoseg.network import losses, sampling
 from autoseg.network.device import Device
-from autoseg.network.pieces import too_little_memory
+from autoseg.network.pieces import ran_out, too_little_memory
 from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
 
@@ -270,7 +271,9 @@ def seconds_per_sample(configuration: Configuration, device: Device) -> float:
     while True:
         try:
             return _seconds_of_step(configuration.model_copy(update={"batch_size": batch}), device) / batch
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not ran_out(error):
+                raise
             if batch == 1:
                 raise too_little_memory(device.name, error) from error
         batch //= 2  # here, not above: the exception still holds every tensor of the failed step
@@ -279,16 +282,24 @@ def seconds_per_sample(configuration: Configuration, device: Device) -> float:
 
 
 def _seconds_of_step(configuration: Configuration, device: Device) -> float:
-    """The shortest of three training steps."""
+    """The shortest of three training steps, whose memory is given back."""
+    import torch
+
     from autoseg.network.simulate import make_step
 
-    one = make_step(configuration, device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        float(one.run())
-        times.append(time.perf_counter() - start)
-    return min(times)
+    one, times = None, []
+    try:
+        one = make_step(configuration, device)
+        for _ in range(3):
+            start = time.perf_counter()
+            float(one.run())
+            times.append(time.perf_counter() - start)
+        return min(times)
+    finally:
+        del one
+        gc.collect()
+        if device.is_cuda:
+            torch.cuda.empty_cache()
 
 
 def resume_command(

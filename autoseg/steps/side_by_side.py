@@ -79,7 +79,7 @@ def _raise_error(future: Future[None], device: str) -> None:
 def _killed(device: str) -> UserError:
     return UserError(
         f"The process that trained on {device} was killed, most likely because the machine ran out of memory.",
-        fix="Run the same command again: it goes on where each training was saved. With less memory, give one --device.",
+        fix="Run the same command again, it goes on where trainings were saved; fewer devices need less memory.",
     )
 
 

@@ -18,7 +18,7 @@ from autoseg import store
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, StudyLayout, scores_file
-from autoseg.network.device import pick
+from autoseg.network.device import pick, set_up
 from autoseg.network.distributed import ALONE
 from autoseg.records import CaseScore, Configuration, Dataset, Run, Scores
 from autoseg.scoring import overlap, statistics
@@ -162,7 +162,9 @@ def _begin(
     chosen = {*fields_in(vary), *fields_in(fixed)}
     if max_seconds is not None:
         limit = Options(max_seconds=max_seconds, batch_size=asked.batch_size if "batch_size" in chosen else None)
-        asked, note = fit_to_time(asked, limit, seconds_per_sample(asked, pick(device)))
+        timed_on = pick(device)
+        set_up(timed_on)  # as every training does
+        asked, note = fit_to_time(asked, limit, seconds_per_sample(asked, timed_on))
         report(Said(note or f"Batch size {asked.batch_size}, as planned."))
     if "norm" not in chosen:
         asked, note = with_suited_norm(asked)
