@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoseg.errors import UserError
 from autoseg.network import checkpoint, losses, unet
-from autoseg.network.checkpoint import load_state, load_weights, save_state, save_weights
+from autoseg.network.checkpoint import load_state, load_weights, read_mirror_axes, save_state, save_weights
 from autoseg.network.device import Device, lay_out
 from autoseg.network.loop import Batch, Length, TrainState, fit, make_optimizer, make_scaler
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
@@ -188,7 +188,10 @@ def test_weights_are_the_average_where_one_was_kept_and_statistics_those_of_the_
     train = a_train()
     state = a_state(train, norm="batch")
     go_on(state, train, 4)
-    save_weights(tmp_path / "weights", state.network, state.average)
+    for name in ("weights", *"abcdef"):
+        save_weights(tmp_path / name, state.network, state.average, (0, 2))
+        assert (tmp_path / name).read_bytes() == (tmp_path / "weights").read_bytes()
+    assert read_mirror_axes(tmp_path / "weights") == (0, 2)
     back = a_state(train, seed=1, norm="batch").network
     load_weights(tmp_path / "weights", back)
     parameters = list(back.parameters())

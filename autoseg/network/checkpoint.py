@@ -32,8 +32,9 @@ def save_weights(
     if average:
         names = [name for name, _ in network.named_parameters()]
         tensors |= {name: tensor.cpu().contiguous() for name, tensor in zip(names, average, strict=True)}
-    about = {} if mirror_axes is None else {"mirror_axes": json.dumps(list(mirror_axes))}
-    _write(path, tensors, {"autoseg": "weights"} | about)
+    # one entry: safetensors writes several in any order, and equal weights should be equal files
+    about = {"autoseg": "weights"} if mirror_axes is None else {"mirror_axes": json.dumps(list(mirror_axes))}
+    _write(path, tensors, about)
 
 
 def read_mirror_axes(path: Path) -> tuple[int, ...] | None:
