@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from autoseg.network import unet
 from autoseg.network.device import Device, lay_out
 from autoseg.network.loop import Batch
 from autoseg.network.patches import InMemory, WithPrevious
+from autoseg.network.patches_on_device import OnDevice
 from autoseg.network.sampling import hard_rates
 from autoseg.records import AugmentSpec, TrainSpec
-from autoseg.steps.batches import Batches
+from autoseg.steps.batches import AHEAD_ON_DEVICE, Batches
 from autoseg.steps.predictor import one_hot
 from autoseg.steps.train import train
 
@@ -67,6 +69,28 @@ def test_hard_sampling_draws_the_same_however_far_it_reads_ahead_and_wherever_it
     assert drawn(8, 0) == whole
     for first in (20, 33, 41):
         assert drawn(8, first) == whole[first:]
+
+
+def test_few_batches_wait_on_a_device_that_holds_the_cases() -> None:
+    host = a_case(1, 2)
+    image, labels = torch.from_numpy(host.image_CZYX), torch.from_numpy(host.labels_ZYX)
+    for source, ahead in ((host, 4), (OnDevice(image, labels, host.locations), AHEAD_ON_DEVICE)):
+        with batches(4, "foreground") as coming:
+            coming.draw([source], ["a"], 0)
+            assert len(coming._coming) == ahead
+
+
+def test_batches_are_pinned_by_the_threads_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(threading.get_ident()) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: tensor)
+    with batches(2, "foreground") as coming:
+        coming._device = Device(torch.device("cuda", 0), "bf16")
+        image, labels = coming._next([a_case(1, 2)], 0, ())[:2]
+        before = len(pinned)
+        coming._to_device(image), coming._to_device(labels)
+    assert before >= 2
+    assert threading.get_ident() not in pinned
 
 
 @pytest.mark.parametrize("patch", [(8, 8, 8), (10, 8, 6)])

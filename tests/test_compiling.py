@@ -59,7 +59,7 @@ def test_only_steps_far_smaller_than_the_card_are_recorded(monkeypatch: pytest.M
 
 
 def test_a_compiler_that_fails_is_told_in_one_line_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(whole: Callable[..., Tensor], mode: str | None) -> Callable[..., Tensor]:
+    def broken(whole: Callable[..., Tensor], mode: str | None, dynamic: bool) -> Callable[..., Tensor]:
         def run(*batch: Tensor) -> Tensor:
             raise RuntimeError("no compiler here")
 
@@ -80,7 +80,7 @@ def test_trying_the_compiled_step_leaves_no_trace(
     seen: list[Any] = []
     network = a_network()
 
-    def eager(whole: Callable[..., Tensor], mode: str | None) -> Callable[..., Tensor]:
+    def eager(whole: Callable[..., Tensor], mode: str | None, dynamic: bool) -> Callable[..., Tensor]:
         seen.append(mode)
         return whole
 
@@ -95,6 +95,26 @@ def test_trying_the_compiled_step_leaves_no_trace(
     assert step is not None
     image, labels = a_batch()
     assert torch.equal(step(image, labels), LOSS(network(image), labels))
+
+
+def test_every_further_network_and_batch_is_compiled_for_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: list[Any] = []
+    real = torch.compile
+
+    def keep(graph: Any, examples: Any) -> Any:
+        inputs.extend(examples)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda whole, mode, dynamic: real(whole, backend=keep, dynamic=dynamic))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for samples in (1, 2, 3):
+            before = len(inputs)
+            image, labels = (tensor.repeat(2, *[1] * (tensor.ndim - 1))[:samples] for tensor in a_batch())
+            network = a_network()
+            step = try_compile(network, LOSS, (image, labels), CPU, lambda event: pytest.fail(f"{event}"))
+            assert step is not None
+            assert len(inputs) > before
+    assert all(isinstance(each, Tensor) for each in inputs)  # no sizes that are left open
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -15,7 +15,7 @@ from autoseg.events import Event, Trained, Warned
 from autoseg.network import loop, losses, unet
 from autoseg.network.device import Device
 from autoseg.network.loop import Batch, Length, TrainState, fit, learning_rate, make_optimizer, make_scaler, step
-from autoseg.network.step import BETAS, gradient_signal, learn_mode
+from autoseg.network.step import BETAS, follow_layout, gradient_signal, learn_mode
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -60,6 +60,32 @@ def one_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
 
 
 # ------------------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize(("start", "reported"), [(65536.0, False), (0.5, True)])
+def test_overflow_is_news_only_when_the_scale_of_the_loss_is_not_to_blame(start: float, reported: bool) -> None:
+    def steep(logits: Any, target: Tensor) -> Tensor:
+        value = LOSS(logits, target)
+        value.register_hook(lambda gradient: gradient * math.inf)
+        return value
+
+    network, batch = a_network(), a_batch()
+    optimizer = make_optimizer(network, a_train(), CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=start)
+    before = weights_of(network)
+    value = step(network, optimizer, steep, batch.image, batch.labels, CPU, 12.0, scaler)
+    assert torch.isfinite(value) != reported
+    assert torch.equal(weights_of(network), before)
+    assert scaler.get_scale() == start / 2
+
+
+def test_gradients_are_clipped_on_devices_without_kernels_over_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    clip = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *of, **how: asked.append(how) or clip(*of, **how))
+    network = a_network()
+    one_step(network, make_optimizer(network, a_train(), CPU), a_batch())
+    assert asked == [{}]  # foreach=True raises on MPS
 
 
 @OPTIMIZERS
@@ -452,6 +478,43 @@ def test_the_loop_runs_the_compiled_step_where_there_is_one() -> None:
     fit(state, training.train, Length(1), CPU, LOSS, a_batch, lambda _: [0.5], lambda *_: None, lambda: False,
         lambda _: None, Compiled())  # fmt: skip
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("why", ["pieces", "precision"])
+def test_the_compiled_step_is_left_with_pieces_and_with_full_precision(why: str) -> None:
+    training, calls = Training(), list[str]()
+    state = training.state
+
+    def compiled(image: Tensor, labels: Tensor) -> Tensor:
+        calls.append("compiled")
+        if len(calls) == 2 and why == "pieces":
+            state.pieces = 2
+        return LOSS(state.network(image), labels)
+
+    def validate(epoch: int) -> list[float]:
+        if why == "precision":
+            state.precision = "fp32"
+        return [0.5]
+
+    fit(state, training.train, Length(3), CPU, LOSS, a_batch, validate, lambda *_: None, lambda: False,
+        lambda _: None, compiled, go_eager=lambda: calls.append("eager"))  # fmt: skip
+    assert calls == ["compiled", "compiled", "eager"]
+    assert state.step == 6
+
+
+@OPTIMIZERS
+def test_moments_follow_the_layout_of_the_weights(optimizer: str) -> None:
+    network, other = a_network(), a_network()
+    own, others = (make_optimizer(each, a_train(optimizer=optimizer), CPU) for each in (network, other))
+    one_step(network, own, a_batch())
+    one_step(other, others, a_batch())
+    network.to(memory_format=torch.channels_last)
+    follow_layout(own)
+    for weight, values in own.state.items():
+        assert all(each.stride() == weight.stride() for each in values.values() if each.shape == weight.shape)
+    one_step(network, own, a_batch(1))
+    one_step(other, others, a_batch(1))
+    torch.testing.assert_close(weights_of(network), weights_of(other), rtol=1e-4, atol=1e-5)
 
 
 def test_a_tiny_batch_is_learned_by_heart() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from autoseg.errors import Interrupted, UserError
 from autoseg.events import Event, Said, Started, Trained, Warned
 from autoseg.image.formats import read_labels
 from autoseg.layout import Layout, ModelLayout
-from autoseg.network import checkpoint, unet
+from autoseg.network import checkpoint, pieces, unet
 from autoseg.network.device import Device
 from autoseg.records import AugmentSpec, Configuration, Dataset, Memory, Plan, Run, Scores, Splits, TrainSpec
 from autoseg.steps.models import as_trained
@@ -421,15 +422,19 @@ def test_a_step_is_timed_with_as_many_samples_as_fit(monkeypatch: pytest.MonkeyP
     def make(configuration: Configuration, device: Device) -> Step:
         tried.append(configuration.batch_size)
         if configuration.batch_size > holds:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return Step()
+            raise error
+        made.append(Step())
+        alive.add(made[-1])
+        return made.pop()
 
     monkeypatch.setattr("autoseg.network.simulate.make_step", make)
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    card, holds = Device(torch.device("cuda"), "fp16"), 2
+    alive, made, emptied = weakref.WeakSet[Step](), list[Step](), list[int]()
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(len(alive)))
+    card, holds, error = Device(torch.device("cuda"), "fp16"), 2, RuntimeError("GET was unable to find an engine")
     assert seconds_per_sample(tiny().model_copy(update={"batch_size": 8}), card) > 0
     assert tried == [8, 4, 2]
-    holds = 0
+    assert emptied[-1] == 0  # the step is gone by then
+    holds, error = 0, torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(UserError, match="too little memory for a single patch"):
         seconds_per_sample(tiny(), card)
 
@@ -747,13 +752,37 @@ def test_a_compiled_training_is_the_eager_one_also_when_it_was_stopped(
     """With a compiler that leaves all as it is: what remains is how the compiled step is made, called and resumed."""
     compiled: list[object] = []
     monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
-    monkeypatch.setattr(torch, "compile", lambda whole, mode: compiled.append(mode) or whole)
+    monkeypatch.setattr(torch, "compile", lambda whole, mode, dynamic: compiled.append(mode) or whole)
     with pytest.raises(Interrupted):
         start(run, report=at_step(STEPS, lambda: signal.raise_signal(signal.SIGINT)))
     record = start(run, resume="yes")
     assert (compiled, record.compiled) == ([None, None], True)
     same, found = (load_file(Layout(each).model("3d", "0").weights) for each in (trained, run))
     assert all(np.array_equal(found[name], same[name]) for name in same)
+
+
+def test_a_compiled_training_that_runs_out_of_memory_goes_on_eager_and_whole_again_when_resumed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset: list[int] = []
+    monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
+    monkeypatch.setattr(torch, "compile", lambda whole, mode, dynamic: whole)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: reset.append(1))
+    whole, short = pieces.Pieces._try, [True]
+
+    def runs_out_once(self: pieces.Pieces, *given: object) -> object:
+        if short and short.pop():
+            raise torch.OutOfMemoryError("out of memory, as if")
+        return whole(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pieces.Pieces, "_try", runs_out_once)
+    with pytest.raises(Interrupted):
+        start(run, report=at_step(STEPS, lambda: signal.raise_signal(signal.SIGINT)))
+    resume = Layout(run).model("3d", "0").resume_tensors
+    assert checkpoint.read_numbers(resume)["pieces"] == 2
+    assert len(reset) == 2  # before the trial, and with the first batch in pieces
+    assert start(run, resume="yes").compiled
+    assert checkpoint.read_numbers(resume)["pieces"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autoseg.errors import UserError
 from autoseg.network.loop import TrainState
+from autoseg.network.step import laid_out_like
 from autoseg.store import is_disk_full, replacing
 
 STATE_VERSION = 1
@@ -112,7 +113,7 @@ def load_state(path: Path, state: TrainState) -> None:
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, field = name.split(".", 2)
-            entries.setdefault(int(index), {})[field] = _laid_out_like(weights[int(index)], tensor)
+            entries.setdefault(int(index), {})[field] = laid_out_like(weights[int(index)], tensor)
     state.optimizer.load_state_dict({"state": entries, "param_groups": optimizer["param_groups"]})
     where = _device_of(state.network)
     averages = sum(name.startswith("average.") for name in tensors)
@@ -138,13 +139,6 @@ def _check_version(path: Path, about: Mapping[str, str]) -> None:
 
 def _damaged(path: Path, error: SafetensorError) -> UserError:
     return UserError(f"{path}: no valid safetensors file ({error}).", fix="Train again, or restore it.")
-
-
-def _laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor:
-    """Moments in the memory order of their weight, which fused optimizers take for granted; step counts as they are."""
-    if tensor.shape != weight.shape:
-        return tensor
-    return torch.empty_like(weight, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:

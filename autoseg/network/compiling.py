@@ -5,6 +5,7 @@ Only GPUs compile: on CPUs the eager step is the faster one (docs/decisions/trai
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +47,10 @@ def try_compile(
 ) -> Step | None:  # fmt: skip
     """The compiled loss of a batch, tried on `batch`; None, with one line why, if that fails.
 
-    The trial changes nothing: weights and running statistics are put back, gradients dropped. It runs in the modes
-    that the modules are in. `batch` is laid out as those of a training, else the first step would compile again.
+    What this process compiled before is forgotten: torch compiles a function for so many networks and sizes and leaves
+    further ones eager without a word. The trial changes nothing: weights and running statistics are put back,
+    gradients dropped. It runs in the modes that the modules are in. `batch` is laid out as those of a training, else
+    the first step would compile again.
 
     Args:
         loss: of the network's outputs and all tensors of a batch but the first.
@@ -57,8 +60,9 @@ def try_compile(
     def whole(image: Tensor, *rest: Tensor) -> Tensor:
         return loss(network(image), *rest)
 
+    torch.compiler.reset()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    compiled: Any = torch.compile(whole, mode="reduce-overhead" if records else None)
+    compiled: Any = torch.compile(whole, mode="reduce-overhead" if records else None, dynamic=False)
 
     def recorded(*tensors: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -66,15 +70,25 @@ def try_compile(
 
     run: Step = recorded if records else compiled
     try:
-        for _ in range(TRIALS if records else 1):
-            with device.autocast():
-                value = run(*batch)
-            value.backward()
-            network.zero_grad(set_to_none=True)
+        with _no_silent_eager():
+            for _ in range(TRIALS if records else 1):
+                with device.autocast():
+                    value = run(*batch)
+                value.backward()
+                network.zero_grad(set_to_none=True)
     except Exception as error:  # noqa: BLE001  compilers fail in many ways, and the eager network does the same work
         report(Warned(f"torch.compile failed ({type(error).__name__}); training goes on without it, more slowly."))
+        torch.compiler.reset()  # recordings keep their memory
         return None
     finally:
         network.zero_grad(set_to_none=True)
         network.load_state_dict(before)
     return run
+
+
+def _no_silent_eager() -> AbstractContextManager[object]:
+    """In this block a function that torch compiles no further raises, where this torch has a setting for it."""
+    config = torch._dynamo.config
+    if not hasattr(config, "fail_on_recompile_limit_hit"):
+        return nullcontext()
+    return config.patch(fail_on_recompile_limit_hit=True)  # type: ignore[no-any-return]

@@ -131,6 +131,7 @@ def fit(
     report: Report,
     compiled: Callable[..., Tensor] | None = None,
     *,
+    go_eager: Callable[[], None] = lambda: None,
     pieces: Pieces | None = None,
     team: Team = ALONE,
     capacity: Capacity = Capacity(),
@@ -143,7 +144,8 @@ def fit(
         validate: Dice per foreground class on validation patches after an epoch, NaN where a class is absent.
         save: called with the state and whether the running validation Dice is the best so far; after every epoch, in
             between when an epoch takes long, and when stopped.
-        compiled: the loss of a batch as one function, sharing the weights of `state.network`.
+        compiled: the loss of a batch as one function, sharing the weights of `state.network`; left for good, after a
+            call of `go_eager`, with the first batch in pieces and with full precision, for which it is not made.
         pieces: splits batches where memory runs out; the loss has to reduce by it. None: running out is an error.
         team: the processes that share this training; each draws its share of the batch.
         capacity: what steps are measured against in the history.
@@ -161,13 +163,14 @@ def fit(
         batch = draw_batch(state.step)
         value = _learn(state, train, device_of(state, device), loss, batch, compiled, pieces, team, sums, report)
         sums.add(value, batch, time.perf_counter() - start)
+        compiled = _while_it_serves(compiled, state, go_eager)
         asked, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - start)
         epoch_ends = state.step % state.steps_per_epoch == 0 or length.done(state) >= 1.0
         if epoch_ends:
             began = time.perf_counter()
             _end_epoch(state, sums, rate, length, device, validate, save, report, capacity, about_epoch)
             asked_now, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - began)
-            asked |= asked_now
+            asked, compiled = asked or asked_now, _while_it_serves(compiled, state, go_eager)
             sums, saved_at = _Sums(device), time.perf_counter()
         else:
             _announce(state, length, sums, batch, report)
@@ -179,6 +182,20 @@ def fit(
                 _save(state, save, False)
             return False
     return True
+
+
+def is_as_compiled(state: TrainState) -> bool:
+    """Whether batches are still whole and in the precision that the training began with."""
+    return state.pieces == 1 and not state.precision
+
+
+def _while_it_serves(
+    compiled: Callable[..., Tensor] | None, state: TrainState, go_eager: Callable[[], None]
+) -> Callable[..., Tensor] | None:
+    if compiled is None or is_as_compiled(state):
+        return compiled
+    go_eager()
+    return None
 
 
 def _learn(
@@ -198,13 +215,19 @@ def _learn(
         state.pieces = pieces.count
         report(Warned(
             f"{device.name} ran out of memory: batches go through the network in {state.pieces} pieces from now on, "
-            "with the same gradient, more slowly."
+            f"{_in_pieces(state.network)}, more slowly."
         ))  # fmt: skip
     if train.average_decay > 0:
         update_average(state, train.average_decay)
         sums.watch.lap("step")
     state.step += 1
     return value
+
+
+def _in_pieces(network: nn.Module) -> str:
+    """What splitting a batch does to its gradient."""
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    return "each with its own batch statistics" if normed else "with the same gradient"
 
 
 class _Sums:

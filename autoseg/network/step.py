@@ -39,6 +39,19 @@ def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torc
     return torch.optim.AdamW(groups, train.learning_rate, betas=BETAS, fused=fused)
 
 
+def laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor:
+    """Moments in the memory order of their weight, which fused optimizers take for granted; step counts as they are."""
+    if tensor.shape != weight.shape:
+        return tensor
+    return torch.empty_like(weight, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
+
+
+def follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay the optimizer's moments out as the weights are now."""
+    for weight, values in optimizer.state.items():
+        values |= {name: laid_out_like(weight, each) for name, each in values.items() if isinstance(each, Tensor)}
+
+
 def make_scaler(device: Device) -> torch.amp.GradScaler:
     """Loss scaling for fp16; does nothing in bf16 and fp32."""
     return torch.amp.GradScaler(device.torch_device.type, enabled=device.precision == "fp16")
@@ -64,7 +77,8 @@ def step(
     """Forward, backward, clip and update once. Returns the loss, still on the device; NaN if the step was skipped.
 
     A loss or gradient that is not finite changes nothing: the fused optimizers are told so by a flag on the device, so
-    that the host never waits for it. (With loss scaling the scaler decides, and its overflows are no news.)
+    that the host never waits for it. With loss scaling the scaler decides, and its overflows are no news until the
+    scale is below 1: it is the gradients then that are not finite.
 
     Args:
         extra: further tensors with a row per sample, which the loss takes after the labels.
@@ -93,9 +107,11 @@ def step(
     add_gradients(team, weights)
     if scale:
         scale.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(weights, clip_norm, foreach=True)
+    norm = nn.utils.clip_grad_norm_(weights, clip_norm)
     usable = torch.isfinite(value)
     if scale:
+        overflows = ~torch.isfinite(norm) & (scale.scale(torch.ones((), device=norm.device)) < 1)
+        value = torch.where(overflows, math.nan, value)
         scale.step(optimizer)
         scale.update()
     else:

@@ -29,8 +29,10 @@ VALIDATION_SHARE = 0.1
 
 MOST_AHEAD = LAG_STEPS // 2
 """Steps that are read ahead at most."""
+AHEAD_ON_DEVICE = 1
+"""The same where cases are on the device: their batches take its memory, and reading one is quick."""
 
-Read = tuple[np.ndarray | Tensor, np.ndarray | Tensor, augment.Drawn, Sequence[Place], "Counter[str]"]
+Read = tuple[Tensor, Tensor, augment.Drawn, Sequence[Place], "Counter[str]"]
 
 
 class Batches:
@@ -113,13 +115,17 @@ class Batches:
             result, result_labels, cases, waited, spent, self._annotated_in(cases), of=drawn_for["samples"]
         )  # fmt: skip
 
+    def go_eager(self) -> None:
+        """From now on the batches are for a network that is not compiled."""
+        self._format = self._eager_format
+
     def _annotated_in(self, cases: Sequence[str]) -> Tensor | None:
         """(B, K) bool: what was drawn in these cases; None where nothing was left out in any case of the data set."""
         if not self._annotated:
             return None
         everything = (True,) * (self._outputs.foreground + (not self._outputs.regions))
         rows = [self._annotated.get(case, everything) for case in cases]
-        return torch.tensor(rows, device=self._device.torch_device)
+        return self._to_device(np.array(rows))
 
     @torch.no_grad()
     def validation_dice(
@@ -181,7 +187,10 @@ class Batches:
                 unused.cancel()
             self._coming.clear()
         first = self._coming[-1][0] + 1 if self._coming else step
-        for number in range(first, step + self._ahead + 1):
+        ahead = self._ahead
+        if all(isinstance(source, OnDevice) for source in sources):
+            ahead = min(ahead, AHEAD_ON_DEVICE)
+        for number in range(first, step + ahead + 1):
             sampling = self._sampling
             if sampling.mode == "hard":
                 sampling = replace(sampling, class_rates=hard_rates(history, number, self._classes))
@@ -202,15 +211,17 @@ class Batches:
         if len(on_device) == len(sources):
             image, labels = gather_on_device(on_device, places, self._patch, self._enlarged, moved)
             return image, labels, drawn, places, drawn_for
-        return *gather(sources, places, self._patch, self._enlarged, moved), drawn, places, drawn_for
+        image, labels = (self._pinned(each) for each in gather(sources, places, self._patch, self._enlarged, moved))
+        return image, labels, drawn, places, drawn_for
+
+    def _pinned(self, array: np.ndarray) -> Tensor:
+        """On the host, in memory that a GPU reads while the host goes on."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self._device.is_cuda else tensor
 
     def _to_device(self, array: np.ndarray | Tensor) -> Tensor:
-        if isinstance(array, Tensor):
-            return array
-        tensor = torch.from_numpy(array)
-        if self._device.is_cuda:
-            return tensor.pin_memory().to(self._device.torch_device, non_blocking=True)
-        return tensor.to(self._device.torch_device)
+        tensor = array if isinstance(array, Tensor) else self._pinned(array)
+        return tensor.to(self._device.torch_device, non_blocking=self._device.is_cuda)
 
 
 def _within_reach(enlarged: tuple[int, ...], patch: tuple[int, ...], sources: Sequence[Source]) -> tuple[int, ...]:

@@ -17,13 +17,13 @@ from autoseg.network import checkpoint, losses, unet
 from autoseg.network.compiling import Step, pays_to_compile, pays_to_record, try_compile
 from autoseg.network.device import Device, lay_out, layout
 from autoseg.network.distillation import distilling
-from autoseg.network.distributed import adding, agreed, whole_batch_statistics
-from autoseg.network.loop import Length, TrainState, device_of, fit
+from autoseg.network.distributed import adding, agreed, share, whole_batch_statistics
+from autoseg.network.loop import Length, TrainState, device_of, fit, is_as_compiled
 from autoseg.network.losses import Supervised
 from autoseg.network.losses_sums import Reduce, alone
 from autoseg.network.patches import Source
 from autoseg.network.pieces import Pieces
-from autoseg.network.step import learn_mode, make_optimizer, make_scaler
+from autoseg.network.step import follow_layout, laid_out_like, learn_mode, make_optimizer, make_scaler
 from autoseg.network.timing import Capacity, matmul_rate
 from autoseg.planning.cost import training_operations
 from autoseg.records import Configuration, Run
@@ -44,7 +44,8 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     """
     network, record = _network(work, record)
     capacity = capacity_of(record.configuration, work.device)
-    pieces = Pieces(adding(work.team))
+    shared = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    pieces = Pieces(adding(work.team), splits=not shared)
     compiled, seconds = _compiled(work, record, network, capacity, pieces)
     state = _state(work, record, network)
     if record.max_seconds is not None:  # the time asked for is that of everything before validation
@@ -65,7 +66,8 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     lay_out(state.network, record.configuration.dimension, work.device)
     precision = device_of(state, work.device).precision
     update = {
-        "seconds": state.seconds, "steps": state.step, "compiled": compiled is not None, "precision": precision,
+        "seconds": state.seconds, "steps": state.step, "compiled": compiled is not None and is_as_compiled(state),
+        "precision": precision,
         "notes": with_drawn_shares(record, state.history, work.plan),
     }  # fmt: skip
     return state, record.model_copy(update=update)
@@ -94,12 +96,13 @@ def _network(work: Work, record: Run) -> tuple[nn.Module, Run]:
 
 
 def _state(work: Work, record: Run, network: nn.Module) -> TrainState:
-    """A fresh training state, or the saved one."""
+    """A fresh training state, or the saved one, whose batches are whole until memory runs out again."""
     spec = record.configuration.train
     optimizer = make_optimizer(network, spec, work.device)
     state = TrainState(network, optimizer, make_scaler(work.device), steps_per_epoch=spec.steps_per_epoch)
     if work.continues:
         checkpoint.load_state(work.model.resume_tensors, state)
+        state.pieces = 1  # the card may be another one, or emptier
         if state.precision:
             state.scaler = make_scaler(device_of(state, work.device))
         work.report(Said(f"Going on at epoch {state.epoch + 1}, step {state.step}."))
@@ -141,7 +144,7 @@ def _compiled(
     Epochs are estimated to take what matrix products let expect. The network is laid out for what comes of it.
     """
     configuration, device, began = record.configuration, work.device, time.perf_counter()
-    samples, train = -(-configuration.batch_size // work.team.size), record.configuration.train
+    samples, train = len(share(work.team, range(configuration.batch_size))), record.configuration.train
     done = checkpoint.read_numbers(work.model.resume_tensors) if work.continues else {}
     if done.get("precision"):
         device = replace(device, precision=done["precision"])
@@ -179,7 +182,8 @@ def _tried(
     loss = loss_of(configuration, alone if alone_here else pieces, work.lesson, work.plan.region_indices)
     if not alone_here:
         loss = torch.compiler.disable(loss)
-    records = alone_here and pays_to_record(device, configuration.memory.peak_bytes)
+    step_bytes = configuration.memory.peak_bytes * samples // work.planned.batch_size
+    records = alone_here and pays_to_record(device, step_bytes)
     return try_compile(network, loss, batch, device, work.report, records)
 
 
@@ -219,9 +223,19 @@ def _fit(
             state, configuration.train, Length(configuration.train.epochs, record.max_seconds), work.device,
             loss_of(configuration, pieces, work.lesson, work.plan.region_indices),
             lambda step: batches.draw(learned, work.cases.train, step, state.history), validate, save,
-            asked, work.report, compiled, pieces=pieces, team=team, capacity=capacity,
-            about_epoch=batches.drawn_shares,
+            asked, work.report, compiled, go_eager=lambda: _go_eager(work, configuration, state, batches),
+            pieces=pieces, team=team, capacity=capacity, about_epoch=batches.drawn_shares,
         )  # fmt: skip
+
+
+def _go_eager(work: Work, configuration: Configuration, state: TrainState, batches: Batches) -> None:
+    """Forget what was compiled, and lay everything out as eager steps read it fastest."""
+    torch.compiler.reset()
+    lay_out(state.network, configuration.dimension, work.device)
+    follow_layout(state.optimizer)
+    weights = state.network.parameters()
+    state.average = [laid_out_like(*both) for both in zip(weights, state.average, strict=bool(state.average))]
+    batches.go_eager()
 
 
 def capacity_of(configuration: Configuration, device: Device) -> Capacity:
