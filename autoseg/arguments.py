@@ -64,7 +64,7 @@ def watched(together: bool = False) -> Iterator[Report]:
         else:
             yield silent
     except EndedElsewhere as error:
-        if first:
+        if first or error.reason:
             screen.show_error(error)
         raise typer.Exit(2) from error
     except UserError as error:

@@ -35,13 +35,18 @@ class Interrupted(Exception):
 
 
 class EndedElsewhere(UserError):
-    """Another process of the same training ended or is out of reach; it has said why itself, if it could."""
+    """Another process of the same training ended or is out of reach; it has said why itself, if it could.
 
-    def __init__(self) -> None:
+    Args:
+        reason: what the library that connects them said, where the trouble may be this process' own.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
         super().__init__(
-            "Another process of this training has ended or cannot be reached.",
+            f"Another process of this training has ended or cannot be reached{reason and f' ({reason})'}.",
             "What was saved is intact: start all processes again with --resume.",
         )
 
     def __reduce__(self) -> tuple:
-        return type(self), ()
+        return type(self), (self.reason,)

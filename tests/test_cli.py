@@ -262,6 +262,9 @@ def test_of_several_processes_only_the_first_speaks(
     with pytest.raises(typer.Exit):
         follow()
     assert capsys.readouterr().err == ""
+    with pytest.raises(typer.Exit), watched(together=True):
+        raise EndedElsewhere("NCCL error: unhandled cuda error")
+    assert "unhandled cuda error" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setenv("RANK", "0")
     with watched(together=True) as report:
         assert report is not silent

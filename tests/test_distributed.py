@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from synthetic import write_dataset
 from torch import nn
 
-from autoseg.errors import UserError
+from autoseg.errors import EndedElsewhere, UserError
 from autoseg.layout import Layout
 from autoseg.network import distributed
 from autoseg.network.device import Device
@@ -130,6 +130,34 @@ def test_processes_of_torchrun_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) 
     assert own_device("cpu") == "cpu"
     with pytest.raises(UserError, match="its own GPU"):
         own_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:1"), ""),
+        (RuntimeError("[unbound_buffer.cc:84] Timed out waiting 1800000ms for recv operation to complete"), ""),
+        (torch.distributed.DistNetworkError("The client socket has failed"), ""),
+        (torch.distributed.DistBackendError("NCCL error: unhandled\nmore"), "NCCL error: unhandled"),
+    ],
+)
+def test_an_error_between_processes_says_its_reason_where_it_may_be_its_own(error: Exception, reason: str) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(EndedElsewhere, match="has ended or cannot be reached") as ended:
+        distributed._heard(fail)
+    assert ended.value.reason == reason
+    assert reason in str(ended.value)
+
+
+@pytest.mark.parametrize("text", ["CUDA error: device-side assert triggered", "CUDA out of memory"])
+def test_an_error_of_this_process_is_not_taken_for_one_of_another(text: str) -> None:
+    def fail() -> None:
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=text):
+        distributed._heard(fail)
 
 
 def test_batch_norm_is_not_shared_on_a_cpu() -> None:

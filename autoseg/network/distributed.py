@@ -28,6 +28,9 @@ STEP_PATIENCE = timedelta(minutes=10)
 WAITING_PATIENCE = timedelta(days=2)
 """The same where one process works and the others wait: preprocessing, validation."""
 
+LOST = ("connect", "peer", "timed out", "timeout", "broken pipe", "socket", "pair closure")
+"""What gloo says where another process is gone; its other errors, and those of the device, are this process' own."""
+
 
 @dataclass(frozen=True)
 class Team:
@@ -170,8 +173,12 @@ def share(team: Team, items: Sequence[Item]) -> Sequence[Item]:
 
 
 def _heard(call: Callable[[], Result]) -> Result:
-    """Talk to the others; raises EndedElsewhere when one is not there any more."""
+    """Talk to the others; raises EndedElsewhere when one is not there any more, other errors as they are."""
     try:
         return call()
+    except dist.DistBackendError as error:  # of NCCL, whose trouble may be this process' own
+        raise EndedElsewhere(str(error).splitlines()[0]) from error
     except RuntimeError as error:  # torch's DistError is one; gloo raises it bare
+        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in LOST):
+            raise
         raise EndedElsewhere from error
