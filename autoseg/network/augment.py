@@ -286,12 +286,12 @@ def _grid(drawn: Drawn, size: Sequence[int], patch: tuple[int, ...], device: tor
     theta = torch.cat([matrix * new / old.unsqueeze(1), (2 * shift / old).expand(len(matrix), -1).unsqueeze(-1)], dim=2)
     flipped = torch.cat([theta[:, :, :-1].flip(1, 2), theta[:, :, -1:].flip(1)], dim=2)
     shape = [len(matrix), 1, *patch[first:]]
-    grid = F.affine_grid(flipped.float().to(device), shape, align_corners=False)
+    grid = F.affine_grid(intensity.sent(flipped.float(), device), shape, align_corners=False)
     if drawn.bend_BDP is None:
         return grid
     bend_MDP = drawn.bend_BDP[drawn.moved_B].double()
     in_grid_MDP = torch.einsum("mij,mj...->mi...", theta[:, :, :-1] * 2 / new, bend_MDP).flip(1).float()
-    return grid + _between_points(in_grid_MDP.to(device), patch[first:]).movedim(1, -1)
+    return grid + _between_points(intensity.sent(in_grid_MDP, device), patch[first:]).movedim(1, -1)
 
 
 def _between_points(values: Tensor, patch: tuple[int, ...]) -> Tensor:
@@ -301,7 +301,8 @@ def _between_points(values: Tensor, patch: tuple[int, ...]) -> Tensor:
         place = (torch.arange(size) + 0.5) * (points - 3) / size
         away = (place.unsqueeze(1) - torch.arange(-1, points - 1)).abs()
         weights = torch.where(away < 1, 2 / 3 - away**2 + away**3 / 2, (2 - away).clamp(min=0) ** 3 / 6)
-        values = torch.tensordot(values, weights.to(values), dims=([2], [1]))  # the new axis comes last
+        weights = intensity.sent(weights.to(values.dtype), values.device)
+        values = torch.tensordot(values, weights, dims=([2], [1]))  # the new axis comes last
     return values
 
 

@@ -1,12 +1,14 @@
 """Distances to label boundaries on the training device, exact up to a radius and clipped there.
 
 Legend: B batch, K class, Z Y X voxels (2D: Y X). Distances are Euclidean, in voxels, between voxel centres.
+No network learns through them, and compiled their loops would unroll into thousands of operations: they stay eager.
 """
 
 import torch
 from torch import Tensor
 
 
+@torch.compiler.disable
 def distance_to(mask: Tensor, radius: int) -> Tensor:
     """Distance of every voxel to the nearest True voxel of its sample, at most `radius`.
 
@@ -33,6 +35,7 @@ def distance_to(mask: Tensor, radius: int) -> Tensor:
     return squared.clamp(max=far).sqrt()
 
 
+@torch.compiler.disable
 def signed_distances(target: Tensor, classes: int, radius: int) -> Tensor:
     """Per class the distance to the class outside of it, and minus (the distance to the rest, less 1) inside.
 

@@ -16,7 +16,12 @@ LARGEST_BLUR_VOXELS = 1.0
 def places(chosen: Tensor, device: torch.device) -> Tensor | None:
     """Indices of the True entries on `device`, or None if there are none."""
     found = chosen.nonzero().flatten()
-    return found.to(device) if len(found) else None
+    return sent(found, device) if len(found) else None
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; a GPU need not have done what came before, for which a plain copy waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def change_rows(rows: Tensor, values: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -29,7 +34,7 @@ def change_rows(rows: Tensor, values: Tensor, change: Callable[[Tensor, Tensor],
 
 def per_row(values: Tensor, rows: Tensor) -> Tensor:
     """One value per row, (R,), shaped to be multiplied with rows, on their device."""
-    return values.to(rows.device, rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+    return sent(values.to(rows.dtype), rows.device).view(-1, *[1] * (rows.ndim - 1))
 
 
 def blur(rows: Tensor, sigma_RD: Tensor) -> Tensor:
@@ -40,7 +45,7 @@ def blur(rows: Tensor, sigma_RD: Tensor) -> Tensor:
     weights_RDK = weights_RDK / weights_RDK.sum(-1, keepdim=True)
     for axis in range(1, rows.ndim):
         size = rows.shape[axis]
-        repeated = torch.arange(-reach, size + reach).clamp(0, size - 1).to(rows.device)
+        repeated = torch.arange(-reach, size + reach, device=rows.device).clamp(0, size - 1)
         padded = rows.index_select(axis, repeated)
         rows = torch.zeros_like(rows)
         for k in range(len(steps)):

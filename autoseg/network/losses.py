@@ -224,8 +224,8 @@ def shrunk(target: Tensor, shape: tuple[int, ...]) -> Tensor:
             step = old // new
             target = target[(slice(None),) * axis + (slice(step // 2, None, step),)]
         else:
-            places = [min(old - 1, (2 * i + 1) * old // (2 * new)) for i in range(new)]
-            target = target.index_select(axis, torch.tensor(places, device=target.device))
+            middles = (2 * torch.arange(new, device=target.device) + 1) * old // (2 * new)
+            target = target.index_select(axis, middles.clamp(max=old - 1))
     return target
 
 

@@ -131,7 +131,8 @@ def class_weight_tensor(class_weights: Sequence[float] | None, classes: int, lik
             f"class_weights has {len(class_weights)} numbers, but the network has {classes} classes.",
             fix="Give one weight per class, background first.",
         )
-    return torch.tensor(tuple(class_weights), dtype=wide(like).dtype, device=like.device)
+    dtype, where = wide(like).dtype, like.device  # filled there: a copy from the host would wait for the device
+    return torch.stack([torch.full((), weight, dtype=dtype, device=where) for weight in class_weights])
 
 
 # ------------------------------------------------------------------------------------ class weights from voxel counts

@@ -174,7 +174,7 @@ def mean_of(values: Tensor, already_reduced: bool, reduce: Reduce) -> Tensor:
     """Mean of all entries, over all processes unless they hold the same values already."""
     if already_reduced:
         return values.mean()
-    return ratio(values.sum(), torch.tensor(values.numel(), device=values.device), reduce)
+    return ratio(values.sum(), torch.full((), values.numel(), device=values.device), reduce)
 
 
 def _tversky_misses(

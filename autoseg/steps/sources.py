@@ -1,13 +1,18 @@
 """Where the patches of a training are read from: the device, RAM, or the compressed cache on disk."""
 
+from math import prod
+
 import torch
 
 from autoseg.cases.cache import CachedCase, open_case
 from autoseg.events import Said
+from autoseg.network.augment import enlarged_patch
+from autoseg.network.distributed import share
 from autoseg.network.memory import GIB, allowed_ram_bytes
 from autoseg.network.patches import InMemory, Source, WithPrevious
 from autoseg.network.patches_on_device import OnDevice
 from autoseg.records import Configuration
+from autoseg.steps.batches import AHEAD_ON_DEVICE
 from autoseg.steps.cascade import previous_label_maps, previous_on_grid
 from autoseg.steps.teachers import with_teachers
 from autoseg.steps.work import Work
@@ -15,7 +20,9 @@ from autoseg.steps.work import Work
 RAM_SHARE = 0.25
 """Preprocessed cases are kept in RAM while they need less than this share of it, unless a limit was asked for."""
 DEVICE_SHARE = 0.25
-"""Of what is free on a GPU, and never what the planned step needs."""
+"""Of what is free on a GPU, and never what the planned step and the batches around it need."""
+BATCHES_ON_DEVICE = AHEAD_ON_DEVICE + 2
+"""Batches that are on a GPU with the cases: those read ahead, one being read, and the one that is augmented."""
 
 
 def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
@@ -78,7 +85,15 @@ def _device_bytes(work: Work, configuration: Configuration) -> float:
     if not work.device.is_cuda:
         return 0.0
     free = torch.cuda.mem_get_info(work.device.torch_device)[0]
-    return max(0.0, min(DEVICE_SHARE * free, free - configuration.memory.peak_bytes))
+    coming = BATCHES_ON_DEVICE * _batch_bytes(work, configuration)
+    return max(0.0, min(DEVICE_SHARE * free, free - configuration.memory.peak_bytes - coming))
+
+
+def _batch_bytes(work: Work, configuration: Configuration) -> int:
+    """Of this process' share of a batch before it is augmented: float32 images, int16 labels."""
+    samples = len(share(work.team, range(configuration.batch_size)))
+    voxels = prod(enlarged_patch(configuration.train.augment, configuration.patch_voxels))
+    return samples * voxels * (4 * configuration.network.in_channels + 2)
 
 
 def _with_previous(
