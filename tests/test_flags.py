@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from autoseg.cases.predicted import Predicted
 from autoseg.events import Event, Warned
 from autoseg.layout import flagged_file, prediction_record
@@ -23,5 +25,23 @@ def test_a_record_that_cannot_be_read_is_told_and_left_out(tmp_path: Path) -> No
 
 
 def test_cases_are_flagged_where_networks_are_unusually_unsure() -> None:
-    assert flag_limit([0.1, 0.1, 0.9]) == float("inf")
-    assert 0.15 < flag_limit([0.10, 0.11, 0.12, 0.13, 0.9]) < 0.9
+    assert flag_limit([0.1, 0.1, 0.1, 0.9]) == float("inf")
+    assert flag_limit([0.10, 0.11, 0.12, 0.13, 0.9]) == pytest.approx(0.12 + 3 * 1.4826 * 0.01)
+    assert flag_limit([0.2] * 5) == 0.2
+
+
+def test_the_table_lists_the_most_uncertain_case_first_and_says_which_are_flagged(tmp_path: Path) -> None:
+    numbers = {"a": 0.12, "b": 0.9, "c": 0.10, "d": 0.13, "e": 0.16, "f": 0.11, "g": None}
+    for name, number in numbers.items():
+        record = Predicted(case=name, inputs=(), model="m", written=f"{name}.nii.gz", uncertainty=number)
+        save(prediction_record(tmp_path, name), record)
+    said: list[Event] = []
+    flag(tmp_path, said.append)
+    # the median is 0.125 and the median deviation 0.02, so 0.214 is the limit
+    assert flagged_file(tmp_path).read_text().splitlines() == [
+        "case,uncertainty,flagged", "b,0.9000,yes", "e,0.1600,no", "d,0.1300,no", "a,0.1200,no", "f,0.1100,no",
+        "c,0.1000,no",
+    ]  # fmt: skip
+    [warned] = said
+    assert isinstance(warned, Warned)
+    assert "Look at b:" in warned.text

@@ -275,7 +275,9 @@ def test_the_cpu_gives_half_its_memory_but_at_most_eight_gigabytes(monkeypatch: 
 
 
 def test_what_a_process_may_use_is_never_more_than_the_machine_has() -> None:
-    assert 0 < memory.allowed_ram_bytes() < 2**50
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < memory.allowed_ram_bytes() <= physical
+    assert memory.allowed_ram_bytes(Path("nowhere"), Path("nowhere")) == physical
 
 
 def test_the_limit_of_a_job_counts_for_its_tasks(tmp_path: Path) -> None:

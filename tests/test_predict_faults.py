@@ -1,6 +1,7 @@
 """`autoseg predict` when things go wrong: it ends soon, says which case, and what is finished stays."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,21 +96,28 @@ def test_an_exception_in_any_stage_ends_the_run_with_the_case_and_what_is_finish
 
 
 def test_a_worker_that_is_killed_from_outside_ends_the_command_soon(place: Path, tmp_path: Path) -> None:
-    """The first worker process that appears is stopped, so that it has a case, and then killed."""
-    command = [sys.executable, "-m", "autoseg", "predict", str(place / "run"), "-i", str(place / "whole")]
-    process = subprocess.Popen([*command, "-o", str(tmp_path), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
-    victim = None
-    while victim is None and process.poll() is None:
-        victim = next((pid for pid in _descendants(process.pid) if "forkserver" in _command_of(pid)), None)
-        victim = victim and next(iter(_descendants(victim)), None)
+    """The first worker process that appears reads. It is stopped, so that it has a case, and then killed."""
+    (tmp_path / "images").mkdir()
+    for number in range(40):  # more than are read before it is found
+        (tmp_path / "images" / f"case_{number:02}.nii.gz").symlink_to(place / "whole" / f"case_0{number % 10}.nii.gz")
+    command = [sys.executable, "-m", "autoseg", "predict", str(place / "run"), "-i", str(tmp_path / "images")]
+    command += ["-o", str(tmp_path / "out"), "--device", "cpu", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    workers: list[int] = []
+    while len(workers) < 2 and process.poll() is None:
+        server = next((pid for pid in _descendants(process.pid) if "forkserver" in _command_of(pid)), None)
+        workers = _descendants(server) if server else []
+        if workers:
+            os.kill(workers[0], signal.SIGSTOP)
         time.sleep(0.01)
-    assert victim is not None
-    os.kill(victim, signal.SIGSTOP)
-    time.sleep(0.5)
-    os.kill(victim, signal.SIGKILL)
+    assert len(workers) == 2, "cases are handed out once the other worker, which writes, is there too"
+    time.sleep(1.0)
+    assert process.poll() is None
+    os.kill(workers[0], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
-    # killed before it had a case, it is replaced
-    assert process.returncode == 0 or (process.returncode == 2 and "SIGKILL" in said and "case_" in said)
+    assert process.returncode == 2
+    assert "the process reading it was killed (SIGKILL)" in said
+    assert re.search(r"case_\d\d", said)
 
 
 def _descendants(pid: int) -> list[int]:

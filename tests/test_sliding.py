@@ -3,12 +3,13 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from autoseg.network import unet
+from autoseg.network import accumulators, unet
 from autoseg.network.accumulators import (
     Place,
     Room,
@@ -246,8 +247,15 @@ def test_the_place_of_the_sums_follows_from_sizes(needed: int, room: Room, place
     assert "in a temporary file" in described("memory map", 2**30, CPU)
 
 
-def test_free_memory_is_read_from_the_system() -> None:
-    assert 2**20 < free_ram_bytes() < 2**50
+def test_free_memory_is_what_the_system_has_within_what_the_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 2**20 < free_ram_bytes() <= accumulators.allowed_ram_bytes()
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 17 kB\nMemAvailable:    2048 kB\n")
+    monkeypatch.setattr(accumulators, "Path", lambda _: tmp_path / "meminfo")
+    for allowed, free in ((2**30, 2**21), (2**20, 2**20)):
+        monkeypatch.setattr(accumulators, "allowed_ram_bytes", lambda allowed=allowed: allowed)
+        assert free_ram_bytes() == free
 
 
 @pytest.mark.parametrize("overlap", [0.5, 0.75])
