@@ -31,6 +31,15 @@ def choice(plan: Plan, field: str):
     return found
 
 
+def test_slices_that_cannot_be_halved_are_left_out_with_a_reason() -> None:
+    plan = planned(8, 20, shape=(64, 7, 7), spacing=(1.0, 1.0, 1.0))
+    assert list(by_name(plan)) == ["3d"]
+    assert choice(plan, "2d").because == "slices of 7 x 7 voxels cannot be halved even once; volumes can."
+    check_plan(plan)
+    with pytest.raises(UserError, match="too few to be halved even once"):
+        planned(8, 20, shape=(7, 7, 7), spacing=(1.0, 1.0, 1.0))
+
+
 def test_small_volumes_get_2d_and_3d_with_two_readings_in_all() -> None:
     seen: list[Configuration] = []
     plan = planned(8, 200, seen=seen, **HIPPOCAMPUS)

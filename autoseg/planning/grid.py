@@ -9,7 +9,7 @@ from autoseg.errors import UserError
 from autoseg.planning.architecture import BASE_FEATURES, Preset, describe_network, network_spec
 from autoseg.planning.batch import batch_cap, describe_cap, describe_norm
 from autoseg.planning.cost import training_operations
-from autoseg.planning.patch import LEAST_STAGES, patch_chain
+from autoseg.planning.patch import LEAST_STAGES, choose_first_patch, patch_chain
 from autoseg.planning.search import CLOSE_ENOUGH, SMALLEST_BATCH, Draft, Fit, Patch, Readings, fit
 from autoseg.planning.topology import SMALLEST_EDGE, Topology, choose_topology
 from autoseg.planning.train import Orientation, Sampling, Sided, choose_augment, choose_train
@@ -63,6 +63,11 @@ class Grid:
     @property
     def patch_median_voxels(self) -> tuple[int, ...]:
         return self.median_shape_voxels[3 - self.dimension :]
+
+
+def can_be_halved(grid: Grid) -> bool:
+    """Whether the largest patch of a grid has room for a U-Net."""
+    return choose_first_patch(grid.patch_spacing_mm, grid.patch_median_voxels).stages >= LEAST_STAGES
 
 
 def chain_of(grid: Grid) -> tuple[Topology, ...]:

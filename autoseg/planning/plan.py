@@ -7,12 +7,12 @@ from autoseg.events import Report, Said, Warned, silent
 from autoseg.planning import awareness, lowres
 from autoseg.planning.architecture import choose_base_features, most_operations, preset_named
 from autoseg.planning.checks import check_fingerprint
-from autoseg.planning.grid import Grid, Shared, Source, chain_of, drafter, plan_grid, quick_enough
+from autoseg.planning.grid import Grid, Shared, Source, can_be_halved, chain_of, drafter, plan_grid, quick_enough
 from autoseg.planning.normalization import choose_masks, choose_normalization, warnings_of
 from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patch, Readings, once
 from autoseg.planning.spacing import choose_axes, choose_spacing, describe_shape, median_shape, transposed
 from autoseg.planning.train import choose_sampling, describe_train, orientations_of, sided_labels, warn_of_mixed
-from autoseg.planning.wording import device, gigabytes, some
+from autoseg.planning.wording import device, gigabytes, some, voxels
 from autoseg.records import Budget, Choice, Configuration, Fingerprint, Millimetres3, Plan, TrainSpec
 
 PlannedOne = tuple[Configuration, tuple[Choice, ...]]
@@ -50,11 +50,11 @@ def make_plan(
     shared, shared_choices = _shared(fingerprint, budget, axes, preset, source)
     full = Grid("3d", 3, transposed(spacing, axes), transposed(shape, axes))
     measure = once(measure)
-    slices = plan_slices(full, shared, budget, measure, report)
+    slices, slices_choices = plan_slices(full, shared, budget, measure, report)
     volumes, lowres_choice = plan_volumes(full, fingerprint.dimension, shared, budget, measure, report)
     grid_choices = (spacing_choice, axes_choice, describe_shape(full.median_shape_voxels, shared.cases))
-    noticed = _notice(fingerprint, spacing, slices[0].train, report)
-    choices = (_budget_choice(budget, source), *shared_choices, *grid_choices, *noticed, lowres_choice)
+    noticed = _notice(fingerprint, spacing, (*slices, *volumes)[0][0].train, report)
+    choices = (_budget_choice(budget, source), *shared_choices, *grid_choices, *noticed, *slices_choices, lowres_choice)
     return Plan(
         autoseg_version=__version__,
         dataset=fingerprint.dataset,
@@ -67,16 +67,21 @@ def make_plan(
         intensities=fingerprint.intensities,
         preset=preset,
         budget=budget,
-        configurations=tuple(configuration for configuration, _ in (slices, *volumes)),
-        choices=(*choices, *(choice for _, own in (slices, *volumes) for choice in own)),
+        configurations=tuple(configuration for configuration, _ in (*slices, *volumes)),
+        choices=(*choices, *(choice for _, own in (*slices, *volumes) for choice in own)),
     )
 
 
-def plan_slices(full: Grid, shared: Shared, budget: Budget, measure: Measure, report: Report) -> PlannedOne:
-    """The 2d configuration: slices across the first (coarsest) axis."""
+def plan_slices(
+    full: Grid, shared: Shared, budget: Budget, measure: Measure, report: Report
+) -> tuple[list[PlannedOne], tuple[Choice, ...]]:
+    """The 2d configuration: slices across the first (coarsest) axis; none where they are too small and volumes not."""
     grid = replace(full, name="2d", dimension=2, batch_dice=True)
+    if full.median_shape_voxels[0] > 1 and can_be_halved(full) and not can_be_halved(grid):
+        because = f"slices of {voxels(grid.patch_median_voxels)} voxels cannot be halved even once; volumes can."
+        return [], (Choice(field="2d", value="none", because=because),)
     planned = plan_grid(grid, _patches(grid), shared, _readings("2d", measure, budget, report))
-    return _with_batch_dice(planned, True, "slices often lack a class, so Dice is taken over the whole batch.")
+    return [_with_batch_dice(planned, True, "slices often lack a class, so Dice is taken over the whole batch.")], ()
 
 
 def plan_volumes(
