@@ -1,7 +1,7 @@
 """The commands that come after prediction: combining, choosing, cleaning, scoring and comparing."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,10 @@ from autoseg.arguments import (
     watched,
 )
 from autoseg.errors import Interrupted
+from autoseg.layout import agreement_file
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def ensemble(
@@ -52,6 +56,7 @@ def ensemble(
     no_mirror: Annotated[bool, typer.Option("--no-mirror", help="With --runs: no mirroring.")] = False,
     resume: Annotated[str, typer.Option(help="With --runs: leave out what is done.", show_default=False)] = "no",
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Combine predictions, or the networks of several runs."""
     if runs != (images is not None):
@@ -71,10 +76,16 @@ def ensemble(
                 )  # fmt: skip
             except KeyboardInterrupt as stopped:
                 raise Interrupted("the same command with --resume.") from stopped
-            return
-        step.ensemble(
-            predictions, output, weights=shares, method=method, save_probabilities=save_probabilities, report=report
-        )
+        else:
+            step.ensemble(
+                predictions, output, weights=shares, method=method, save_probabilities=save_probabilities,
+                report=report,
+            )  # fmt: skip
+    if as_json and agreement_file(output).is_file():  # absent where all was done before
+        from autoseg import store
+        from autoseg.scoring.comparison import Agreement
+
+        show(store.load(agreement_file(output), Agreement), as_json)
 
 
 def select(
@@ -153,35 +164,41 @@ def evaluate(
         bool, typer.Option("--speeds", help="Of a run: also measure what each --speed of predict takes and costs.")
     ] = False,
     device: Device = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the scores of PRED. [default: PRED]", show_default=False),
+    ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Score label maps, or the cross-validation of a run. Writes scores.json and scores.csv."""
     if cases is not None and references is None:
         raise typer.BadParameter("--cases needs two folders: PRED REF")
+    if output is not None and references is None:
+        raise typer.BadParameter("--output needs two folders: PRED REF")
     if speeds and references is not None:
         raise typer.BadParameter("--speeds goes with a run folder alone")
+    results: dict[str, BaseModel] = {}
     with watched() as report:
         from autoseg.steps import evaluate as step
 
         limit_mm = tolerances(tolerance, step.TOLERANCE_MM)
         if references is not None:
-            scores = {
-                "": step.evaluate(
-                    predictions, references, cases=names(cases), surface=not no_surface, tolerance_mm=limit_mm,
-                    workers=workers, report=report,
-                )
-            }  # fmt: skip
+            results[""] = step.evaluate(
+                predictions, references, cases=names(cases), output=output, surface=not no_surface,
+                tolerance_mm=limit_mm, workers=workers, report=report,
+            )  # fmt: skip
         else:
-            scores = step.evaluate_all(
+            results |= step.evaluate_all(
                 predictions, configuration, surface=not no_surface, tolerance_mm=limit_mm, workers=workers,
                 report=report,
             )  # fmt: skip
         if speeds:
             from autoseg.steps.speeds import measure_speeds
 
-            measure_speeds(predictions, configuration, device=device, report=report)
-    show_all(scores, as_json)
+            measured = measure_speeds(predictions, configuration, device=device, report=report)
+            results |= {"speeds": measured} if as_json else {}  # else they have been said
+    show_all(results, as_json)
 
 
 def compare(

@@ -230,7 +230,7 @@ def show_scores(scores: "Scores") -> None:
     table.add_section()
     table.add_row("foreground", *(_score(scores.foreground_mean.get(metric)) for metric in metrics))
     _table(table)
-    say(f"All metrics of all cases, and the policy for empty ones: scores.json in {scores.prediction}")
+    say(f"All metrics of all cases of {scores.prediction}, and the policy for empty ones, are in scores.json.")
 
 
 def show_rules(learned: "Postprocessing") -> None:

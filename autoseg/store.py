@@ -95,6 +95,13 @@ def empty_folder(folder: Path) -> None:
         raise
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UserError where no file can be made in a folder, or in what is there of those around it."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: this place cannot be written.", fix="Choose another output folder.")
+
+
 def _told(error: OSError, path: Path) -> UserError | None:
     """What only the user can mend: a full disk, a place that cannot be written."""
     if is_disk_full(error):

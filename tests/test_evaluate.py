@@ -7,8 +7,10 @@ import pytest
 import SimpleITK as sitk
 from planned import a_configuration
 from scipy import ndimage
+from typer.testing import CliRunner
 
 from autoseg import store
+from autoseg.cli import app
 from autoseg.errors import UserError
 from autoseg.image.formats import write_labels
 from autoseg.image.labels import label_maps, labels_found, to_indices
@@ -50,6 +52,21 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         save(predictions, case, predicted)
         save(references, case, real)
     return predictions, references
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_scored(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions, references = folders
+    monkeypatch.setattr("autoseg.store.os.access", lambda path, mode: Path(path) != predictions)
+    monkeypatch.setattr(step, "score_pairs", lambda *_: pytest.fail("it was scored"))
+    with pytest.raises(UserError, match="predictions: this place cannot be written"):
+        evaluate(predictions, references, workers=1)
+    monkeypatch.undo()
+    shown = CliRunner().invoke(app, ["evaluate", str(predictions), str(references), "-o", str(tmp_path / "deep/out")])
+    assert shown.exit_code == 0, shown.output
+    assert store.load(scores_file(tmp_path / "deep" / "out"), Scores).prediction == str(predictions)
+    assert not scores_file(predictions).exists()
 
 
 def test_a_fold_that_is_still_validated_is_none(tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def test_predictions_lie_on_the_grid_of_their_images_to_the_last_bit(journey: Pa
 
 
 def test_predictions_can_be_combined_postprocessed_and_scored(journey: Path) -> None:
-    command("ensemble", journey / "out", journey / "out", "-o", journey / "ensemble", "--weights", "2,1")
+    out = journey / "out"
+    agreed = command("ensemble", out, out, "-o", journey / "ensemble", "--weights", "2,1", "--json").stdout
+    assert json.loads(agreed)["cases"] == 2
     for path in (journey / "out").glob("*.nii.gz"):
         same = sitk.GetArrayFromImage(sitk.ReadImage(str(journey / "ensemble" / path.name)))
         assert (same == sitk.GetArrayFromImage(sitk.ReadImage(str(path)))).mean() > 0.999

@@ -134,7 +134,7 @@ def test_scores_are_shown_per_class_with_a_dash_where_undefined(capsys: pytest.C
     rows = [line.split() for line in text.splitlines()]
     assert any("left" in row and "[1]" in row and "0.5000" in row for row in rows)
     assert any("right" in row and "-" in row for row in rows)
-    assert "scores.json in p" in text
+    assert "cases of p, and" in text
 
 
 def test_learned_rules_are_shown_with_their_gain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,8 @@ def evaluate(
     Raises:
         UserError: cases or grids differ, a file is unreadable, or a value is no label; nothing is written then.
     """
+    folder = predictions if output is None else output
+    store.refuse_unwritable(folder)  # not after an hour of scoring
     known = dataset_near(references)
     pairs = pair_up(predictions, references, known, cases)
     check_grids(pairs)
@@ -126,7 +128,6 @@ def evaluate(
     regions = known.regions if known is not None and labels == known.labels else ()
     scoring = Scoring(labels, ignore_value, surface, regions=regions)
     scoring = replace(scoring, tolerance_mm=tolerances(tolerance_mm, scoring.classes))
-    folder = predictions if output is None else output
     scored = score_pairs(pairs, scoring, workers, report, scored_before(folder))
     return save_scores(scored, scoring, predictions, references, folder)
 
