@@ -103,6 +103,7 @@ def over_cases(
     meanwhile, so that a small data set is done before a worker is needed. `preload` names slow modules that `function`
     imports late; they are imported once for all workers.
     """
+    _refuse_beginning_worker()
     rest = iter(items)
     if workers <= 1 or len(items) <= 1:
         yield from _here(function, rest, name)
@@ -130,6 +131,15 @@ def over_cases(
             _end(pool)
         raise
     pool.shutdown(wait=False)
+
+
+def _refuse_beginning_worker() -> None:
+    """Raise UserError in a worker that runs the user's script once more, as each does to know what it defines."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "This script starts its work again in every worker process.",
+            fix='Put what it does, not what it defines, under `if __name__ == "__main__":`.',
+        )
 
 
 def _take(rest: Iterator[Item], most: int) -> Iterator[Item]:

@@ -79,6 +79,15 @@ def test_a_killed_worker_ends_the_work_soon_and_names_the_cases_under_way() -> N
     assert time.monotonic() - began < 10
 
 
+def test_a_script_without_a_main_block_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from autoseg.parallel import over_cases\nprint(len(list(over_cases(abs, [1, 2, 3], 2, str))))\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    assert 'under `if __name__ == "__main__":`' in ended.stderr
+
+
 def test_no_more_than_twice_the_workers_are_under_way(tmp_path: Path) -> None:
     results = over_cases(leave_a_mark, [(str(tmp_path), k) for k in range(50)], 2, str)
     next(results)
