@@ -238,7 +238,7 @@ def _image_problems(case: Case, dataset: Dataset, image_CZYX: np.ndarray) -> Ite
 
 def _grid_problems(case: Case, image: Geometry, label: Geometry) -> Iterator[Problem]:
     """Same size, and corners within a twentieth of a voxel: header noise passes, a flipped axis does not."""
-    fix = "Resample the label map to the image's grid, or correct its header."
+    fix = "Resample the label map to the image's grid, or remove the case."
     if image.size_voxels != label.size_voxels:
         what = f"the label map has {label.size_voxels} voxels (Z Y X), the image {image.size_voxels}"
         yield Problem(case.id, f"{what}: {case.label}.", fix)
@@ -248,6 +248,10 @@ def _grid_problems(case: Case, image: Geometry, label: Geometry) -> Iterator[Pro
     apart_mm = displacement_mm(image, label)
     if not apart_mm <= SAME_GRID * min(image.spacing_mm):
         what = f"{_difference(image, label)}; corners lie up to {apart_mm:.3g} mm apart: {case.label}."
+        fix = (
+            "If only its header is wrong, give it the image's, in Python with SimpleITK: label.CopyInformation(image), "
+            "and write it; else resample it to the image's grid."
+        )
         yield Problem(case.id, what, fix)
 
 
