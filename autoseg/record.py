@@ -2,10 +2,23 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+
+
+def _fit_for_files(case: str) -> str:
+    """A case's id, after which files are named. Raises ValueError where no whole file can be called so."""
+    if not case or case.startswith(".") or {"/", "\\"} & set(case) or ".unfinished" in case:
+        raise ValueError(
+            f"a case cannot be called {case!r}: files are named after it, so it must not be empty, begin with a dot, "
+            "or hold / or \\ or .unfinished"
+        )
+    return case
+
+
+FileName = Annotated[str, AfterValidator(_fit_for_files)]
 
 
 class Record(BaseModel):

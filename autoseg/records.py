@@ -7,9 +7,9 @@ A variant is `record.model_copy(update=...)` or an edited JSON file, never a sub
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from autoseg.record import Positive, Record, Saved, Share
+from autoseg.record import FileName, Positive, Record, Saved, Share
 from autoseg.specs import AugmentSpec, NetworkSpec
 
 Voxels3 = tuple[int, int, int]
@@ -42,23 +42,13 @@ class Region(Record):
     paint: int
 
 
-def _file_name(case: str) -> str:
-    """A case's id, after which files are named. Raises ValueError where it is no plain name, or that of a rest."""
-    if not case or case.startswith(".") or {"/", "\\"} & set(case) or ".unfinished" in case:
-        raise ValueError(
-            f"a case cannot be called {case!r}: files are named after it, so it must not be empty, begin with a dot, "
-            "or hold / or \\ or .unfinished"
-        )
-    return case
-
-
 class Case(Record):
     """One patient image: one file per channel (or one file with all channels), and its label map if there is one.
 
     `annotated` names the labels (or regions) that somebody drew in it; None is all of them.
     """
 
-    id: Annotated[str, AfterValidator(_file_name)]
+    id: FileName
     images: Annotated[tuple[str, ...], Field(min_length=1)]
     label: str | None = None
     group: str | None = None

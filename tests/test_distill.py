@@ -16,6 +16,7 @@ from autoseg.errors import UserError
 from autoseg.events import Event, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
 from autoseg.network import augment, unet
+from autoseg.network.checkpoint import save_weights
 from autoseg.network.device import Device
 from autoseg.network.distillation import from_8_bits, have_labels, to_8_bits
 from autoseg.network.distributed import ALONE
@@ -175,6 +176,7 @@ def test_teachers_of_other_patches_and_mirrorings_count_like_all_others(tmp_path
         ))  # fmt: skip
         torch.manual_seed(number)
         networks.append(unet.build(tiny().network).eval())
+        save_weights(models[-1].weights, networks[-1])
         scorer = Scorer([networks[-1]], 3, CPU, probabilities=True)
         blocks = score_blocks(scorer, torch.from_numpy(image_CZYX), Tiling(patch, axes))
         shares.append(np.concatenate([block.numpy().copy() for block in blocks], 1))

@@ -169,7 +169,7 @@ def test_mirroring_can_be_left_out(place: Path) -> None:
 def test_a_speed_decides_about_mirroring_and_overlap(
     place: Path, speed: str, mirror_axes: tuple[int, ...], overlap: float
 ) -> None:
-    tiling = Predictor(place / "run", device="cpu", speed=speed).tiling((12, 14, 13), 3, 1)
+    tiling = Predictor(place / "run", device="cpu", speed=speed).tilings(1, 3)[0]
     assert (tiling.mirror_axes, tiling.overlap) == (mirror_axes, overlap)
 
 

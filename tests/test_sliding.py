@@ -21,6 +21,7 @@ from autoseg.network.accumulators import (
 )
 from autoseg.network.device import Device
 from autoseg.network.less_memory import sums_bytes
+from autoseg.network.memory import allowed_ram_bytes
 from autoseg.network.sliding import OVERLAP, Scorer, Tiling, gaussian, mirrorings, score_blocks, tile_starts
 from autoseg.records import NetworkSpec
 
@@ -250,12 +251,11 @@ def test_the_place_of_the_sums_follows_from_sizes(needed: int, room: Room, place
 def test_free_memory_is_what_the_system_has_within_what_the_process_may_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert 2**20 < free_ram_bytes() <= accumulators.allowed_ram_bytes()
+    assert 2**20 < free_ram_bytes() <= allowed_ram_bytes()
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 17 kB\nMemAvailable:    2048 kB\n")
-    monkeypatch.setattr(accumulators, "Path", lambda _: tmp_path / "meminfo")
-    for allowed, free in ((2**30, 2**21), (2**20, 2**20)):
-        monkeypatch.setattr(accumulators, "allowed_ram_bytes", lambda allowed=allowed: allowed)
-        assert free_ram_bytes() == free
+    for has, free in ((2**30, 2**21), (2**20, 2**20)):
+        monkeypatch.setattr(accumulators, "machine_ram_bytes", lambda has=has: has)
+        assert free_ram_bytes(tmp_path, tmp_path / "own", tmp_path / "meminfo") == free
 
 
 @pytest.mark.parametrize("overlap", [0.5, 0.75])

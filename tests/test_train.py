@@ -302,7 +302,7 @@ def test_prediction_mirrors_as_the_weights_learned_while_a_training_is_lengthene
     start(run)
 
     def mirrored() -> tuple[int, ...]:
-        return Predictor(run, device="cpu").tiling((9, 9, 9), 3, 1).mirror_axes
+        return Predictor(run, device="cpu").tilings(1, 3)[0].mirror_axes
 
     axes = []
     record = start(run, resume="extend", epochs=4, report=at_step(1, lambda: axes.append(mirrored())))
