@@ -348,6 +348,14 @@ def test_time_left_is_what_the_pace_so_far_says(clock: Clock) -> None:
     assert left == pytest.approx([3.0, 2.0, 1.0, 0.0])
 
 
+def test_the_dice_of_patches_is_not_announced_as_that_of_images(clock: Clock) -> None:
+    training = Training(clock=clock, dice=lambda epoch: [0.25])
+    training.run(Length(epochs=2))
+    figures = [event.figures for event in training.events if isinstance(event, Trained)][-1]
+    assert "dice" not in figures
+    assert figures["dice_on_patches"] == training.state.history[-1]["dice"] == 0.25
+
+
 def test_bad_steps_are_counted_named_and_left_out_of_the_mean_loss() -> None:
     training = Training(batch=lambda number: bad_batch() if number == 1 else a_batch())
     training.run(Length(epochs=2))

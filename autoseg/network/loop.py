@@ -46,6 +46,8 @@ SHOWN = (
     "loss", "dice", "images_per_second", *(f"{part}_seconds" for part in ("wait", *PARTS)), "peak_share", "wait_share",
 )  # fmt: skip
 """Of a row of the history, what is announced."""
+ANNOUNCED_AS = {"dice": "dice_on_patches"}
+"""On the screen the pooled Dice of validation patches must not look like that of whole images."""
 
 
 @dataclass
@@ -336,7 +338,7 @@ def _end_epoch(
 
 def _shown(row: dict[str, float]) -> dict[str, float]:
     """What a reader wants to watch of an epoch; rows of older versions lack some of it."""
-    return {name: row[name] for name in SHOWN if name in row}
+    return {ANNOUNCED_AS.get(name, name): row[name] for name in SHOWN if name in row}
 
 
 def _remember(state: TrainState, dice: Sequence[float], learned: bool) -> tuple[float, bool]:
