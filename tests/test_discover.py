@@ -1,4 +1,4 @@
-"""cases/discover.py: the accepted layouts, and what is said about others."""
+"""cases/discover.py and cases/listing.py: the accepted layouts, and what is said about others."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from autoseg.cases.discover import discover, discover_images
+from autoseg.cases.discover import discover
+from autoseg.cases.listing import list_images
 from autoseg.errors import UserError
 from autoseg.records import Case, Label, Region
 
@@ -167,7 +168,7 @@ def test_cases_with_two_files_for_one_thing_are_all_named_for_the_check(tmp_path
     assert [each.id for each in dataset.left_out] == ["b", "a"]
     assert all(part in dataset.left_out[1].problem for part in ("images/a.mha", "images/a.nii.gz"))
     with pytest.raises(UserError, match="Case a appears twice"):
-        discover_images(tmp_path / "images", 1)
+        list_images(tmp_path / "images", 1)
 
 
 def test_images_without_any_label_map_are_refused_with_the_rule(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_dicom_series_are_called_so_and_the_way_out_is_named(tmp_path: Path) -> 
     (tmp_path / "images" / "case").mkdir(parents=True)
     (tmp_path / "labels").mkdir()
     (tmp_path / "images" / "case" / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(64))
-    for read in (discover, lambda folder: discover_images(folder / "images", 1)):
+    for read in (discover, lambda folder: list_images(folder / "images", 1)):
         with pytest.raises(UserError, match=r"DICOM files, which are not read yet.*dcm2niix"):
             read(tmp_path)
 
@@ -222,22 +223,22 @@ def test_a_broken_dataset_json_is_named(tmp_path: Path) -> None:
 def test_images_to_predict_are_grouped_by_channel(tmp_path: Path) -> None:
     for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
         save(tmp_path / "two" / f"{name}.nii.gz", volume())
-    assert [case.id for case in discover_images(tmp_path / "two", 2)] == ["a", "b"]
+    assert [case.id for case in list_images(tmp_path / "two", 2)] == ["a", "b"]
     save(tmp_path / "one" / "a_0000.nii.gz", volume())
-    assert [case.id for case in discover_images(tmp_path / "one", 1)] == ["a"]
+    assert [case.id for case in list_images(tmp_path / "one", 1)] == ["a"]
     save(tmp_path / "plain" / "a.nii.gz", volume())
-    assert [case.id for case in discover_images(tmp_path / "plain", 3)] == ["a"]
-    assert discover_images(tmp_path / "plain" / "a.nii.gz", 1)[0].id == "a"
+    assert [case.id for case in list_images(tmp_path / "plain", 3)] == ["a"]
+    assert list_images(tmp_path / "plain" / "a.nii.gz", 1)[0].id == "a"
 
 
 def test_one_image_has_the_name_that_it_has_among_others(tmp_path: Path) -> None:
     for name in ("amos_0004", "amos_0007"):
         save(tmp_path / f"{name}.nii.gz", volume())
-    together = [case.id for case in discover_images(tmp_path, 1)]
-    assert together == [discover_images(tmp_path / f"{name}.nii.gz", 1)[0].id for name in together]
+    together = [case.id for case in list_images(tmp_path, 1)]
+    assert together == [list_images(tmp_path / f"{name}.nii.gz", 1)[0].id for name in together]
     assert together == ["amos_0004", "amos_0007"]
     save(tmp_path / "first" / "scan_0000.nii.gz", volume())
-    assert discover_images(tmp_path / "first" / "scan_0000.nii.gz", 1)[0].id == "scan"
+    assert list_images(tmp_path / "first" / "scan_0000.nii.gz", 1)[0].id == "scan"
 
 
 def test_photographs_that_are_numbered_from_nought_are_cases_in_training_and_prediction(tmp_path: Path) -> None:
@@ -247,9 +248,9 @@ def test_photographs_that_are_numbered_from_nought_are_cases_in_training_and_pre
         save(tmp_path / "masks" / f"frame_{number:04d}.png", np.eye(6, 7, dtype=np.uint8))
     trained = discover(tmp_path, workers=1)
     assert [case.id for case in trained.cases] == ["frame_0000", "frame_0001", "frame_0002"]
-    found = discover_images(tmp_path / "images", len(trained.channels))
+    found = list_images(tmp_path / "images", len(trained.channels))
     assert [(case.id, case.images) for case in found] == [(case.id, case.images) for case in trained.cases]
-    assert discover_images(tmp_path / "images" / "frame_0000.png", 3)[0].id == "frame_0000"
+    assert list_images(tmp_path / "images" / "frame_0000.png", 3)[0].id == "frame_0000"
 
 
 def test_label_maps_as_jpeg_are_refused_before_anything_is_learned_from_them(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_a_missing_channel_of_an_image_to_predict_is_named(tmp_path: Path) -> No
     for name in ("a_0000", "a_0001", "b_0000"):
         save(tmp_path / f"{name}.nii.gz", volume())
     with pytest.raises(UserError, match="b_0001"):
-        discover_images(tmp_path, 2)
+        list_images(tmp_path, 2)
 
 
 @pytest.mark.skipif(not (SHARED / "drive").is_dir(), reason="the shared photographs are not here")

@@ -57,6 +57,13 @@ def saves(folder: Path, device: str) -> None:
     (folder / f"{device}.saved").touch()
 
 
+def begun_script(script: Path, code: str) -> "subprocess.Popen[bytes]":
+    """A process of its own group, whose parent's signals it does not get."""
+    script.write_text(code)
+    here = os.environ | {"PYTHONPATH": PATHS}
+    return subprocess.Popen([sys.executable, str(script)], env=here, stderr=subprocess.PIPE, start_new_session=True)
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_trainings_save_when_their_parent_is_stopped_or_dies_and_none_begins(tmp_path: Path, how: int) -> None:
@@ -66,10 +73,7 @@ def test_trainings_save_when_their_parent_is_stopped_or_dies_and_none_begins(tmp
         "if __name__ == '__main__':\n    with ended_by_sigterm():\n"
         f"        list(side_by_side(saves, [Path({str(tmp_path)!r})] * 5, ['a', 'b']))\n"
     )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    here = os.environ | {"PYTHONPATH": PATHS}
-    parent = subprocess.Popen([sys.executable, str(script)], env=here, stderr=subprocess.PIPE, start_new_session=True)
+    parent = begun_script(tmp_path / "script.py", code)
     deadline = time.monotonic() + 60
     begun = [tmp_path / "a", tmp_path / "b"]
     while not all(file.is_file() and file.read_text() for file in begun):
@@ -108,10 +112,7 @@ def test_no_training_outlives_the_process_that_started_it(tmp_path: Path) -> Non
         "from autoseg.steps.side_by_side import side_by_side\n"
         f"if __name__ == '__main__':\n    list(side_by_side(waits, [Path({str(tmp_path)!r})], ['cpu']))\n"
     )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    here = os.environ | {"PYTHONPATH": PATHS}
-    parent = subprocess.Popen([sys.executable, str(script)], env=here, start_new_session=True)
+    parent = begun_script(tmp_path / "script.py", code)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline

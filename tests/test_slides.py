@@ -77,6 +77,22 @@ def test_bands_of_labels_become_one_file_with_the_resolution_of_the_image(tmp_pa
             assert after.pages[0].tags[tag].value == before.pages[0].tags[tag].value
 
 
+def in_memory_and_in_bands(
+    run: Path, pixels: np.ndarray, place: Path, monkeypatch: pytest.MonkeyPatch, **how: str
+) -> tuple[np.ndarray, Path]:
+    """An image segmented as a whole, and the file of the same one segmented as a slide in tiles."""
+    image = place / "in" / "a.tif"
+    image.parent.mkdir()
+    tifffile.imwrite(image, pixels, **how)
+    [in_memory] = predict(run, image.parent, place / "memory", device="cpu")
+    tifffile.imwrite(image, pixels, tile=(32, 32), **how)
+    monkeypatch.setattr(slides, "SLIDE_PIXELS", 10)
+    monkeypatch.setattr(slides, "BAND_ROWS", 32)
+    monkeypatch.setattr(slides.scales, "ROW_VOXELS", 100)
+    [in_bands] = predict(run, image.parent, place / "bands", device="cpu")
+    return read_labels(in_memory)[0], in_bands
+
+
 @pytest.mark.parametrize(
     ("normalization", "shape"),
     [("zscore", (50, 33)), ("rescale_0_1", (30, 24)), ("none", (30, 24)), ("zscore", (20, 14))],
@@ -94,15 +110,7 @@ def test_a_slide_is_segmented_as_in_memory(
     )  # fmt: skip
     run = a_planned_run(tmp_path / "run", data, configuration)
     write_network(run, configuration, "0")
-    (tmp_path / "in").mkdir()
-    tifffile.imwrite(tmp_path / "in" / "a.tif", picture(*shape).squeeze())
-    [in_memory] = predict(run, tmp_path / "in", tmp_path / "memory", device="cpu")
-    tifffile.imwrite(tmp_path / "in" / "a.tif", picture(*shape).squeeze(), tile=(32, 32))
-    monkeypatch.setattr(slides, "SLIDE_PIXELS", 10)
-    monkeypatch.setattr(slides, "BAND_ROWS", 32)
-    monkeypatch.setattr(slides.scales, "ROW_VOXELS", 100)
-    [in_bands] = predict(run, tmp_path / "in", tmp_path / "bands", device="cpu")
-    expected = read_labels(in_memory)[0]
+    expected, in_bands = in_memory_and_in_bands(run, picture(*shape).squeeze(), tmp_path, monkeypatch)
     assert len(np.unique(expected)) > 1
     found = tifffile.imread(tmp_path / "bands" / in_bands.name)
     np.testing.assert_array_equal(found, expected[0])
@@ -123,15 +131,7 @@ def test_colours_of_a_slide_are_scaled_each_by_its_own_rule(tmp_path: Path, monk
     save(Layout(run).plan, plan.model_copy(update={"intensities": (INTENSITIES, middle, INTENSITIES)}))
     write_network(run, configuration, "0")
     colours = picture(50, 33, 3) // np.array([1, 2, 4], np.uint8)
-    (tmp_path / "in").mkdir()
-    tifffile.imwrite(tmp_path / "in" / "a.tif", colours, photometric="rgb")
-    [in_memory] = predict(run, tmp_path / "in", tmp_path / "memory", device="cpu")
-    tifffile.imwrite(tmp_path / "in" / "a.tif", colours, photometric="rgb", tile=(32, 32))
-    monkeypatch.setattr(slides, "SLIDE_PIXELS", 10)
-    monkeypatch.setattr(slides, "BAND_ROWS", 32)
-    monkeypatch.setattr(slides.scales, "ROW_VOXELS", 100)
-    [in_bands] = predict(run, tmp_path / "in", tmp_path / "bands", device="cpu")
-    expected = read_labels(in_memory)[0]
+    expected, in_bands = in_memory_and_in_bands(run, colours, tmp_path, monkeypatch, photometric="rgb")
     assert len(np.unique(expected)) > 1
     np.testing.assert_array_equal(tifffile.imread(in_bands), expected[0])
 

@@ -1,19 +1,15 @@
-"""What lies in a folder: cases, channels and labels of a data set in one of the accepted layouts.
+"""What a data set is: its cases with the channels, labels and groups that are written down or can be found out.
 
-Files are only listed here; `inspect` reads and checks them. Two exceptions: a label map is read for its values when
+`listing` finds the cases' files, `inspect` reads and checks them. Two are read here: a label map for its values when
 nobody named them, and one image when nobody said how many channels there are.
-A case is kept with the paths it should have, so that `inspect` can report what is missing with all other problems;
-one that has two files for the same thing is named in `Dataset.left_out`, for `inspect` to report as well.
+A case that has two files for the same thing is named in `Dataset.left_out`, for `inspect` to report.
 """
 
-import itertools
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
 
 from autoseg.cases.description import (
     channel_names,
@@ -23,63 +19,37 @@ from autoseg.cases.description import (
     with_annotated,
     with_groups,
 )
+from autoseg.cases.listing import list_cases, read_or_none
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Started, silent
 from autoseg.image.formats import (
+    JPEG,
     PHOTOGRAPHS,
-    READABLE,
-    channels_held,
+    TIFF,
     ending_of,
     label_ending,
     read_geometry,
     read_image,
     read_labels,
-    stem_of,
 )
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Case, Dataset, Label, LeftOut
-from autoseg.store import TEMPORARY
 
-FOLDER_PAIRS = (
-    ("images", "labels"),
-    ("images", "masks"),
-    ("imagesTr", "labelsTr"),
-    ("image", "label"),
-    ("image", "mask"),
-    ("imgs", "masks"),
-    ("img", "mask"),
-    ("img", "label"),
-)
-"""Names of the image and the label folder of a data set without dataset.json."""
-
-ACCEPTED = (
-    "Accepted are: images/ with labels/ or masks/ (also imagesTr/ labelsTr/, img/ mask/), one file per case or "
-    "case_0000, case_0001, ... per channel, label maps with the case's name; a Medical Segmentation Decathlon folder "
-    "(dataset.json with 'training'); an nnU-Net v2 raw folder (dataset.json, imagesTr/, labelsTr/)."
-)
-
-CHANNEL_SUFFIX = re.compile(r"_(\d{4})$")
 MOST_LABELS = 1000
 """More values than this in unnamed label maps mean that they are no label maps."""
 
-RENAME = "Rename or remove one of them."
 READING = "read label values"
 
-Clash = Callable[[str, Path | str, Path | str], None]
-"""Told of every case that has two files for the same thing: its id and both paths."""
-
-DICOM_FIX = "Save every series as one file first, for example by `dcm2niix -z y -f %i -o images SERIES`."
-FILES_TO_TRY = 50
 HEADERS_TO_TRY = 5
-"""Files to look at for the dimension; `inspect` sees them all and has the last word."""
+"""Images to look at for the dimension; `inspect` sees them all and has the last word."""
 
 
 def discover(folder: Path, workers: int | None = None, report: Report = silent) -> Dataset:
     """The data set in `folder`; `left_out` names those of its cases that have two files for the same thing.
 
     Args:
-        folder: of one of the layouts in `ACCEPTED`. `groups.csv` (case,group) or 'patients' in dataset.json keep the
-            cases of one patient together in the splits.
+        folder: of one of the layouts in `listing.ACCEPTED`. `groups.csv` (case,group) or 'patients' in dataset.json
+            keep the cases of one patient together in the splits.
         workers: processes for reading label values where none are named; None takes all allowed cores.
 
     Raises:
@@ -108,203 +78,6 @@ def discover(folder: Path, workers: int | None = None, report: Report = silent) 
         cases=cases,
         left_out=tuple(LeftOut(id=case, problem=what) for case, what in clashes.items()),
     )
-
-
-def list_cases(folder: Path) -> tuple[tuple[Case, ...], dict[str, str]]:
-    """The cases of a data set without their groups, no image being opened, and why some of them cannot be used.
-
-    Raises UserError as `discover`.
-    """
-    folder = Path(folder).absolute()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.", fix="Give the folder that holds the data set.")
-    description, pair = read_description(folder / "dataset.json") or {}, _folder_pair(folder)
-    clashes: dict[str, str] = {}
-
-    def clash(case: str, first: Path | str, second: Path | str) -> None:
-        clashes.setdefault(case, f"it has two files for the same thing: {first} and {second}.")
-
-    if "training" in description or "dataset" in description:
-        cases = _listed_cases(folder, description, clash)
-    elif pair is not None:
-        cases = _paired_cases(*pair, len(channel_names(description)) or None, clash)
-    else:
-        raise _nothing(folder, "no data set was found here.", ACCEPTED)
-    if not cases:
-        raise _nothing(folder, "there is no readable image in it.", ACCEPTED)
-    _refuse_twins(folder, cases)
-    return cases, clashes
-
-
-def discover_images(folder: Path, channels: int) -> tuple[Case, ...]:
-    """The images to predict: one file per case, or `case_0000`, `case_0001`, ... with one channel each.
-
-    Numbers count cases where the first file holds all channels, as photographs do. `folder` may also be a single
-    image. Raises UserError when there is none, or when a channel is missing.
-    """
-    folder = Path(folder).absolute()
-    if folder.is_file():
-        stem = stem_of(folder)
-        case = stem if _holds_all(folder, channels) else stem.removesuffix("_0000")  # other numbers count cases
-        return (_case(case, (folder,)),)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.", fix="Give a folder with images, or one image.")
-    files = _files(folder)
-    if not files:
-        raise _nothing(folder, "there is no readable image in it.", f"Endings that are read: {', '.join(READABLE)}.")
-    counting = {stem_of(path) for path in files} if _holds_all(files[0], channels) else set()
-    cases = _cases_of_files(files, counting, channels, _refuse)
-    missing = [path for case in cases for path in case.images if not Path(path).is_file()]
-    if missing:
-        raise UserError(
-            f"{len(missing)} channel file(s) are missing: {', '.join(missing[:5])}.",
-            fix=f"Every case needs {channels} channels, named case_0000, case_0001, ...",
-        )
-    return cases
-
-
-def _holds_all(path: Path, channels: int) -> bool:
-    """Whether one file holds all of several channels."""
-    return channels > 1 and (_first(channels_held, path) or 1) >= channels
-
-
-# ------------------------------------------------------------------------------------------------ where files lie
-
-
-def _listed_cases(folder: Path, description: Mapping[str, Any], clash: Clash) -> tuple[Case, ...]:
-    """Cases that dataset.json lists: 'training' (Decathlon; paths as text or {image, label}) or 'dataset' (nnU-Net)."""
-    listed = description.get("training", description.get("dataset"))
-    if isinstance(listed, Mapping):
-        entries = [(str(name), entry) for name, entry in listed.items()]
-    else:
-        entries = [("", entry) for entry in listed or ()]
-    cases: list[Case] = []
-    for name, entry in entries:
-        if not isinstance(entry, Mapping) or not (entry.get("image") or entry.get("images")):
-            raise UserError(f"{folder / 'dataset.json'}: {entry!r} is no {{image, label}} entry.", fix="Mend the file.")
-        images = entry.get("image") or entry["images"]
-        paths = tuple(str(_below(folder, image)) for image in ([images] if isinstance(images, str) else images))
-        stem = stem_of(paths[0])
-        label = entry.get("label")
-        case = name or (CHANNEL_SUFFIX.sub("", stem) if len(paths) > 1 else stem)
-        cases.append(_case(case, paths, _below(folder, label) if label else None, folder / "dataset.json"))
-    return tuple(sorted(_once(cases, clash), key=lambda case: case.id))
-
-
-def _below(folder: Path, path: str) -> Path:
-    return Path(path) if Path(path).is_absolute() else folder / Path(path)
-
-
-def _folder_pair(folder: Path) -> tuple[Path, Path] | None:
-    present = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
-    for images, labels in FOLDER_PAIRS:
-        if images.lower() in present and labels.lower() in present:
-            return present[images.lower()], present[labels.lower()]
-    return None
-
-
-def _files(folder: Path) -> list[Path]:
-    """Readable image files in name order; hidden ones (also those that macOS adds) and unfinished ones are left out."""
-    named = (path for path in folder.iterdir() if not path.name.startswith(".") and TEMPORARY not in path.name)
-    return sorted(path for path in named if ending_of(path) and path.is_file())
-
-
-def _paired_cases(images: Path, labels: Path, channels: int | None, clash: Clash) -> tuple[Case, ...]:
-    """Every image with the label map of its name, and every label map without image with the image it should have."""
-    label_files: dict[str, Path] = {}
-    for path in _files(labels):
-        if label_files.setdefault(stem_of(path), path) != path:
-            clash(stem_of(path), label_files[stem_of(path)], path)
-    files = _files(images)
-    cases = [
-        case.model_copy(update={"label": str(label_files[case.id]) if case.id in label_files else None})
-        for case in _cases_of_files(files, set(label_files), channels, clash)
-    ]
-    found = {case.id for case in cases}
-    for stem, path in label_files.items():
-        if stem not in found:
-            wanted = images / f"{stem}{ending_of(files[0]) if files else ending_of(path)}"
-            cases.append(_case(stem, (wanted,), path))
-    return tuple(sorted(cases, key=lambda case: case.id)) if files else ()
-
-
-def _cases_of_files(
-    files: Sequence[Path], label_stems: set[str], channels: int | None, clash: Clash
-) -> tuple[Case, ...]:
-    """Group channel files; a channel that is missing gets the path it should have.
-
-    `_0001` at the end of a name is a channel number, unless label maps carry it too (then it counts cases) or no file
-    is the first channel, or only one channel is expected and the numbers differ.
-    """
-    numbers = {path: CHANNEL_SUFFIX.search(stem_of(path)) for path in files}
-    counted = {int(match.group(1)) for match in numbers.values() if match}
-    by_channel = (
-        all(numbers.values())
-        and 0 in counted
-        and not any(stem_of(path) in label_stems for path in files)
-        and (channels != 1 or counted == {0})
-    )
-    if not by_channel:
-        return _once((_case(stem_of(path), (path,)) for path in files), clash)
-    wanted = channels or max(counted) + 1
-    by_case: dict[str, dict[int, Path]] = {}
-    for path in files:
-        stem, number = stem_of(path)[:-5], int(stem_of(path)[-4:])
-        if (first := by_case.setdefault(stem, {}).setdefault(number, path)) != path:
-            clash(stem, first, path)
-    cases = []
-    for stem, found in by_case.items():
-        present = next(iter(found.values()))
-        every = range(max(wanted, max(found) + 1))
-        paths = (found.get(n, present.with_name(f"{stem}_{n:04d}{ending_of(present)}")) for n in every)
-        cases.append(_case(stem, tuple(paths)))
-    return tuple(cases)
-
-
-def _case(case: str, images: Sequence[Path | str], label: Path | None = None, listed_in: Path | None = None) -> Case:
-    try:
-        return Case(id=case, images=tuple(map(str, images)), label=None if label is None else str(label))
-    except ValidationError as error:
-        what = f"{listed_in or images[0]}: {error.errors()[0]['msg'].removeprefix('Value error, ')}."
-        raise UserError(what, fix="Give the case another name.") from error
-
-
-def _refuse_twins(folder: Path, cases: Sequence[Case]) -> None:
-    """Names that differ in upper and lower case alone are one file on some disks."""
-    known: dict[str, Case] = {}
-    for case in cases:
-        if (twin := known.setdefault(case.id.casefold(), case)) is not case:
-            what = f"{folder}: cases {twin.id} and {case.id} differ in upper and lower case alone."
-            raise UserError(what, fix="Rename one of them, in dataset.json if it names the cases.")
-
-
-def _nothing(folder: Path, what: str, fix: str) -> UserError:
-    """Why a folder is of no use; DICOM series, which are not read yet, by their name."""
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if any(_is_dicom(path) for path in itertools.islice(files, FILES_TO_TRY)):
-        what, fix = "it holds DICOM files, which are not read yet.", DICOM_FIX
-    return UserError(f"{folder}: {what}", fix=fix)
-
-
-def _is_dicom(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _once(cases: Iterable[Case], clash: Clash) -> tuple[Case, ...]:
-    """The first case of every id."""
-    first: dict[str, Case] = {}
-    for case in cases:
-        if first.setdefault(case.id, case) is not case:
-            clash(case.id, first[case.id].images[0], case.images[0])
-    return tuple(first.values())
-
-
-def _refuse(case: str, first: Path | str, second: Path | str) -> None:
-    raise UserError(f"Case {case} appears twice: {first} and {second}.", fix=RENAME)
-
-
-# ----------------------------------------------------------------------------------------------- what nobody wrote down
 
 
 def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Report) -> tuple[Label, ...]:
@@ -336,7 +109,7 @@ def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Rep
 
 
 def _refuse_lossy_labels(cases: Sequence[Case]) -> None:
-    lossy = [case.label for case in cases if case.label and ending_of(case.label) in (".jpg", ".jpeg")]
+    lossy = [case.label for case in cases if case.label and ending_of(case.label) in JPEG]
     if lossy:
         raise UserError(
             f"{lossy[0]}: JPEG blurs label maps, {len(lossy)} of {len(cases)} are such files.",
@@ -364,9 +137,9 @@ def _dimension(cases: Sequence[Case]) -> Literal[2, 3]:
     """2 when the first readable images have one slice each."""
     readable = 0
     for case in cases:
-        if ending_of(case.images[0]) in PHOTOGRAPHS and not ending_of(case.images[0]).startswith(".tif"):
+        if ending_of(case.images[0]) in PHOTOGRAPHS and ending_of(case.images[0]) not in TIFF:
             return 2
-        if (geometry := _first(read_geometry, case.images[0])) is not None:
+        if (geometry := read_or_none(read_geometry, case.images[0])) is not None:
             readable += 1
             if geometry.size_voxels[0] > 1:
                 return 3
@@ -379,18 +152,11 @@ def _default_channels(cases: Sequence[Case]) -> tuple[str, ...]:
     """Names from the number of channels in the first readable case."""
     count = max(len(case.images) for case in cases)
     if count == 1:
-        volume = next(filter(None, (_first(read_image, case.images) for case in cases)), None)
+        volume = next(filter(None, (read_or_none(read_image, case.images) for case in cases)), None)
         count = 1 if volume is None else len(volume.array_CZYX)
         if count == 3:
             return "red", "green", "blue"
     return ("image",) if count == 1 else tuple(f"channel_{number}" for number in range(count))
-
-
-def _first(read: Callable[[Any], Any], where: object) -> Any:
-    try:
-        return read(where)
-    except UserError:
-        return None
 
 
 def _ending_for_results(cases: Sequence[Case]) -> str:

@@ -16,7 +16,7 @@ from autoseg.cases.prepare import Prepared, prepare, restore
 from autoseg.errors import UserError
 from autoseg.image.companions import files_of, hash_into
 from autoseg.image.crop import insert
-from autoseg.image.formats import READABLE, read_image, write_labels
+from autoseg.image.formats import READABLE, TIFF, read_image, write_labels
 from autoseg.image.labels import some
 from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
@@ -109,7 +109,7 @@ def write_case(ending: Ending, case: Case, found: Found) -> Path:
 
 def slide_file(folder: Path, case: str, planned: str) -> Path:
     """Label map of a slide, which is a TIFF file whatever ending is planned."""
-    return prediction_file(folder, case, planned if planned in (".tif", ".tiff") else ".tif")
+    return prediction_file(folder, case, planned if planned in TIFF else ".tif")
 
 
 # ------------------------------------------------------------------------------------------------ what is done

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autoseg.cases.discover import RENAME
+from autoseg.cases.listing import RENAME
 from autoseg.cases.measure import fingerprint_of as fingerprint_of
 from autoseg.cases.measure import measure_case
 from autoseg.cases.prepare import to_indices

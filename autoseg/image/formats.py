@@ -27,6 +27,7 @@ from autoseg.store import replacing
 
 READABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 TIFF = (".tif", ".tiff")
+JPEG = (".jpg", ".jpeg")
 PHOTOGRAPHS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 LARGEST_LABEL = {".png": 65535, ".tif": 65535, ".tiff": 65535, ".bmp": 255}
 LABEL_ENDINGS = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha"}
@@ -139,7 +140,7 @@ def write_labels(path: Path | str, labels_ZYX: np.ndarray, geometry: Geometry) -
     if labels_ZYX.shape != geometry.size_voxels:
         raise ValueError(f"labels have shape {labels_ZYX.shape}, their geometry {geometry.size_voxels}")
     ending = ending_of(path)
-    if not ending or ending in (".jpg", ".jpeg"):
+    if not ending or ending in JPEG:
         raise UserError(f"{path}: label maps cannot have this format.", fix="Use .png, .nii.gz, .nrrd or .mha.")
     labels_ZYX = _in_smallest_type(labels_ZYX, path, ending)
     writer = EXACT_WRITERS.get(ending)
@@ -364,7 +365,7 @@ def _bmp_is_cut(path: Path) -> str:
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
-CHECKS: dict[str, Callable[[Path], str]] = {".jpg": _jpeg_is_cut, ".jpeg": _jpeg_is_cut, ".bmp": _bmp_is_cut}
+CHECKS: dict[str, Callable[[Path], str]] = {**dict.fromkeys(JPEG, _jpeg_is_cut), ".bmp": _bmp_is_cut}
 """Ending -> what is wrong with a file that ITK would read without complaint, "" if nothing."""
 
 HEADERS: dict[str, Callable[[Path, int], str]] = {

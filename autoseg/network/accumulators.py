@@ -39,9 +39,7 @@ def room_of(device: Device) -> Room:
     return Room(torch.cuda.mem_get_info(card)[0] + unused, free_ram_bytes())
 
 
-def free_ram_bytes(
-    root: Path = CGROUPS, own: Path = OWN_CGROUP, info: Path = Path("/proc/meminfo")
-) -> int:
+def free_ram_bytes(root: Path = CGROUPS, own: Path = OWN_CGROUP, info: Path = Path("/proc/meminfo")) -> int:
     """What this process may still take: what the system calls available, and what its cgroups have left."""
     free = [machine_ram_bytes()]
     for line in info.read_text().splitlines() if info.is_file() else ():

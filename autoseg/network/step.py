@@ -100,9 +100,7 @@ def step(
     if pieces is None:
         value = whole_backward(forward, scaled, (image, labels, *extra), lap)
     else:
-        value = pieces.backward(
-            forward, scaled, (image, labels, *extra), optimizer.zero_grad, buffers, lap
-        )
+        value = pieces.backward(forward, scaled, (image, labels, *extra), optimizer.zero_grad, buffers, lap)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     add_gradients(team, weights)
     if scale:

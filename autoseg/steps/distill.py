@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoseg import store
-from autoseg.cases.discover import discover_images
+from autoseg.cases.listing import list_images
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
@@ -146,7 +146,7 @@ def _unlabelled(
     if folder is None:
         return ()
     held_out = {path for case in dataset.cases if case.id in cases.validation for path in case.images}
-    found = discover_images(folder, len(plan.channels))
+    found = list_images(folder, len(plan.channels))
     kept = [case for case in found if not {str(Path(path).resolve()) for path in case.images} & _resolved(held_out)]
     if len(kept) < len(found):
         report(Warned(f"{len(found) - len(kept)} images of {folder} are validation cases and are left out."))

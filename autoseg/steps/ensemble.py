@@ -122,7 +122,7 @@ def ensemble_runs(
     Raises:
         UserError: fewer than two members, one that is not trained, or other channels or labels; nothing is written.
     """
-    from autoseg.cases.discover import discover_images
+    from autoseg.cases.listing import list_images
     from autoseg.steps.predict import Predictor, done_cases, refuse_loss_in_prediction
 
     refuse_folder_of_images(images, output)
@@ -139,7 +139,7 @@ def ensemble_runs(
     plan = same_plans([each.plan for each in predictors], names)
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
-    cases, found = discover_images(images, len(plan.channels)), []
+    cases, found = list_images(images, len(plan.channels)), []
     refuse_loss_in_prediction(runs, cases, output, plan.file_ending)
     model = _content(predictors, method, shares, rules, save_probabilities)
     written = done_cases(cases, output, model, save_probabilities, report) if resume else {}

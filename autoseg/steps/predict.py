@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from autoseg.cases.discover import discover_images
 from autoseg.cases.exchange import (
     Ending,
     Found,
@@ -24,6 +23,7 @@ from autoseg.cases.exchange import (
     slide_file,
     write_case,
 )
+from autoseg.cases.listing import list_images
 from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
@@ -148,7 +148,7 @@ def predict(
     ]  # fmt: skip
     plan = predictors[0].plan
     _check_classes(wishes, plan)
-    cases = _part_of(discover_images(images, len(plan.channels)), part)
+    cases = _part_of(list_images(images, len(plan.channels)), part)
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     refuse_loss_in_prediction([run], cases, output, plan.file_ending)
     begin_output(output)

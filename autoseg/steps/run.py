@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoseg import store
-from autoseg.cases.discover import list_cases
+from autoseg.cases.listing import list_cases
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, Warned, silent
 from autoseg.image.labels import some
