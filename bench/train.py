@@ -37,9 +37,7 @@ from autoseg.records import Configuration, Plan
 from autoseg.steps.batches import Batches
 from autoseg.steps.learn import capacity_of
 from autoseg.steps.options import Machine, Options
-from autoseg.steps.plan import plan
 from autoseg.steps.predict import configuration_named
-from autoseg.steps.preprocess import preprocess
 from autoseg.steps.sources import sources_of
 from autoseg.steps.work import look_up
 
@@ -69,14 +67,22 @@ def like_the_peer(planned: Configuration, plans: Path) -> Configuration:
 
 def prepared(data: Path, run: Path, plans: Path | None, device: Device) -> tuple[Plan, Configuration]:
     """A plan and its preprocessed data, with the network, patch and batch of nnU-Net's plan where there is one."""
-    made = plan(data, run, memory="8GB", device=device.name)
+    as_typed("plan", str(data), "-o", str(run), "--memory", "8GB", "--device", device.name)
+    made = store.load(Layout(run).plan, Plan)
     planned = configuration_named(made, "3d" if made.dimension == 3 else "2d")
     if plans is not None:
         planned = like_the_peer(planned, plans)
         others = tuple(planned if each.name == planned.name else each for each in made.configurations)
         store.save(Layout(run).plan, made.model_copy(update={"configurations": others}))
-    preprocess(run, configuration=planned.name)
+    as_typed("preprocess", str(run), "-c", planned.name)
     return made, planned
+
+
+def as_typed(*words: str) -> None:
+    """An autoseg command as a process of its own, whose workers do not import what this script does."""
+    ended = subprocess.run([sys.executable, "-m", "autoseg", *words], capture_output=True, text=True)
+    if ended.returncode != 0:
+        raise SystemExit(f"autoseg {' '.join(words)} failed:\n{ended.stderr[-2000:]}")
 
 
 def ours(run: Path, made: Plan, planned: Configuration, steps: int, device: Device, compiles: bool) -> dict:

@@ -11,8 +11,9 @@ from scipy import interpolate, ndimage, stats
 from torch import Tensor
 
 from autoseg.errors import UserError
-from autoseg.network import augment
+from autoseg.network import augment, movement
 from autoseg.network.augment import Drawn, apply, draw, enlarged_patch, move
+from autoseg.network.device import sent_together
 from autoseg.records import AugmentSpec
 
 NOTHING = {
@@ -223,9 +224,9 @@ def test_a_quarter_turn_is_rot90_and_lies_in_the_plane_of_its_axis() -> None:
     patch = (6, 6, 6)
     image, labels = batch_of(patch, batch=1)
     for axis, plane in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):
-        angles = torch.zeros(1, 3)
+        angles = np.zeros((1, 3), np.float32)
         angles[0, axis] = math.pi / 2
-        matrix = augment._matrices(angles, torch.ones(1), 3, False)
+        matrix = torch.from_numpy(augment._matrices(angles, np.ones(1, np.float32), 3, False))
         drawn = replace(still(patch, 1), matrix_BDD=matrix, moved_B=torch.tensor([True]))
         result, result_labels = apply(image, labels, drawn, patch, 3)
         turned = torch.rot90(image, -1, [p + 2 for p in plane])
@@ -275,7 +276,9 @@ def test_bending_never_folds_a_patch(patch: tuple[int, ...]) -> None:
     largest = augment.BEND_SHARE * (min(patch) / augment.BEND_CELLS)
     extreme = drawn.bend_BDP.sign() * largest
     for bend_BDP in (drawn.bend_BDP, extreme):
-        field_BDV = augment._between_points(bend_BDP, patch).double()
+        matrices = np.eye(len(patch))[None].repeat(len(bend_BDP), 0)
+        there = sent_together(movement.places_of(matrices, bend_BDP.numpy(), patch, patch), torch.device("cpu"))
+        field_BDV = movement.between_points(bend_BDP, there).double()
         slopes = torch.stack(torch.gradient(field_BDV, dim=tuple(range(2, field_BDV.ndim))), -1)
         jacobian = torch.linalg.det(slopes.movedim(1, -2) + torch.eye(len(patch)))
         assert jacobian.min() > 0

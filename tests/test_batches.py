@@ -21,7 +21,7 @@ from autoseg.network.patches import InMemory, WithPrevious
 from autoseg.network.patches_on_device import OnDevice
 from autoseg.network.sampling import hard_rates
 from autoseg.records import AugmentSpec, TrainSpec
-from autoseg.steps.batches import AHEAD_ON_DEVICE, Batches
+from autoseg.steps.batches import Batches
 from autoseg.steps.predictor import one_hot
 from autoseg.steps.train import train
 
@@ -71,13 +71,17 @@ def test_hard_sampling_draws_the_same_however_far_it_reads_ahead_and_wherever_it
         assert drawn(8, first) == whole[first:]
 
 
-def test_few_batches_wait_on_a_device_that_holds_the_cases() -> None:
+def test_nothing_is_read_ahead_from_cases_on_the_device() -> None:
     host = a_case(1, 2)
     image, labels = torch.from_numpy(host.image_CZYX), torch.from_numpy(host.labels_ZYX)
-    for source, ahead in ((host, 4), (OnDevice(image, labels, host.locations), AHEAD_ON_DEVICE)):
+    found = []
+    for source, ahead in ((host, 4), (OnDevice(image, labels, host.locations), 0)):
         with batches(4, "foreground") as coming:
-            coming.draw([source], ["a"], 0)
+            found.append(coming.draw([source], ["a"], 0))
             assert len(coming._coming) == ahead
+            assert (found[-1].wait_seconds == 0) == (ahead == 0)
+    assert torch.equal(found[0].image, found[1].image)
+    assert torch.equal(found[0].labels, found[1].labels)
 
 
 def test_batches_are_pinned_by_the_threads_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:

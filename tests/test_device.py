@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,11 +17,13 @@ from autoseg.network import unet
 from autoseg.network.device import (
     Device,
     channels_last_format,
+    in_one_piece,
     keep_freed_memory,
     lay_out,
     layout,
     native_precision,
     pick,
+    sent_together,
     set_up,
     slow_convolutions,
 )
@@ -124,8 +127,9 @@ def test_cpus_compute_in_bf16_only_where_they_multiply_it(
     assert pick("cpu").precision == precision
 
 
-def test_the_precision_asked_for_is_taken(cards: Cards) -> None:
+def test_the_precision_asked_for_is_taken(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
     cards(1, (9, 0))
+    monkeypatch.setattr(module, "cpu_convolves_bf16", lambda: True)
     assert [pick("cuda", precision).precision for precision in ("bf16", "fp16", "fp32")] == ["bf16", "fp16", "fp32"]
     assert pick("cpu", "bf16").precision == "bf16"
 
@@ -134,6 +138,16 @@ def test_the_precision_asked_for_is_taken(cards: Cards) -> None:
 def test_a_precision_that_cpus_do_not_compute_is_refused(precision: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         pick("cpu", precision)
+
+
+def test_bf16_is_refused_on_a_cpu_without_convolutions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has, raising=False)
+        if has:
+            assert pick("cpu", "bf16").precision == "bf16"
+            continue
+        with pytest.raises(UserError, match="bf16 is computed by a scalar reference on this CPU"):
+            pick("cpu", "bf16")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -205,3 +219,21 @@ def test_a_torch_without_cudnn_for_half_precision_is_named(
     found = slow_convolutions(Device(torch.device(device), precision))
     assert (found is not None) == warns
     assert found is None or version in found
+
+
+def test_small_arrays_travel_in_one_piece_and_arrive_as_they_were() -> None:
+    rng = np.random.default_rng(0)
+    sent = {
+        "rows": np.array([3, 1, 2]),
+        "values": rng.normal(size=(3, 2, 5)).astype(np.float32),
+        "turned": rng.normal(size=(4, 3)).astype(np.float32).T,
+        "none": np.zeros((0, 2), np.float32),
+        "one": np.array([7.0], np.float32),
+    }
+    for found in (in_one_piece(sent, torch.device("cpu")), sent_together(sent, torch.device("cpu"))):
+        assert list(found) == list(sent)
+        for name, array in sent.items():
+            assert found[name].dtype == torch.from_numpy(array).dtype
+            np.testing.assert_array_equal(found[name].numpy(), array)
+    pieces = in_one_piece(sent, torch.device("cpu"))
+    assert len({each.untyped_storage().data_ptr() for each in pieces.values()}) == 1

@@ -34,8 +34,10 @@ def test_the_share_of_the_peak_is_what_was_computed_by_what_could_have_been() ->
     capacity = Capacity(operations_per_sample=3e9, operations_per_second=1e12)
     assert capacity.share(samples=10, seconds=0.1) == pytest.approx(0.3)
     assert math.isnan(Capacity(3e9).share(10, 0.1))
-    assert capacity.seconds(samples=1000) == pytest.approx(30.0)
-    assert Capacity(3e9).seconds(1000) is None
+    assert capacity.seconds(samples=1000, steps=500) == pytest.approx(30.0)
+    assert capacity.seconds(samples=8000, steps=4000) == pytest.approx(240.0)
+    assert capacity.seconds(samples=4000, steps=16000) == pytest.approx(240.0), "launching takes longer than computing"
+    assert Capacity(3e9).seconds(1000, 100) is None
 
 
 def test_matrix_products_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

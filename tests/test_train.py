@@ -25,7 +25,7 @@ from autoseg.events import Event, Said, Started, Trained, Warned
 from autoseg.image.formats import read_labels
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, pieces, unet
-from autoseg.network.device import Device
+from autoseg.network.device import Device, cpu_convolves_bf16, native_precision
 from autoseg.records import AugmentSpec, Configuration, Dataset, Memory, Plan, Run, Scores, Splits, TrainSpec
 from autoseg.steps.models import as_trained
 from autoseg.steps.options import (
@@ -568,9 +568,12 @@ def test_seeds_are_trained_one_after_another_and_finished_ones_are_kept(run: Pat
 
 
 def test_the_precision_that_was_asked_for_is_kept_when_resuming(run: Path) -> None:
-    assert start(run, epochs=1, precision="bf16").precision == "bf16"
+    asked = "fp32" if native_precision(torch.device("cpu")) == "bf16" else "bf16"
+    if asked == "bf16" and not cpu_convolves_bf16():
+        pytest.skip("this CPU computes in one precision only")
+    assert start(run, epochs=1, precision=asked).precision == asked
     record = start(run, resume="extend", epochs=2)
-    assert (record.precision, record.asked_precision) == ("bf16", "bf16")
+    assert (record.precision, record.asked_precision) == (asked, asked)
 
 
 def test_the_history_says_where_the_time_went(trained: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from autoseg.network import unet
+from autoseg.network.device import cpu_convolves_bf16
 from autoseg.planning import cost
 from autoseg.records import NetworkSpec
 
@@ -286,15 +287,17 @@ def test_a_plain_network_with_what_only_residual_ones_have_is_refused(change: di
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dimension", [2, 3])
-def test_instance_norm_is_torchs_and_keeps_channels_last(dimension: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("how", ["forward", "formula"])
+def test_instance_norm_is_torchs_and_keeps_channels_last(how: str, dimension: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layout = torch.channels_last_3d if dimension == 3 else torch.channels_last
     x = 3 * torch.randn(2, 5, *(6, 7, 8)[:dimension]) + 1
     x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
     norm = unet.InstanceNorm(5)
+    compute = getattr(norm, how)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    found = norm(x)
+    found = compute(x)
     gradient = torch.randn(found.shape).to(dtype).contiguous(memory_format=layout)
     of_found = torch.autograd.grad(found, (x, norm.weight, norm.bias), gradient)
     exact = [each.detach().double().requires_grad_() for each in (x, norm.weight, norm.bias)]
@@ -306,7 +309,7 @@ def test_instance_norm_is_torchs_and_keeps_channels_last(dimension: int, dtype: 
     for one, other in zip((found, *of_found), (expected, *of_expected), strict=True):
         torch.testing.assert_close(one.double(), other, atol=close, rtol=close)
     norm.eval()
-    torch.testing.assert_close(norm(x).double(), expected, atol=close, rtol=close)
+    torch.testing.assert_close(compute(x).double(), expected, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
@@ -314,6 +317,8 @@ def test_instance_norm_is_torchs_and_keeps_channels_last(dimension: int, dtype: 
 def test_a_transposed_convolution_that_learns_on_a_cpu_has_the_gradients_of_torchs(
     dimension: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if precision != "fp32" and not cpu_convolves_bf16():
+        pytest.skip("this CPU has no convolutions in bf16, and torch's own leave the layout")
     torch.manual_seed(0)
     up = unet.build(a_spec(dimension)).get_submodule("up.1")
     nn.init.normal_(up.get_parameter("bias"))

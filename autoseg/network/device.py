@@ -2,12 +2,14 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -65,6 +67,10 @@ def pick(device: str | None = None, precision: str | None = None) -> Device:
         raise UserError(f"--precision {precision} is not one of {', '.join(DTYPES)}.")
     if precision == "fp16" and chosen.type == "cpu":
         raise UserError("--precision fp16 is computed by a scalar reference on CPUs.", fix="Use bf16 or fp32.")
+    if precision == "bf16" and chosen.type == "cpu" and not cpu_convolves_bf16():
+        raise UserError(
+            "--precision bf16 is computed by a scalar reference on this CPU, which has no AVX-512.", fix="Use fp32."
+        )
     return Device(chosen, precision or native_precision(chosen))
 
 
@@ -83,6 +89,12 @@ def _cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def cpu_convolves_bf16() -> bool:
+    """Whether oneDNN has convolutions in bf16 for this CPU; without them torch's own take over ten times as long."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
 def slow_convolutions(device: Device) -> str | None:
     """What to say of a torch that computes 3D convolutions in half precision without cuDNN; None where all is well.
 
@@ -99,6 +111,8 @@ def slow_convolutions(device: Device) -> str | None:
 
 
 REPAIRED_CUDNN = 91500
+ALIGNED = 16
+"""Bytes that every array in a shared buffer begins at a multiple of."""
 
 
 def set_up(device: Device, deterministic: bool = False) -> None:
@@ -169,3 +183,27 @@ def layout(dimension: int, device: Device, compiled: bool = False) -> torch.memo
 def channels_last_format(dimension: int) -> torch.memory_format:
     """The memory format with channels innermost in 2D or 3D."""
     return torch.channels_last_3d if dimension == 3 else torch.channels_last
+
+
+def sent_together(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Small arrays of the host on `device`, in one transfer: each costs a GPU's host as much as several kernels.
+
+    A GPU need not have done what came before; only without pinned memory would the host wait for it.
+    """
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return in_one_piece(arrays, device)
+
+
+def in_one_piece(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """The arrays as tensors that share the memory of one, which was moved."""
+    starts = list(accumulate((-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays.values()), initial=0))
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    flat, tensors = buffer.numpy(), {}
+    for start, array in zip(starts, arrays.values(), strict=False):
+        flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = buffer.to(device, non_blocking=True)
+    for start, (name, array) in zip(starts, arrays.items(), strict=False):
+        part = there[start : start + array.nbytes]
+        tensors[name] = part.view(torch.from_numpy(array).dtype).view(array.shape)
+    return tensors

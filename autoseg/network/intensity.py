@@ -4,52 +4,39 @@ Formulas as in nnU-Net's default trainer (Isensee et al. 2021); what happens to 
 """
 
 import math
-from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST_BLUR_VOXELS = 1.0
-
-
-def places(chosen: Tensor, device: torch.device) -> Tensor | None:
-    """Indices of the True entries on `device`, or None if there are none."""
-    found = chosen.nonzero().flatten()
-    return sent(found, device) if len(found) else None
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`; a GPU need not have done what came before, for which a plain copy waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def change_rows(rows: Tensor, values: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Replace the rows whose value says that something happens (neither 0 nor 1) by their change."""
-    hit = ((values != 0) & (values != 1)).reshape(len(values), -1).any(1)
-    found = places(hit, rows.device)
-    if found is not None:
-        rows[found] = change(rows[found], values[hit])
+REACH = math.ceil(3 * LARGEST_BLUR_VOXELS)
+"""Neighbours on each side that a blur takes in."""
 
 
 def per_row(values: Tensor, rows: Tensor) -> Tensor:
-    """One value per row, (R,), shaped to be multiplied with rows, on their device."""
-    return sent(values.to(rows.dtype), rows.device).view(-1, *[1] * (rows.ndim - 1))
+    """One value per row, (R,), shaped to be multiplied with rows."""
+    return values.view(-1, *[1] * (rows.ndim - 1))
 
 
-def blur(rows: Tensor, sigma_RD: Tensor) -> Tensor:
-    """Gaussian of `sigma_RD` (at most 1) voxels, one axis after the other, cut off at 3 voxels, edges repeated."""
-    reach = math.ceil(3 * LARGEST_BLUR_VOXELS)
-    steps = torch.arange(-reach, reach + 1)
-    weights_RDK = torch.exp(-0.5 * (steps / sigma_RD.unsqueeze(-1)) ** 2)
-    weights_RDK = weights_RDK / weights_RDK.sum(-1, keepdim=True)
+def blur_weights(sigma_RD: np.ndarray) -> np.ndarray:
+    """(R, D, K) float32: the Gaussians that `blur` takes, of `sigma_RD` (at most 1) voxels, cut off at 3 voxels."""
+    steps = np.arange(-REACH, REACH + 1)
+    weights_RDK = np.exp(-0.5 * (steps / sigma_RD[:, :, None].astype(np.float64)) ** 2)
+    return (weights_RDK / weights_RDK.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def blur(rows: Tensor, weights_RDK: Tensor) -> Tensor:
+    """Weighted sums of neighbours, one axis after the other, edges repeated."""
     for axis in range(1, rows.ndim):
         size = rows.shape[axis]
-        repeated = torch.arange(-reach, size + reach, device=rows.device).clamp(0, size - 1)
+        repeated = torch.arange(-REACH, size + REACH, device=rows.device).clamp(0, size - 1)
         padded = rows.index_select(axis, repeated)
-        rows = torch.zeros_like(rows)
-        for k in range(len(steps)):
-            rows.addcmul_(padded.narrow(axis, k, size), per_row(weights_RDK[:, axis - 1, k], rows))
+        weights_KR = weights_RDK[:, axis - 1].T
+        rows = padded.narrow(axis, 0, size) * per_row(weights_KR[0], rows)
+        for k in range(1, len(weights_KR)):
+            rows.addcmul_(padded.narrow(axis, k, size), per_row(weights_KR[k], rows))
     return rows
 
 
@@ -60,13 +47,14 @@ def brighten(rows: Tensor, factor_R: Tensor) -> Tensor:
 
 def contrast(rows: Tensor, factor_R: Tensor) -> Tensor:
     """Stretch around the mean, clipped to the old range."""
-    axes = tuple(range(1, rows.ndim))
-    mean, low, high = rows.mean(axes, keepdim=True), rows.amin(axes, keepdim=True), rows.amax(axes, keepdim=True)
-    return torch.minimum(torch.maximum((rows - mean) * per_row(factor_R, rows) + mean, low), high)
+    flat = rows.flatten(1)
+    low, high = flat.aminmax(dim=1, keepdim=True)
+    stretched = torch.lerp(flat.mean(1, keepdim=True), flat, factor_R.unsqueeze(1))
+    return stretched.clamp(low, high).view_as(rows)
 
 
 def coarsen(rows: Tensor, scale_R: Tensor, fixed_axes: int = 0) -> Tensor:
-    """Down to `scale_R` of each axis by nearest, back up linearly."""
+    """Down to `scale_R` (on the host) of each axis by nearest, back up linearly."""
     changed = []
     for row, scale in zip(rows, scale_R.tolist(), strict=True):
         small = [s if a < fixed_axes else max(1, round(s * scale)) for a, s in enumerate(row.shape)]
@@ -82,12 +70,12 @@ def coarsen_in_plane(rows: Tensor, scale_R: Tensor) -> Tensor:
 
 def gamma(rows: Tensor, gamma_R: Tensor) -> Tensor:
     """((x - min) / range)^gamma, then mean and standard deviation as before."""
-    axes = tuple(range(1, rows.ndim))
-    low, high = rows.amin(axes, keepdim=True), rows.amax(axes, keepdim=True)
-    deviation, mean = torch.std_mean(rows, axes, correction=0, keepdim=True)
-    bent = ((rows - low) / (high - low).clamp(min=1e-7)).pow(per_row(gamma_R, rows))
-    bent_deviation, bent_mean = torch.std_mean(bent, axes, correction=0, keepdim=True)
-    return (bent - bent_mean) * (deviation / bent_deviation.clamp(min=1e-7)) + mean
+    flat = rows.flatten(1)
+    low, high = flat.aminmax(dim=1, keepdim=True)
+    deviation, mean = torch.std_mean(flat, 1, correction=0, keepdim=True)
+    bent = ((flat - low) / (high - low).clamp(min=1e-7)).pow(gamma_R.unsqueeze(1))
+    bent_deviation, bent_mean = torch.std_mean(bent, 1, correction=0, keepdim=True)
+    return torch.addcmul(mean, bent - bent_mean, deviation / bent_deviation.clamp(min=1e-7)).view_as(rows)
 
 
 def gamma_inverted(rows: Tensor, gamma_R: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ LEAST_PRODUCTS = 3
 USUAL_SHARE = 0.1
 """Share of the speed of matrix products that an eager training step reaches on a GPU, for estimates: 5 to 8 % on an
 H100 (docs/benchmarks.md), more on slower cards."""
+LAUNCH_SECONDS = 0.015
+"""What the host of a GPU needs at least to launch the kernels of an eager step; a small patch takes no less: 14 to 30 ms
+were read (docs/benchmarks.md)."""
 
 
 class Stopwatch:
@@ -76,11 +79,15 @@ class Capacity:
             return float("nan")
         return self.operations_per_sample * samples / seconds / self.operations_per_second
 
-    def seconds(self, samples: int) -> float | None:
-        """About how long so many samples take at `USUAL_SHARE` of the speed of matrix products; None: unknown."""
+    def seconds(self, samples: int, steps: int) -> float | None:
+        """About how long so many samples in so many eager steps take on a GPU; None: unknown.
+
+        At `USUAL_SHARE` of the speed of matrix products, or as fast as the host launches the steps.
+        """
         if not self.operations_per_second:
             return None
-        return self.operations_per_sample * samples / (USUAL_SHARE * self.operations_per_second)
+        computed = self.operations_per_sample * samples / (USUAL_SHARE * self.operations_per_second)
+        return max(computed, steps * LAUNCH_SECONDS)
 
 
 def matmul_rate(device: Device) -> float:

@@ -29,8 +29,6 @@ VALIDATION_SHARE = 0.1
 
 MOST_AHEAD = LAG_STEPS // 2
 """Steps that are read ahead at most."""
-AHEAD_ON_DEVICE = 1
-"""The same where cases are on the device: their batches take its memory, and reading one is quick."""
 
 Read = tuple[Tensor, Tensor, augment.Drawn, Sequence[Place], "Counter[str]"]
 
@@ -90,10 +88,15 @@ class Batches:
 
         `history` holds the rows of the epochs so far, whose Dice mode `hard` follows.
         """
-        start = time.perf_counter()
-        image, labels, drawn, places, drawn_for = self._next(sources, step, history)
+        start, waited = time.perf_counter(), 0.0
+        if all(isinstance(source, OnDevice) for source in sources):
+            # only launches kernels: a thread that did it meanwhile would stand in the way of the step's
+            self._prepare(sources)
+            image, labels, drawn, places, drawn_for = self._read(sources, step, self._sampling_at(step, history))
+        else:
+            image, labels, drawn, places, drawn_for = self._next(sources, step, history)
+            waited = time.perf_counter() - start
         self._drawn += drawn_for
-        waited = time.perf_counter() - start
         moved_image, moved_labels = self._to_device(image), self._to_device(labels)
         previous = said = None
         if self._said:
@@ -175,25 +178,29 @@ class Batches:
             counts.update(name for name, cases in self._cases_with.items() if place.case in cases)
         return counts
 
-    def _next(self, sources: Sequence[Source], step: int, history: Sequence[Mapping[str, float]]) -> Read:
+    def _prepare(self, sources: Sequence[Source]) -> None:
+        """What is worked out once, with the first batch."""
         if self._sampling.mode != "foreground" and not self._held:
             self._held = holders(sources)
             if self._sampling.mode == "case_balanced":
                 self._cases_with = {f"case_with_{k}": frozenset(cases) for k, cases in self._held.items() if k > 0}
         if not self._fitted:
             self._enlarged, self._fitted = _within_reach(self._enlarged, self._patch, sources), True
+
+    def _sampling_at(self, step: int, history: Sequence[Mapping[str, float]]) -> Sampling:
+        if self._sampling.mode != "hard":
+            return self._sampling
+        return replace(self._sampling, class_rates=hard_rates(history, step, self._classes))
+
+    def _next(self, sources: Sequence[Source], step: int, history: Sequence[Mapping[str, float]]) -> Read:
+        self._prepare(sources)
         if not self._coming or self._coming[0][0] != step:
             for _, unused in self._coming:
                 unused.cancel()
             self._coming.clear()
         first = self._coming[-1][0] + 1 if self._coming else step
-        ahead = self._ahead
-        if all(isinstance(source, OnDevice) for source in sources):
-            ahead = min(ahead, AHEAD_ON_DEVICE)
-        for number in range(first, step + ahead + 1):
-            sampling = self._sampling
-            if sampling.mode == "hard":
-                sampling = replace(sampling, class_rates=hard_rates(history, number, self._classes))
+        for number in range(first, step + self._ahead + 1):
+            sampling = self._sampling_at(number, history)
             self._coming.append((number, self._threads.submit(self._read, sources, number, sampling)))
         return self._coming.popleft()[1].result()
 

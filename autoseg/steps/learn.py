@@ -141,7 +141,7 @@ def _compiled(
 ) -> tuple[Step | None, float]:
     """The compiled step where compiling pays in the time that is left, and the seconds that took.
 
-    Epochs are estimated to take what matrix products let expect. The network is laid out for what comes of it.
+    Epochs are estimated to take what matrix products and the launching of kernels let expect. The network is laid out for what comes of it.
     """
     configuration, device, began = record.configuration, work.device, time.perf_counter()
     samples, train = len(share(work.team, range(configuration.batch_size))), record.configuration.train
@@ -151,7 +151,8 @@ def _compiled(
     if record.max_seconds is not None:
         left: float | None = record.max_seconds - done.get("seconds", 0.0)
     else:
-        left = capacity.seconds((train.epochs * train.steps_per_epoch - done.get("step", 0)) * samples)
+        steps = train.epochs * train.steps_per_epoch - int(done.get("step", 0))
+        left = capacity.seconds(steps * samples, steps)
     _, same = agreed(work.team, False, math.nan if left is None else left)
     compiled = None
     if pays_to_compile(device, None if math.isnan(same) else same):

@@ -12,7 +12,6 @@ from autoseg.network.memory import GIB, allowed_ram_bytes
 from autoseg.network.patches import InMemory, Source, WithPrevious
 from autoseg.network.patches_on_device import OnDevice
 from autoseg.records import Configuration
-from autoseg.steps.batches import AHEAD_ON_DEVICE
 from autoseg.steps.cascade import previous_label_maps, previous_on_grid
 from autoseg.steps.teachers import with_teachers
 from autoseg.steps.work import Work
@@ -21,8 +20,8 @@ RAM_SHARE = 0.25
 """Preprocessed cases are kept in RAM while they need less than this share of it, unless a limit was asked for."""
 DEVICE_SHARE = 0.25
 """Of what is free on a GPU, and never what the planned step and the batches around it need."""
-BATCHES_ON_DEVICE = AHEAD_ON_DEVICE + 2
-"""Batches that are on a GPU with the cases: those read ahead, one being read, and the one that is augmented."""
+BATCHES_ON_DEVICE = 3
+"""Batches that take a GPU's memory beside the cases: one that is read, one augmented from it, and the last one."""
 
 
 def sources_of(work: Work, configuration: Configuration) -> dict[str, Source]:
