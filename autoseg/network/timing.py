@@ -16,7 +16,7 @@ USUAL_SHARE = 0.1
 """Share of the speed of matrix products that an eager training step reaches on a GPU, for estimates: 5 to 8 % on an
 H100 (docs/benchmarks.md), more on slower cards."""
 LAUNCH_SECONDS = 0.015
-"""What the host of a GPU needs at least to launch the kernels of an eager step; a small patch takes no less: 14 to 30 ms
+"""What the host of a GPU needs at least to launch the kernels of an eager step, however small its patch: 14 to 30 ms
 were read (docs/benchmarks.md)."""
 
 

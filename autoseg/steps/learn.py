@@ -141,7 +141,8 @@ def _compiled(
 ) -> tuple[Step | None, float]:
     """The compiled step where compiling pays in the time that is left, and the seconds that took.
 
-    Epochs are estimated to take what matrix products and the launching of kernels let expect. The network is laid out for what comes of it.
+    Epochs are estimated to take what matrix products and the launching of kernels let expect. The network is laid out
+    for what comes of it.
     """
     configuration, device, began = record.configuration, work.device, time.perf_counter()
     samples, train = len(share(work.team, range(configuration.batch_size))), record.configuration.train
