@@ -1,6 +1,9 @@
 """network/compiling.py: when a step is compiled, and that trying it leaves no trace."""
 
+import os
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.events import Event, Warned
+from autoseg.network import compile_workers, losses, unet
 from autoseg.network import compiling as module
-from autoseg.network import losses, unet
 from autoseg.network.compiling import pays_to_compile, pays_to_record, try_compile
 from autoseg.network.device import Device
 from autoseg.records import NetworkSpec
@@ -71,6 +74,48 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_training_goes_on(monkeypa
     assert len(events) == 1
     assert isinstance(events[0], Warned)
     assert "RuntimeError" in events[0].text
+
+
+def test_a_compiler_whose_process_dies_is_no_longer_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    def forsaken(whole: Callable[..., Tensor], mode: str | None, dynamic: bool) -> Callable[..., Tensor]:
+        def run(*batch: Tensor) -> Tensor:
+            pool = AsyncCompile.process_pool()
+            coming = pool.submit(time.sleep, 600)
+            pool.process.kill()
+            return coming.result(60)
+
+        return run
+
+    events: list[Event] = []
+    monkeypatch.setattr(torch, "compile", forsaken)
+    try:
+        assert try_compile(a_network(), LOSS, a_batch(), CPU, events.append) is None
+    finally:
+        AsyncCompile.process_pool.cache_clear()
+    assert [type(event) for event in events] == [Warned]
+    assert "(RuntimeError)" in events[0].text, "not a TimeoutError"
+
+
+def test_only_descriptors_of_the_pools_own_pipes_are_closed() -> None:
+    (read, far_write), (far_read, write), (other, another) = os.pipe(), os.pipe(), os.pipe()
+    words = ["python", "main.py", "--workers=2", f"--read-fd={far_read}", f"--write-fd={far_write}"]
+    strange = ["python", f"--read-fd={other}", f"--write-fd={read}", "--write-fd=987654"]
+    with os.fdopen(read, "rb") as reading, os.fdopen(write, "wb") as writing:
+        for args in (strange, words, words):
+            process = SimpleNamespace(args=args)
+            compile_workers.close_other_ends(
+                SimpleNamespace(process=process, read_pipe=reading, write_pipe=writing)
+            )
+        assert reading.read() == b"", "the end comes"
+        for end in (other, another, writing.fileno()):
+            os.fstat(end)
+        for end in (far_read, far_write):
+            with pytest.raises(OSError):
+                os.fstat(end)
+    os.close(other)
+    os.close(another)
 
 
 @pytest.mark.parametrize(("records", "mode", "runs"), [(False, None, 1), (True, "reduce-overhead", 3)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.events import Report, Warned
+from autoseg.network import compile_workers
 from autoseg.network.device import Device
 
 COMPILE_SECONDS = {"cuda": 45.0}
@@ -70,7 +71,7 @@ def try_compile(
 
     run: Step = recorded if records else compiled
     try:
-        with _no_silent_eager():
+        with _no_silent_eager(), compile_workers.watched():
             for _ in range(TRIALS if records else 1):
                 with device.autocast():
                     value = run(*batch)
