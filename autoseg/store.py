@@ -9,8 +9,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,8 +47,7 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
     try:
         yield temporary
         if durable and not temporary.is_dir():
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
+            _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         if told := _told(error, path):
@@ -57,6 +56,11 @@ def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Pa
     finally:
         with suppress(OSError):  # where nothing could be written nothing can be removed
             temporary.unlink()
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb+") as written:
+        os.fsync(written.fileno())
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
@@ -205,8 +209,27 @@ def write_text(path: Path, content: str) -> None:
 
 def save(path: Path, record: Saved, durable: bool = True) -> None:
     """Write `record` as readable JSON with its name and schema version on top; `durable` as for `replacing`."""
+    write_bytes(path, _content(record), durable)
+
+
+def save_together(records: Sequence[tuple[Path, Saved]]) -> None:
+    """Write records that belong together, each to its path.
+
+    All are on the disk before the first takes its place, so that a full disk leaves what was there. While they are
+    replaced the last one is missing: a killed process leaves none of that kind rather than one beside others' records.
+    Raises UserError as `replacing` does.
+    """
+    with ExitStack() as places:
+        for path, record in reversed(records):  # the last one entered leaves first
+            temporary = places.enter_context(replacing(path))
+            temporary.write_bytes(_content(record))
+            _flush(temporary)
+        records[-1][0].unlink(missing_ok=True)
+
+
+def _content(record: Saved) -> bytes:
     head = {"autoseg": type(record).__name__.lower(), "schema": type(record).SCHEMA}
-    write_bytes(path, (dump(head | record.model_dump(mode="json")) + "\n").encode(), durable)
+    return (dump(head | record.model_dump(mode="json")) + "\n").encode()
 
 
 def load(path: Path, kind: type[AnySaved]) -> AnySaved:

@@ -1,6 +1,7 @@
 """`autoseg plan` on small data sets, without a GPU."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -150,12 +151,13 @@ def test_a_plan_never_lies_beside_a_data_set_that_it_was_not_made_for(
     plan(data, run, memory="4GB", workers=1)
     more = write_dataset(tmp_path / "more", cases=4, shape=(24, 20), dimension=2)
 
-    def until_the_fingerprint(path: Path, record: object) -> None:
+    def until_the_fingerprint(temporary: Path, path: Path) -> None:
         if path.name == "fingerprint.json":
             raise KeyboardInterrupt
-        save(path, record)
+        rename(temporary, path)
 
-    monkeypatch.setattr("autoseg.steps.plan.save", until_the_fingerprint)
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", until_the_fingerprint)
     with pytest.raises(KeyboardInterrupt):
         plan(more, run, memory="4GB", workers=1)
     assert len(load(Layout(run).dataset, Dataset).cases) == 4

@@ -3,7 +3,7 @@
 from fingerprints import alike, budget, counting, fingerprint
 
 from autoseg.planning.cost import layers, parameters, receptive_fields, training_operations
-from autoseg.planning.explain import drawing, duration, seconds_per_epoch, tables
+from autoseg.planning.explain import LONG_SECONDS, drawing, duration, long_trainings, seconds_per_epoch, tables
 from autoseg.planning.plan import make_plan
 from autoseg.records import NetworkSpec
 
@@ -58,7 +58,25 @@ def test_the_receptive_field_grows_with_kernels_and_strides() -> None:
 
 
 def test_durations_are_short() -> None:
-    assert [duration(s) for s in (45.2, 720, 12_240)] == ["45 s", "12 min", "3.4 h"]
+    assert [duration(s) for s in (45.2, 720, 12_240, 610_000)] == ["45 s", "12 min", "3.4 h", "7 days"]
+
+
+def test_trainings_of_days_are_named_with_what_shortens_them() -> None:
+    seconds = [each.train.epochs * seconds_per_epoch(each, PLAN.budget) for each in PLAN.configurations]
+    assert max(seconds) < LONG_SECONDS
+    assert long_trainings(PLAN) == ()
+    longest = PLAN.configurations[seconds.index(max(seconds))]
+    times = 1 + int(LONG_SECONDS / max(seconds))
+    slow = longest.model_copy(update={
+        "train": longest.train.model_copy(update={"epochs": times * longest.train.epochs})
+    })  # fmt: skip
+    others = [each for each in PLAN.configurations if each is not longest]
+    (said,) = long_trainings(PLAN.model_copy(update={"configurations": (*others, slow)}))
+    assert said.startswith(f"{longest.name}: the planned {slow.train.epochs} epochs take about 2 days.")
+    assert "--memory" in said
+    on_cpu = PLAN.model_copy(update={"budget": PLAN.budget.model_copy(update={"device": "cpu"})})
+    assert not any("--memory" in each for each in long_trainings(on_cpu))
+    assert len(long_trainings(on_cpu)) >= 1
 
 
 def test_an_epoch_takes_longer_on_a_cpu_and_longer_still_without_bf16() -> None:

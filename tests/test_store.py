@@ -150,6 +150,50 @@ def test_what_the_disk_refuses_is_a_user_error_also_where_nothing_can_be_removed
         store.write_text(tmp_path / "a.txt", "a")
 
 
+@pytest.mark.parametrize("stage", ["written", "flushed"])
+def test_records_that_belong_together_all_stay_where_the_disk_fills_up(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    store.save_together([(path, a_dataset(1)) for path in paths])
+    calls: list[str] = []
+
+    def fails_at_the_third(*given: object) -> int:
+        calls.append(stage)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plainly(*given)
+
+    owner, name = (Path, "write_bytes") if stage == "written" else (os, "fsync")
+    plainly = getattr(owner, name)
+    monkeypatch.setattr(owner, name, fails_at_the_third)
+    with pytest.raises(UserError, match=r"a: the disk is full"):
+        store.save_together([(path, a_dataset(2)) for path in paths])
+    assert [store.load(path, Dataset) for path in paths] == [a_dataset(1)] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_stopped_between_records_that_belong_together_the_last_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, replaced = [tmp_path / name for name in "abc"], []
+    store.save_together([(path, a_dataset(1)) for path in paths])
+
+    def stops_at_the_second(temporary: Path, path: Path) -> None:
+        replaced.append(path.name)
+        if len(replaced) == 2:
+            raise KeyboardInterrupt
+        rename(temporary, path)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", stops_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        store.save_together([(path, a_dataset(2)) for path in paths])
+    assert replaced == ["a", "b"]
+    assert [store.load(path, Dataset) for path in paths[:2]] == [a_dataset(2), a_dataset(1)]
+    assert not paths[2].exists()
+
+
 def test_a_full_disk_is_known_by_number_and_by_text() -> None:
     full = ("I/O error: No space left on device (os error 28)", "Disk quota exceeded (os error 122)")
     assert all(store.is_disk_full(RuntimeError(text)) for text in full)

@@ -14,6 +14,8 @@ OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12, "cpu in fp32": 0.12e12}
 """What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); two CPU cores with and without bf16
 units (0.58 and 0.12 TFLOP/s, docs/benchmarks.md)."""
 LONGEST_BAR = 24
+LONG_SECONDS = 2 * 86_400
+"""A training that takes longer is worth a word before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,26 @@ def seconds_per_epoch(configuration: Configuration, budget: Budget) -> float:
     return configuration.train.steps_per_epoch * operations / rate
 
 
+def long_trainings(plan: Plan) -> tuple[str, ...]:
+    """A sentence for every configuration whose planned epochs take days on the device that was planned for."""
+    found = []
+    for configuration in plan.configurations:
+        seconds = configuration.train.epochs * seconds_per_epoch(configuration, plan.budget)
+        if seconds > LONG_SECONDS:
+            smaller = " or plan for less --memory, which makes patches smaller and steps shorter"
+            found.append(
+                f"{configuration.name}: the planned {configuration.train.epochs} epochs take about "
+                f"{duration(seconds)}. Train with --max-time{smaller if plan.budget.device.startswith('cuda') else ''}."
+            )
+    return tuple(found)
+
+
 def duration(seconds: float) -> str:
-    """E.g. "45 s", "12 min", "3.4 h"."""
+    """E.g. "45 s", "12 min", "3.4 h", "7 days"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds > LONG_SECONDS:
+        return f"{seconds / 86_400:.0f} days"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

@@ -15,11 +15,12 @@ from autoseg.parallel import allowed_cores
 from autoseg.planning.architecture import preset_named
 from autoseg.planning.checks import check_plan
 from autoseg.planning.edit import edit
+from autoseg.planning.explain import long_trainings
 from autoseg.planning.plan import make_plan
 from autoseg.planning.search import SMALLEST_BATCH
 from autoseg.planning.wording import GIGABYTE, gigabytes
 from autoseg.records import Budget, Choice, Configuration, Dataset, Fingerprint, Memory, Plan
-from autoseg.store import load, record_name, remove_unfinished, save
+from autoseg.store import load, record_name, remove_unfinished, save, save_together
 
 
 def plan(
@@ -66,10 +67,7 @@ def plan(
     planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
     _warn_of_trained_models(layout, planned, report)
     remove_unfinished(run)
-    layout.plan.unlink(missing_ok=True)  # killed from here on, a run has no plan rather than that of other data
-    save(layout.dataset, dataset)
-    save(layout.fingerprint, fingerprint)
-    save(layout.plan, planned)
+    save_together(((layout.dataset, dataset), (layout.fingerprint, fingerprint), (layout.plan, planned)))
     return planned
 
 
@@ -88,9 +86,7 @@ def from_fingerprint(
     planned = _plan_for(fingerprint, memory, device, preset, file_ending, report)
     if output is not None:
         _warn_of_trained_models(Layout(output), planned, report)
-        Layout(output).plan.unlink(missing_ok=True)
-        save(Layout(output).fingerprint, fingerprint)
-        save(Layout(output).plan, planned)
+        save_together(((Layout(output).fingerprint, fingerprint), (Layout(output).plan, planned)))
     return planned
 
 
@@ -169,6 +165,8 @@ def _plan_for(
         fingerprint, budget, measure, source=source, preset=preset, file_ending=file_ending, report=report
     )
     report(Finished("planning"))
+    for sentence in long_trainings(planned):
+        report(Said(sentence))
     if memory is not None and device is not None:
         _check_simulation(planned, report)
     return planned
