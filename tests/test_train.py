@@ -745,8 +745,29 @@ def test_compiling_takes_of_the_time_that_was_asked_for(run: Path, monkeypatch: 
 
     monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
     monkeypatch.setattr("autoseg.steps.learn.try_compile", slow)
-    record = start(run, max_seconds=0.5)
-    assert (record.steps, record.seconds > 0.6) == (0, True)
+    events: list[Event] = []
+    record = start(run, max_seconds=2.0, report=events.append)
+    seconds = [row["seconds"] for row in history_of(Layout(run).model("3d", "0"))]
+    assert record.seconds >= 2.0
+    assert sum(row["epoch_seconds"] for row in history_of(Layout(run).model("3d", "0"))) < 1.5
+    assert not [event for event in events if isinstance(event, Warned) and "Getting ready" in event.text]
+    assert seconds[-1] <= record.seconds
+
+
+def test_a_compiler_that_takes_all_the_time_leaves_half_of_it_to_the_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: object) -> None:
+        time.sleep(0.6)
+
+    monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
+    monkeypatch.setattr("autoseg.steps.learn.try_compile", slow)
+    events: list[Event] = []
+    record = start(run, max_seconds=0.5, report=events.append)
+    assert record.steps > 0
+    assert record.seconds >= 0.5
+    [said] = [event.text for event in events if isinstance(event, Warned) and "Getting ready" in event.text]
+    assert said == "Getting ready took 1 s; the training has half of its time for itself."
 
 
 def test_a_compiled_training_is_the_eager_one_also_when_it_was_stopped(

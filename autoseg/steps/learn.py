@@ -49,7 +49,7 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     compiled, seconds = _compiled(work, record, network, capacity, pieces)
     state = _state(work, record, network)
     if record.max_seconds is not None:  # the time asked for is that of everything before validation
-        state.seconds += seconds
+        state.seconds += _counted(seconds, record.max_seconds - state.seconds, work)
     _, state.seconds = agreed(work.team, False, state.seconds)  # learning rate and end go by it
     save = _saver(work, state)
     reached = _fit(work, record, state, sources, compiled, save, capacity, pieces)
@@ -165,6 +165,15 @@ def _compiled(
         compiled = None if failed else compiled
     lay_out(network, configuration.dimension, device, compiled is not None)
     return compiled, time.perf_counter() - began
+
+
+def _counted(seconds: float, left: float, work: Work) -> float:
+    """What of the seconds before the first step counts for a time limit: half of what is left is for the training."""
+    if seconds <= left / 2:
+        return seconds
+    if round(seconds) > 0:
+        work.report(Warned(f"Getting ready took {seconds:.0f} s; the training has half of its time for itself."))
+    return max(0.0, left / 2)
 
 
 def _tried(
