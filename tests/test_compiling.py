@@ -79,23 +79,25 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_training_goes_on(monkeypa
 def test_a_compiler_whose_process_dies_is_no_longer_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.async_compile import AsyncCompile
 
+    pools: list[Any] = []
+
     def forsaken(whole: Callable[..., Tensor], mode: str | None, dynamic: bool) -> Callable[..., Tensor]:
         def run(*batch: Tensor) -> Tensor:
-            pool = AsyncCompile.process_pool()
-            coming = pool.submit(time.sleep, 600)
-            pool.process.kill()
-            return coming.result(60)
+            pools.append(AsyncCompile.process_pool())
+            assert pools[-1].submit(abs, -7).result(60) == 7
+            coming = pools[-1].submit(time.sleep, 600)
+            pools[-1].process.kill()  # one that it has begun itself is asleep
+            return coming.result(30)
 
         return run
 
     events: list[Event] = []
     monkeypatch.setattr(torch, "compile", forsaken)
-    try:
+    for _ in range(2):
         assert try_compile(a_network(), LOSS, a_batch(), CPU, events.append) is None
-    finally:
-        AsyncCompile.process_pool.cache_clear()
-    assert [type(event) for event in events] == [Warned]
-    assert "(RuntimeError)" in events[0].text, "not a TimeoutError"
+    assert [type(event) for event in events] == [Warned, Warned]
+    assert all("(RuntimeError)" in event.text for event in events), "not a TimeoutError"
+    assert len(set(map(id, pools))) == 2, "the second time with new processes"
 
 
 def test_only_descriptors_of_the_pools_own_pipes_are_closed() -> None:

@@ -117,7 +117,8 @@ def load_state(path: Path, state: TrainState) -> None:
     state.optimizer.load_state_dict({"state": entries, "param_groups": optimizer["param_groups"]})
     where = _device_of(state.network)
     averages = sum(name.startswith("average.") for name in tensors)
-    state.average = [tensors[f"average.{i}"].to(where) for i in range(averages)]
+    kept = [tensors[f"average.{i}"].to(where) for i in range(averages)]
+    state.average = [laid_out_like(*both) for both in zip(state.network.parameters(), kept, strict=bool(kept))]
     torch.set_rng_state(tensors["random"])
     if where.type == "cuda" and "random_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random_cuda"], where)

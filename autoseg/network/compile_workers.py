@@ -2,7 +2,8 @@
 
 Ctrl-C and the signals of schedulers reach them, and so does a kernel that is short of memory. torch hears of it by the
 end of a pipe, which before 2.14 never comes, since it keeps the other end of its own pipes open (pytorch #189290). Half
-of a compilation happens in a thread of torch's that no signal interrupts, so that only kill -9 would be left.
+of a compilation happens in a thread of torch's that no signal interrupts, so that only kill -9 would be left. Processes
+that it has begun itself hold the pipes for another minute.
 """
 
 import os
@@ -17,20 +18,26 @@ from typing import Any
 LOOK_SECONDS = 0.2
 OTHER_END = re.compile(r"--(?:read|write)-fd=(\d+)")
 """How the process of a pool is told what it reads from and writes to."""
+TALKS_BY = ("process", "read_pipe", "write_pipe", "running", "futures_lock", "pending_futures")
+"""What the pools have that are meant here."""
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """In this block a compilation fails when the processes that do it die."""
+    """In this block a compilation fails when the processes that do it die; the next one begins with new ones."""
     over = threading.Event()
+    dead: list[Any] = []
 
     def watch() -> None:
-        done: set[int] = set()
+        seen: list[Any] = []
         while not over.wait(LOOK_SECONDS):
             for pool in _pools():
-                if id(pool) not in done:
+                if pool not in seen:
                     close_other_ends(pool)
-                    done.add(id(pool))
+                    seen.append(pool)
+                if pool not in dead and pool.process.poll() is not None:
+                    dead.append(pool)
+                    _wait_no_longer(pool)
 
     watcher = threading.Thread(target=watch, name="compile-workers", daemon=True)
     watcher.start()
@@ -39,6 +46,20 @@ def watched() -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+        anew = getattr(sys.modules.get("torch._inductor.async_compile"), "after_fork", None)
+        if dead and anew is not None:
+            anew()  # torch forgets its pools
+
+
+def _wait_no_longer(pool: Any) -> None:
+    """Let everything fail that is still expected of a pool."""
+    pool.running = False
+    with pool.futures_lock:
+        waiting = list(pool.pending_futures.values())
+        pool.pending_futures.clear()
+    for future in waiting:
+        if not future.done():
+            future.set_exception(RuntimeError("the process that compiles has died"))
 
 
 def _pools() -> tuple[Any, ...]:
@@ -47,7 +68,7 @@ def _pools() -> tuple[Any, ...]:
         found = tuple(getattr(sys.modules.get("torch._inductor.async_compile"), "_pool_set", ()))
     except RuntimeError:  # one is being added
         return ()
-    return tuple(pool for pool in found if all(hasattr(pool, name) for name in ("process", "read_pipe", "write_pipe")))
+    return tuple(pool for pool in found if all(hasattr(pool, name) for name in TALKS_BY))
 
 
 def close_other_ends(pool: Any) -> None:

@@ -3,9 +3,11 @@
 Only GPUs compile: on CPUs the eager step is the faster one (docs/decisions/training-on-a-cpu.md).
 """
 
+import gc
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -61,16 +63,18 @@ def try_compile(
     def whole(image: Tensor, *rest: Tensor) -> Tensor:
         return loss(network(image), *rest)
 
-    torch.compiler.reset()
+    records = records and threading.current_thread() is threading.main_thread()  # pytorch #123177
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    compiled: Any = torch.compile(whole, mode="reduce-overhead" if records else None, dynamic=False)
+    compiled: Any = None
 
     def recorded(*tensors: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(*tensors).clone()
 
-    run: Step = recorded if records else compiled
     try:
+        torch.compiler.reset()
+        compiled = torch.compile(whole, mode="reduce-overhead" if records else None, dynamic=False)
+        run: Step = recorded if records else compiled
         with _no_silent_eager(), compile_workers.watched():
             for _ in range(TRIALS if records else 1):
                 with device.autocast():
@@ -79,12 +83,21 @@ def try_compile(
                 network.zero_grad(set_to_none=True)
     except Exception as error:  # noqa: BLE001  compilers fail in many ways, and the eager network does the same work
         report(Warned(f"torch.compile failed ({type(error).__name__}); training goes on without it, more slowly."))
-        torch.compiler.reset()  # recordings keep their memory
+        forget_compiled()
         return None
     finally:
         network.zero_grad(set_to_none=True)
         network.load_state_dict(before)
     return run
+
+
+def forget_compiled() -> None:
+    """Free what was compiled and recorded in this process: recordings keep their memory, and torch keeps them."""
+    with suppress(AssertionError):  # torch's own, in threads that recorded nothing
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _no_silent_eager() -> AbstractContextManager[object]:

@@ -202,7 +202,7 @@ def in_one_piece(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict
     flat, tensors = buffer.numpy(), {}
     for start, array in zip(starts, arrays.values(), strict=False):
         flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = buffer.to(device, non_blocking=True)
+    there = buffer.to(device, non_blocking=device.type == "cuda")  # MPS would read what is freed (pytorch #189690)
     for start, (name, array) in zip(starts, arrays.items(), strict=False):
         part = there[start : start + array.nbytes]
         tensors[name] = part.view(torch.from_numpy(array).dtype).view(array.shape)

@@ -62,7 +62,13 @@ def joined(device: str | None) -> Iterator[Team]:
         return
     cuda = torch.cuda.is_available() and not str(device).startswith("cpu")
     if cuda:
-        torch.cuda.set_device(torchrun_setting("LOCAL_RANK", 0))
+        own, cards = torchrun_setting("LOCAL_RANK", 0), torch.cuda.device_count()
+        if own >= cards:
+            raise UserError(
+                f"torchrun started more processes on this machine than it has CUDA devices, {cards}.",
+                fix=f"Start it with --nproc-per-node {cards}.",
+            )
+        torch.cuda.set_device(own)
     _heard(lambda: dist.init_process_group("nccl" if cuda else "gloo", timeout=STEP_PATIENCE))
     yield Team(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=WAITING_PATIENCE))
     dist.destroy_process_group()  # not after an error: the others may be gone, and this would wait for them

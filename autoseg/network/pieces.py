@@ -9,6 +9,7 @@ It asks of a loss that what it reduces does not depend on what it reduced before
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +18,16 @@ from autoseg.errors import UserError
 from autoseg.network.losses_sums import Reduce, alone
 
 Forward = Callable[..., Tensor]
+Result = TypeVar("Result")
 
 OUT_OF_MEMORY = (
     "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
-    "DEVICE_ALLOCATION_FAILED", "unable to find an engine",
+    "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "DEVICE_ALLOCATION_FAILED",
+    "unable to find an engine", "Triton Error [CUDA]: out of memory", "MPS backend out of memory",
 )  # fmt: skip
-"""Where it is not torch's allocator that runs out: kernels loaded late, handles of cuDNN and cuBLAS, and cuDNN's
-workspaces, for want of which it finds no engine that computes a convolution (pytorch #108645)."""
+"""Where it is not torch's allocator that runs out: kernels loaded late, handles of cuDNN and cuBLAS (every thread makes
+its own, which then are "not initialized"), and cuDNN's workspaces, for want of which it finds no engine that computes a
+convolution (pytorch #108645)."""
 
 
 def whole_backward(
@@ -40,6 +44,27 @@ def whole_backward(
 def ran_out(error: RuntimeError) -> bool:
     """Whether an error of torch, cuDNN or cuBLAS says that there is too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def by_parts(
+    compute: Callable[[slice], Result], samples: int, parts: int, device: torch.device
+) -> tuple[list[Result], int]:
+    """`compute` of consecutive slices of so many samples, of more and smaller ones where memory runs out.
+
+    Returns the results and in how many parts they came. Raises UserError where there is too little for one sample.
+    """
+    while True:
+        size = -(-samples // parts)
+        try:
+            return [compute(slice(start, start + size)) for start in range(0, samples, size)], parts
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not ran_out(error):
+                raise
+            if parts >= samples:
+                raise too_little_memory(str(device), error) from error
+        parts = min(2 * parts, samples)  # here, not above: the exception holds what the attempt had got
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def too_little_memory(device: str, error: Exception) -> UserError:

@@ -241,7 +241,7 @@ def _scored(
             waiting.append((window, tile))
         full = len(waiting) * len(tile) * len(flips) >= tiling.samples
         if waiting and (full or number == len(windows) - 1):
-            batch = torch.cat([each for _, each in waiting]).to(weights.device, non_blocking=True)
+            batch = torch.cat([each for _, each in waiting]).to(weights.device, non_blocking=weights.is_cuda)
             found = scorer(batch, flips, tiling.samples) * weights
             yield from ((place, part) for (place, _), part in zip(waiting, found.split(len(tile)), strict=True))
             waiting = []

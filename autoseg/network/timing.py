@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from autoseg.network.device import DTYPES, Device
+from autoseg.network.pieces import ran_out
 
 PARTS = ("augment", "forward", "backward", "step")
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -91,7 +92,19 @@ class Capacity:
 
 
 def matmul_rate(device: Device) -> float:
-    """Operations per second of the fastest large matrix product on `device` in its precision; under half a second."""
+    """Operations per second of the fastest large matrix product on `device` in its precision; under half a second.
+
+    0 where it cannot be timed, for want of memory too.
+    """
+    try:
+        return _matmul_rate(device)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return 0.0
+
+
+def _matmul_rate(device: Device) -> float:
     kind = device.torch_device.type
     if kind not in MATMUL_SIZE:
         return 0.0

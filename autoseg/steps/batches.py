@@ -18,6 +18,7 @@ from autoseg.network.label_kinds import Outputs
 from autoseg.network.loop import Batch
 from autoseg.network.patches import Place, Sampling, Source, draw_places, gather, generator_of
 from autoseg.network.patches_on_device import OnDevice, gather_on_device
+from autoseg.network.pieces import by_parts
 from autoseg.network.sampling import LAG_STEPS, Holders, hard_rates, holders
 from autoseg.parallel import own_cores
 from autoseg.records import Configuration
@@ -65,6 +66,7 @@ class Batches:
         self._held: Holders = {}
         self._cases_with: dict[str, frozenset[int]] = {}
         self._drawn: Counter[str] = Counter()
+        self._validation_parts = 1
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
         self._outputs, self._annotated = Outputs(classes, regions), annotated or {}
         self._device, self._team = device, team
@@ -151,13 +153,21 @@ class Batches:
             inputs, target = self._to_device(image)[:, : self._channels + self._cascade], self._to_device(labels)
             if self._cascade:
                 inputs = torch.cat((inputs[:, :-1], _one_hot(inputs[:, -1].to(torch.int16), self._classes)), 1)
-            with (device or self._device).autocast():
-                logits = forward(inputs.contiguous(memory_format=self._eager_format))
             annotated_BK = self._annotated_in([ids[place.case] for place in places]) if ids else None
-            for k, (is_found, is_true) in enumerate(self._outputs.masks(logits, target, annotated_BK)):
-                totals[0, k] += (is_found & is_true).sum()
-                totals[1, k] += is_found.sum()
-                totals[2, k] += is_true.sum()
+
+            def counted(
+                part: slice, inputs: Tensor = inputs, target: Tensor = target, annotated: Tensor | None = annotated_BK
+            ) -> Tensor:
+                with (device or self._device).autocast():
+                    logits = forward(inputs[part].contiguous(memory_format=self._eager_format))
+                masks = self._outputs.masks(logits, target[part], None if annotated is None else annotated[part])
+                counts = [((found & true).sum(), found.sum(), true.sum()) for found, true in masks]
+                return torch.stack([torch.stack(each) for each in counts], 1)
+
+            parts, self._validation_parts = by_parts(
+                counted, len(inputs), self._validation_parts, self._device.torch_device
+            )
+            totals += torch.stack(parts).sum(0)
         both, found_sum, true_sum = add_up(self._team, totals).cpu()
         dice = torch.where(true_sum > 0, 2 * both / (found_sum + true_sum), torch.nan)
         return [float(value) for value in dice]

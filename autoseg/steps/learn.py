@@ -14,7 +14,7 @@ from autoseg import store
 from autoseg.errors import Interrupted
 from autoseg.events import Said, Warned
 from autoseg.network import checkpoint, losses, unet
-from autoseg.network.compiling import Step, pays_to_compile, pays_to_record, try_compile
+from autoseg.network.compiling import Step, forget_compiled, pays_to_compile, pays_to_record, try_compile
 from autoseg.network.device import Device, lay_out, layout
 from autoseg.network.distillation import distilling
 from autoseg.network.distributed import adding, agreed, share, whole_batch_statistics
@@ -44,15 +44,22 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     """
     network, record = _network(work, record)
     capacity = capacity_of(record.configuration, work.device)
+    # whose trial would wait for processes that have failed theirs
     shared = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     pieces = Pieces(adding(work.team), splits=not shared)
-    compiled, seconds = _compiled(work, record, network, capacity, pieces)
+    compiled, seconds = (None, 0.0) if shared else _compiled(work, record, network, capacity, pieces)
     state = _state(work, record, network)
     if record.max_seconds is not None:  # the time asked for is that of everything before validation
         state.seconds += _counted(seconds, record.max_seconds - state.seconds, work)
     _, state.seconds = agreed(work.team, False, state.seconds)  # learning rate and end go by it
     save = _saver(work, state)
-    reached = _fit(work, record, state, sources, compiled, save, capacity, pieces)
+    try:
+        reached = _fit(work, record, state, sources, compiled, save, capacity, pieces)
+    finally:
+        was_compiled = compiled is not None and is_as_compiled(state)
+        if compiled is not None:
+            compiled = None
+            forget_compiled()  # what comes next, validation or another training, has use for its memory
     if work.team.is_first:
         draw_curves(work.model.curves, state.history)
     if not reached:
@@ -66,7 +73,7 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     lay_out(state.network, record.configuration.dimension, work.device)
     precision = device_of(state, work.device).precision
     update = {
-        "seconds": state.seconds, "steps": state.step, "compiled": compiled is not None and is_as_compiled(state),
+        "seconds": state.seconds, "steps": state.step, "compiled": was_compiled,
         "precision": precision,
         "notes": with_drawn_shares(record, state.history, work.plan),
     }  # fmt: skip
@@ -241,7 +248,7 @@ def _fit(
 
 def _go_eager(work: Work, configuration: Configuration, state: TrainState, batches: Batches) -> None:
     """Forget what was compiled, and lay everything out as eager steps read it fastest."""
-    torch.compiler.reset()
+    forget_compiled()
     lay_out(state.network, configuration.dimension, work.device)
     follow_layout(state.optimizer)
     weights = state.network.parameters()

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,12 +19,12 @@ from torch import nn
 from autoseg import store
 from autoseg.cases.cache import StoredArray, is_whole_array, open_case, write_array
 from autoseg.errors import UserError
-from autoseg.events import Advanced, Finished, Report, Started
+from autoseg.events import Advanced, Finished, Report, Started, silent
 from autoseg.layout import Layout, ModelLayout, teacher_file
 from autoseg.network.accumulators import room_of
 from autoseg.network.device import Device
 from autoseg.network.distillation import LARGEST_LOGIT, from_8_bits, to_8_bits
-from autoseg.network.less_memory import sums_bytes, tilings
+from autoseg.network.less_memory import sums_bytes, tilings, until_it_fits
 from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import Scorer, Tiling, score_blocks
 from autoseg.records import Case, Configuration, Plan, Run
@@ -146,7 +147,7 @@ def with_teachers(
         report(Started(what, len(names)))
         for number, name in enumerate(missing, len(names) - len(missing) + 1):
             image_CZYX = _input(sources[name], configuration, plan.classes)
-            said_KZYX = said_of_case(networks, image_CZYX, lesson, device, bool(plan.regions))
+            said_KZYX = said_of_case(networks, image_CZYX, lesson, device, bool(plan.regions), report)
             chunk = (1, *(1,) * (3 - len(configuration.patch_voxels)), *configuration.patch_voxels)
             write_array(files[name], said_KZYX, chunk)
             report(Advanced(what, number, len(names), name))
@@ -158,8 +159,9 @@ def with_teachers(
 
 
 def said_of_case(
-    networks: Sequence[nn.Module], image_CZYX: np.ndarray, lesson: Lesson, device: Device, regions: bool = False
-) -> np.ndarray:
+    networks: Sequence[nn.Module], image_CZYX: np.ndarray, lesson: Lesson, device: Device, regions: bool = False,
+    report: Report = silent,
+) -> np.ndarray:  # fmt: skip
     """The teachers' mean probabilities of a preprocessed case as `to_8_bits` stores them, (K, Z, Y, X) uint8.
 
     Mirrored and averaged as in prediction, block by block: only where teachers have other patches or mirrorings is the
@@ -176,19 +178,29 @@ def said_of_case(
     said, total = np.empty(shape, np.uint8), np.zeros(shape, np.float32) if len(alike) > 1 else None
     for tiling, some in alike.items():
         scorer = Scorer(some, classes, device, probabilities=True, activation="sigmoid" if regions else "softmax")
-        start = 0
         needed = sums_bytes(tiling, classes, shape[1:])
-        fastest, *_ = tilings(tiling, needed, features, classes, device, room_of(device))
-        for block in score_blocks(scorer, torch.from_numpy(image_CZYX), fastest):
-            rows = slice(start, start := start + block.shape[1])
-            if total is None:
-                said[:, rows] = to_8_bits(block.cpu().numpy())
-            else:
-                total[:, rows] += block.cpu().numpy() * (len(some) / len(networks))
+        ways = tilings(tiling, needed, features, classes, device, room_of(device))
+        before = None if total is None else total.copy()
+        share = len(some) / len(networks)
+        until_it_fits(ways, partial(_listen, scorer, image_CZYX, said, total, before, share), device, report)
     if total is not None:
         for z in range(shape[1]):
             said[:, z] = to_8_bits(total[:, z])
     return said
+
+
+def _listen(
+    scorer: Scorer, image_CZYX: np.ndarray, said: np.ndarray, total: np.ndarray | None, before: np.ndarray | None,
+    share: float, way: Tiling,
+) -> None:  # fmt: skip
+    """Fill `said`, or `total` with a share of the scores on top of what it was `before`, block by block."""
+    start = 0
+    for block in score_blocks(scorer, torch.from_numpy(image_CZYX), way):
+        rows = slice(start, start := start + block.shape[1])
+        if total is None or before is None:
+            said[:, rows] = to_8_bits(block.cpu().numpy())
+        else:
+            total[:, rows] = before[:, rows] + block.cpu().numpy() * share
 
 
 def _input(source: Source, configuration: Configuration, classes: int) -> np.ndarray:
