@@ -804,7 +804,7 @@ def test_a_compiled_training_that_runs_out_of_memory_goes_on_eager_and_whole_aga
         start(run, report=at_step(STEPS, lambda: signal.raise_signal(signal.SIGINT)))
     resume = Layout(run).model("3d", "0").resume_tensors
     assert checkpoint.read_numbers(resume)["pieces"] == 2
-    assert len(reset) == 2  # before the trial, and with the first batch in pieces
+    assert len(reset) == 3  # before the trial, with the first batch in pieces, and at the end
     assert start(run, resume="yes").compiled
     assert checkpoint.read_numbers(resume)["pieces"] == 1
 
