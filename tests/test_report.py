@@ -204,7 +204,7 @@ def test_hostile_names_stay_text(run: Path) -> None:
     choices = (Choice(field=HOSTILE, value=HOSTILE, because=HOSTILE),)
     changed = {"dataset": HOSTILE, "labels": labels, "channels": (HOSTILE,), "choices": choices}
     store.save(layout.plan, plan.model_copy(update=changed))
-    name = "<img src=x onerror=alert(1)>"
+    name = '"><img src=x onerror=alert(1)>'
     cases = tuple(e.model_copy(update={"id": name} if e.id == WORST else {}) for e in dataset.cases)
     store.save(layout.dataset, dataset.model_copy(update={"cases": cases, "labels": labels}))
     seen = store.load(layout.fingerprint, Fingerprint)
@@ -289,6 +289,21 @@ def test_a_training_that_has_not_ended_is_shown_as_far_as_it_got_and_not_scored(
     assert "3d: 3 validation cases of fold 1" in text
     rows = [json.loads(line) for line in model.history.read_text().splitlines()]
     assert f"not finished{rows[-1]['step']}4 s" in text
+
+
+def test_only_folds_of_the_unnamed_seed_are_scored(run: Path) -> None:
+    layout = Layout(run)
+    model = layout.model("3d", "1", seed=2)
+    layout.model("3d", "1").root.rename(model.root)
+    record = store.load(model.run, Run)
+    store.save(model.run, record.model_copy(update={"seed": 2}))
+    store.write_text(layout.configuration("3d") / "fold_0.distill.json", "{}")
+    found = validated(run, "3d")
+    assert found is not None
+    assert found.folds == ("0",)
+    assert len(found.cases) == CASES // 2
+    (layout.configuration("3d") / "fold_0.distill.json").unlink()
+    assert "3d, fold 1, seed 2" in Page(report(run, cases=0)).text
 
 
 def test_mean_median_and_spread_are_over_cases(run: Path) -> None:

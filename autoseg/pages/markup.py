@@ -168,7 +168,10 @@ img { max-width: 100%; height: auto; display: block }
   body { max-width: none; padding: 0; font-size: 10pt }
   nav { display: none }
   .wide, pre { overflow: visible; white-space: pre-wrap }
-  .wide { white-space: normal }
+  .wide, .number { white-space: normal }
+  table { font-size: 7.5pt }
+  th, td { padding-right: .4rem }
+  .long, .middling { min-width: 0 }
   tr, figure, .pair { break-inside: avoid }
   h2, h3 { break-after: avoid }
 }

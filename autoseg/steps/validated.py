@@ -49,8 +49,9 @@ def validated(run: Path, name: str) -> Validated | None:
     Each fold has its own from its training; a pair has those of `autoseg evaluate RUN`.
     """
     layout = Layout(run)
-    found = sorted(layout.cross_validation(name).glob("fold_*"))
-    models = [ModelLayout(each) for each in found if ".seed_" not in each.name and _has_ended(ModelLayout(each))]
+    found = [each for each in sorted(layout.cross_validation(name).glob("fold_*")) if each.is_dir()]
+    unnamed = [ModelLayout(each) for each in found if ".seed_" not in each.name and each.name != "fold_all"]
+    models = [model for model in unnamed if _has_ended(model)]
     scored = [model for model in models if model.scores.is_file()]
     together = scores_file(layout.cross_validation(name))
     files = [model.scores for model in scored] or [path for path in (together,) if path.is_file()]
