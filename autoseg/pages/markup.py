@@ -170,6 +170,7 @@ img { max-width: 100%; height: auto; display: block }
   .wide, pre { overflow: visible; white-space: pre-wrap }
   .wide, .number { white-space: normal }
   table { font-size: 7.5pt }
+  pre { font-size: 6.5pt }
   th, td { padding-right: .4rem }
   .long, .middling { min-width: 0 }
   tr, figure, .pair { break-inside: avoid }

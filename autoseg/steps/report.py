@@ -103,8 +103,9 @@ def _trainings(layout: Layout, plan: Plan) -> list[Html]:
     trained = [(model, _as_far_as_it_got(model)) for model in models]
     names = [label.name for label in (plan.regions or plan.labels[1:])]
     rows = [(run, _written(model.run)) for model, run in trained]
+    legend = [paragraph(sections.numbers_of(names))] if any(model.history.is_file() for model in models) else []
     pictures = grid(_curves(model, run) for model, run in trained)
-    return [sections.training_table(rows, names), paragraph(sections.numbers_of(names)), pictures]
+    return [sections.training_table(rows, names), *legend, pictures]
 
 
 def _validation(run: Path, most: int, report: Report) -> list[Html]:
