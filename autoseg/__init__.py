@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autoseg.steps.postprocess import postprocess_learn as postprocess
     from autoseg.steps.predict import Predictor, predict
     from autoseg.steps.preprocess import preprocess
+    from autoseg.steps.report import report
     from autoseg.steps.run import run
     from autoseg.steps.select import select
     from autoseg.steps.study import study
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Predictor", "__version__", "compare", "distill", "ensemble", "ensemble_runs", "evaluate", "evaluate_run",
-    "import_nnunet", "plan", "postprocess", "postprocess_apply", "predict", "preprocess", "run", "select", "study",
-    "train",
+    "import_nnunet", "plan", "postprocess", "postprocess_apply", "predict", "preprocess", "report", "run", "select",
+    "study", "train",
 ]  # fmt: skip
 
 
@@ -58,6 +59,7 @@ PUBLIC: dict[str, str] = {
     "evaluate": "autoseg.steps.evaluate:evaluate",
     "evaluate_run": "autoseg.steps.evaluate:evaluate_run",
     "compare": "autoseg.steps.compare:compare",
+    "report": "autoseg.steps.report:report",
     "run": "autoseg.steps.run:run",
     "import_nnunet": "autoseg.steps.import_nnunet:import_nnunet",
     "select": "autoseg.steps.select:select",

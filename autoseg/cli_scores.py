@@ -1,5 +1,6 @@
-"""The commands that come after prediction: combining, choosing, cleaning, scoring and comparing."""
+"""The commands that come after prediction: combining, choosing, cleaning, scoring, comparing and reporting."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -219,5 +220,23 @@ def compare(
     show(found, as_json)
 
 
-COMMANDS = (ensemble, select, postprocess, evaluate, compare)
+def report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The page. [default: report.html in RUN]"),
+    ] = None,
+    cases: Annotated[
+        int, typer.Option("--cases", min=0, metavar="N", help="Worst cases drawn per configuration; 0 for none.")
+    ] = 5,
+) -> None:
+    """Write all that is known of a run as one HTML page. It holds its pictures and needs no network."""
+    with watched() as report:
+        from autoseg.steps.report import report as step
+
+        written = step(run, output=output, cases=cases, report=report)
+    sys.stdout.write(f"{written}\n")
+
+
+COMMANDS = (ensemble, select, postprocess, evaluate, compare, report)
 """In the order of `autoseg --help`."""

@@ -44,6 +44,11 @@ class Layout:
         return self.root / "selection.json"
 
     @property
+    def report(self) -> Path:
+        """The page that `autoseg report` writes."""
+        return self.root / "report.html"
+
+    @property
     def case_stats(self) -> Path:
         """Folder with one file per case and content hash: an interrupted fingerprint continues from it."""
         return self.root / "cache" / "fingerprint"
@@ -78,9 +83,14 @@ class Layout:
         name = f"fold_{fold}" if seed == 0 else f"fold_{fold}.seed_{seed}"
         return ModelLayout(self.configuration(configuration) / name)
 
+    @property
+    def studies(self) -> Path:
+        """Folder with one folder per study."""
+        return self.root / "studies"
+
     def study(self, name: str) -> "StudyLayout":
         """Folder of a study: networks that differ in what was varied."""
-        return StudyLayout(self.root / "studies" / name)
+        return StudyLayout(self.studies / name)
 
 
 @dataclass(frozen=True, slots=True)

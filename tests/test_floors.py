@@ -15,7 +15,7 @@ FLOORS = {
     "record": 0, "records": 0, "specs": 0, "store": 0, "layout": 0, "events": 0, "errors": 0, "parallel": 0, "lanes": 0,
     "upgrades": 0,
     "image": 1, "network": 1, "scoring": 1,
-    "planning": 2, "cases": 2,
+    "planning": 2, "cases": 2, "pages": 2,
     "steps": 3,
     "arguments": 4, "cli": 4, "cli_scores": 4, "screen": 4,
     "__init__": 5, "__main__": 5,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autoseg.planning.cost import parameters, receptive_fields, sizes_per_stage, training_operations
-from autoseg.planning.wording import device, gigabytes, voxels
+from autoseg.planning.wording import device, gigabytes, millimetres, voxels
 from autoseg.records import Budget, Configuration, Plan
 
 OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12, "cpu in fp32": 0.12e12}
@@ -36,6 +36,25 @@ def choice_table(plan: Plan) -> Table:
     """One row per decision: what, value, why."""
     rows = tuple((choice.field, choice.value, choice.because) for choice in plan.choices)
     return Table(f"Choices for {plan.dataset}", ("field", "value", "because"), rows)
+
+
+def grid_table(plan: Plan) -> Table:
+    """One row per configuration: the grid that cases are brought to, how they are normalized, how it is trained."""
+    rows = []
+    for configuration in plan.configurations:
+        train = configuration.train
+        row = (
+            configuration.name,
+            millimetres(configuration.spacing_mm),
+            voxels(configuration.median_shape_voxels),
+            ", ".join(configuration.normalization),
+            f"{configuration.network.kind}, {configuration.network.norm} norm",
+            f"{train.epochs} x {train.steps_per_epoch} steps, {train.loss}, {train.optimizer}",
+            configuration.previous or "-",
+        )
+        rows.append(row)
+    headings = ("configuration", "spacing", "median shape", "normalization", "network", "training", "refines")
+    return Table("Configurations", headings, tuple(rows))
 
 
 def attempt_table(plan: Plan) -> Table:

@@ -13,8 +13,12 @@ from autoseg.store import write_bytes
 
 def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     """Write a PNG with loss and validation-patch Dice per epoch; nothing when there is no epoch yet."""
-    if not history:
-        return
+    if history:
+        write_bytes(path, curves(history))
+
+
+def curves(history: Sequence[dict[str, float]]) -> bytes:
+    """The PNG of `draw_curves`, of at least one epoch; what was not defined is NaN."""
     from matplotlib.figure import Figure
 
     minutes = [row["seconds"] / 60 for row in history]
@@ -33,7 +37,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     right.legend(loc="lower right", fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    write_bytes(path, content.getvalue())
+    return content.getvalue()
 
 
 def draw_study(path: Path, histories: Mapping[str, Sequence[History]], by_steps: bool) -> None:
