@@ -211,3 +211,34 @@ def test_a_training_says_what_its_patches_were_drawn_for(tmp_path: Path, monkeyp
     assert free == [0.5, 0.5, 0.0]
     assert f"anywhere {100 / 3:.1f}%" in notes[0]
     assert math.isclose(sum(rows[0][name] for name in ("drawn_free", "drawn_1", "drawn_2")), 1.0)
+
+
+def test_validation_goes_on_in_smaller_parts_where_memory_runs_out() -> None:
+    rng = np.random.default_rng(0)
+    shape = (12, 12, 12)
+    cases = [
+        InMemory(rng.normal(size=(1, *shape)).astype(np.float32), rng.integers(0, 3, shape).astype(np.int16), {})
+        for _ in range(3)
+    ]
+    sizes: list[int] = []
+
+    class Narrow(nn.Module):
+        """One that runs out of memory with more than a sample."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            if len(x) > most[0]:
+                raise torch.OutOfMemoryError("out of memory, as if")
+            return torch.cat((x, -x, x.square() - 1), 1)
+
+    found, most = [], [99]
+    for most[0] in (99, 1):
+        with batches(1, "foreground") as coming:
+            found.append([coming.validation_dice(Narrow(), cases, 30) for _ in range(2)])
+    assert found[0] == found[1]
+    whole = sizes[0]
+    assert whole > 1
+    assert sizes.count(whole) == 6 + 1, "tried once, then in parts for good"
+    most[0] = 0
+    with batches(1, "foreground") as coming, pytest.raises(UserError, match="too little memory for a single patch"):
+        coming.validation_dice(Narrow(), cases, 10)

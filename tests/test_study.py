@@ -12,7 +12,7 @@ from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 
 from autoseg.errors import Interrupted, UserError
-from autoseg.events import Event, Said, Trained
+from autoseg.events import Event, Said, Trained, silent
 from autoseg.layout import Layout
 from autoseg.records import AugmentSpec, CaseScore, Configuration, Run, Scores, Splits, TrainSpec
 from autoseg.scoring import study as figures
@@ -386,3 +386,20 @@ def test_the_conclusion_says_which_leads_are_real(
         for name, dice, chance in zip("abc", (0.9, 0.8, 0.7), (None, *chances), strict=True)
     ]
     assert said in step.conclude(settings, 52, 3)
+
+
+def test_trainings_side_by_side_share_what_cases_may_take_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int | None] = []
+    monkeypatch.setattr(step, "train_one", lambda *given: limits.append(given[6].cache_bytes))
+    monkeypatch.setattr(step, "usual_limit_bytes", lambda: 1000.0)
+
+    def beside(work: object, jobs: list[step.Job], devices: list[str]) -> list[step.Job]:
+        for job in jobs:
+            step.train_job(job, devices[0])
+        return jobs
+
+    monkeypatch.setattr(step, "side_by_side", beside)
+    job = step.Job(Path("run"), Path("run"), "planned", a_configuration(network=a_network()), "0", 0, 1, None, 1)
+    assert len(list(step._trained([job, job], ["cuda:0", "cuda:1", "cuda:2"], silent))) == 2
+    assert len(list(step._trained([job], ["cpu"], silent))) == 1
+    assert limits == [333, 333, None]

@@ -74,10 +74,15 @@ def bytes_of(case: CachedCase) -> int:
     return z * y * x * (4 * case.channels + 2)
 
 
+def usual_limit_bytes() -> float:
+    """What preprocessed cases may take of RAM where nobody asked for another limit."""
+    return RAM_SHARE * allowed_ram_bytes()
+
+
 def _limit_bytes(work: Work) -> float:
     if work.machine.cache_bytes is not None:
         return work.machine.cache_bytes / work.team.size
-    return RAM_SHARE * allowed_ram_bytes() / work.team.size
+    return usual_limit_bytes() / work.team.size
 
 
 def _device_bytes(work: Work, configuration: Configuration) -> float:

@@ -8,7 +8,7 @@ import io
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.settings import fields_in, settings_of, with_fields
 from autoseg.steps.side_by_side import side_by_side
+from autoseg.steps.sources import usual_limit_bytes
 from autoseg.steps.stopping import ended_by_sigterm
 from autoseg.steps.train import train_one
 from autoseg.steps.work import Instead, cases_of, check_cases
@@ -46,7 +47,10 @@ UNEQUAL = 2.0
 
 @dataclass(frozen=True)
 class Job:
-    """One network to be trained; it travels to other processes where several devices share the work."""
+    """One network to be trained; it travels to other processes where several devices share the work.
+
+    beside: trainings at a time, which share what RAM preprocessed cases may take.
+    """
 
     run: Path
     folder: Path
@@ -57,6 +61,7 @@ class Job:
     epochs: int | None
     max_seconds: float | None
     workers: int | None
+    beside: int = 1
 
 
 @ended_by_sigterm()
@@ -184,7 +189,7 @@ def _is_done(model: ModelLayout) -> bool:
 def _trained(jobs: Sequence[Job], devices: Sequence[str], report: Report) -> Iterator[Job]:
     """Train one after the other, or side by side on several devices; each job is yielded when it is done."""
     if len(devices) > 1 and len(jobs) > 1:
-        yield from side_by_side(train_job, jobs, devices)
+        yield from side_by_side(train_job, [replace(job, beside=len(devices)) for job in jobs], devices)
         return
     for job in jobs:
         report(Said(f"{job.setting}, seed {job.seed}:"))
@@ -196,7 +201,8 @@ def train_job(job: Job, device: str, report: Report = silent) -> None:
     """Train one network of a study, going on where it was stopped. Its epochs are as long as those of all others."""
     asked = Options(job.epochs, job.max_seconds, batch_size=job.configuration.batch_size)
     instead = Instead(job.configuration, job.folder, is_paced=True)
-    machine = Machine(device, job.workers)
+    limit = None if job.beside == 1 else int(usual_limit_bytes() / job.beside)
+    machine = Machine(device, job.workers, limit)
     train_one(job.run, None, job.fold, job.seed, "auto", asked, machine, ALONE, report, instead)
 
 
