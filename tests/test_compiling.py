@@ -1,8 +1,11 @@
 """network/compiling.py: when a step is compiled, and that trying it leaves no trace."""
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,15 +79,19 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_training_goes_on(monkeypa
     assert "RuntimeError" in events[0].text
 
 
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").is_file(), reason="needs /proc")
 def test_a_compiler_whose_process_dies_is_no_longer_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.async_compile import AsyncCompile
 
     pools: list[Any] = []
+    orphans: list[int] = []
 
     def forsaken(whole: Callable[..., Tensor], mode: str | None, dynamic: bool) -> Callable[..., Tensor]:
         def run(*batch: Tensor) -> Tensor:
             pools.append(AsyncCompile.process_pool())
             assert pools[-1].submit(abs, -7).result(60) == 7
+            main = pools[-1].process.pid
+            orphans.extend(map(int, Path(f"/proc/{main}/task/{main}/children").read_text().split()))
             coming = pools[-1].submit(time.sleep, 600)
             pools[-1].process.kill()  # one that it has begun itself is asleep
             return coming.result(30)
@@ -95,9 +102,14 @@ def test_a_compiler_whose_process_dies_is_no_longer_waited_for(monkeypatch: pyte
     monkeypatch.setattr(torch, "compile", forsaken)
     for _ in range(2):
         assert try_compile(a_network(), LOSS, a_batch(), CPU, events.append) is None
+    for orphan in orphans:  # the rest of it is gone once these are
+        os.kill(orphan, signal.SIGKILL)
+    for pool in pools:
+        pool.read_thread.join(30)
     assert [type(event) for event in events] == [Warned, Warned]
     assert all("(RuntimeError)" in event.text for event in events), "not a TimeoutError"
     assert len(set(map(id, pools))) == 2, "the second time with new processes"
+    assert not any(thread.name == "InductorSubproc" for thread in threading.enumerate())
 
 
 def test_only_descriptors_of_the_pools_own_pipes_are_closed() -> None:
