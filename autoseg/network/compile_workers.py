@@ -54,6 +54,8 @@ def watched() -> Iterator[None]:
 def _wait_no_longer(pool: Any) -> None:
     """Let everything fail that is still expected of a pool."""
     pool.running = False
+    if getattr(pool, "timer", None) is not None:
+        pool.timer.quit()  # it would talk to the closed pool later
     with pool.futures_lock:
         waiting = list(pool.pending_futures.values())
         pool.pending_futures.clear()
