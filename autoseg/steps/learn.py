@@ -44,10 +44,9 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     """
     network, record = _network(work, record)
     capacity = capacity_of(record.configuration, work.device)
-    # whose trial would wait for processes that have failed theirs
     shared = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     pieces = Pieces(adding(work.team), splits=not shared)
-    compiled, seconds = (None, 0.0) if shared else _compiled(work, record, network, capacity, pieces)
+    compiled, seconds = _compiled(work, record, network, capacity, pieces, tries=not shared)
     state = _state(work, record, network)
     if record.max_seconds is not None:  # the time asked for is that of everything before validation
         state.seconds += _counted(seconds, record.max_seconds - state.seconds, work)
@@ -144,12 +143,12 @@ def batches_of(work: Work, record: Run, compiled: bool = False) -> Batches:
 
 
 def _compiled(
-    work: Work, record: Run, network: nn.Module, capacity: Capacity, pieces: Pieces
+    work: Work, record: Run, network: nn.Module, capacity: Capacity, pieces: Pieces, tries: bool
 ) -> tuple[Step | None, float]:
     """The compiled step where compiling pays in the time that is left, and the seconds that took.
 
     Epochs are estimated to take what matrix products and the launching of kernels let expect. The network is laid out
-    for what comes of it.
+    for what comes of it. Nothing is tried with batch norm over processes: they would wait for one that has failed.
     """
     configuration, device, began = record.configuration, work.device, time.perf_counter()
     samples, train = len(share(work.team, range(configuration.batch_size))), record.configuration.train
@@ -163,7 +162,7 @@ def _compiled(
         left = capacity.seconds(steps * samples, steps)
     _, same = agreed(work.team, False, math.nan if left is None else left)
     compiled = None
-    if pays_to_compile(device, None if math.isnan(same) else same):
+    if tries and pays_to_compile(device, None if math.isnan(same) else same):
         lay_out(network, configuration.dimension, device, compiled=True)
         learn_mode(network)
         with pieces.by_itself() if work.team.size > 1 else nullcontext():
