@@ -47,7 +47,9 @@ def watched() -> Iterator[None]:
         over.set()
         watcher.join()
         anew = getattr(sys.modules.get("torch._inductor.async_compile"), "after_fork", None)
-        if dead and anew is not None:
+        # asked anew: torch itself may have seen it first
+        closed = not all(pool.running and pool.process.poll() is None for pool in _pools())
+        if closed and anew is not None:
             anew()  # torch forgets its pools
 
 
