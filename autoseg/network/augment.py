@@ -240,7 +240,7 @@ def apply(
     for name, change in CHANGES.items():
         if name in there:
             rows, values = there[name], there[name + VALUES]
-            if name == "low_resolution":  # whose sizes the host has to know
+            if change is intensity.coarsen:  # whose sizes the host has to know
                 values = drawn.low_resolution_BC.flatten()
                 values = values[values != 1]
                 change = intensity.coarsen_in_plane if drawn.in_plane_only else change
@@ -266,14 +266,14 @@ def move(values: Tensor, drawn: Drawn, patch_voxels: Sequence[int]) -> Tensor:
 MOVED, MIRROR, VALUES = "moved", "mirror_", "_values"
 """Names, or beginnings and ends of names, of what `_needed` returns beside the places of what is moved."""
 CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "blur": intensity.blur,
-    "brightness": intensity.brighten,
-    "contrast": intensity.contrast,
-    "low_resolution": intensity.coarsen,
-    "gamma_inverted": intensity.gamma_inverted,
-    "gamma": intensity.gamma,
+    "blur_sigma_BCD": intensity.blur,
+    "brightness_BC": intensity.brighten,
+    "contrast_BC": intensity.contrast,
+    "low_resolution_BC": intensity.coarsen,
+    "gamma_inverted_BC": intensity.gamma_inverted,
+    "gamma_BC": intensity.gamma,
 }
-"""In the order in which they happen."""
+"""By the fields of `Drawn` that say whom they hit and how much, in the order in which they happen."""
 
 
 def _needed(drawn: Drawn, size: Sequence[int], patch: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -291,18 +291,11 @@ def _needed(drawn: Drawn, size: Sequence[int], patch: tuple[int, ...]) -> dict[s
         matrix_MDD = drawn.matrix_BDD.numpy()[moved, first:, first:]
         bend_MDP = None if drawn.bend_BDP is None else drawn.bend_BDP.numpy()[moved]
         needed |= movement.places_of(matrix_MDD, bend_MDP, size[first:], patch[first:])
-    for name, values in (
-        ("blur", drawn.blur_sigma_BCD.flatten(0, 1)),
-        ("brightness", drawn.brightness_BC.flatten()),
-        ("contrast", drawn.contrast_BC.flatten()),
-        ("low_resolution", drawn.low_resolution_BC.flatten()),
-        ("gamma_inverted", drawn.gamma_inverted_BC.flatten()),
-        ("gamma", drawn.gamma_BC.flatten()),
-    ):
-        array = values.numpy()
-        rows = hits(name, (array != 0).all(1) if name == "blur" else array != 1)
+    for name, change in CHANGES.items():
+        array, blurs = getattr(drawn, name).flatten(0, 1).numpy(), change is intensity.blur
+        rows = hits(name, (array != 0).all(1) if blurs else array != 1)
         if len(rows):
-            needed[name + VALUES] = intensity.blur_weights(array[rows]) if name == "blur" else array[rows]
+            needed[name + VALUES] = intensity.blur_weights(array[rows]) if blurs else array[rows]
     for axis, hit in enumerate(drawn.mirror_BD.numpy().T):
         hits(f"{MIRROR}{axis}", hit)
     return needed
