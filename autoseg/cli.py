@@ -152,8 +152,8 @@ def train(
     with _watched(together=True) as report:
         how, epochs, max_seconds = parse_length(resume, restart, extend_to, epochs, _seconds(max_time))
         from autoseg.network.memory import parse_bytes
-        from autoseg.steps.options import Machine, Options
         from autoseg.steps.train import train_seeds as step
+        from autoseg.steps.training.options import Machine, Options
 
         asked = Options(
             epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze, sampling

@@ -195,7 +195,7 @@ def evaluate(
                 report=report,
             )  # fmt: skip
         if speeds:
-            from autoseg.steps.speeds import measure_speeds
+            from autoseg.steps.predicting.speeds import measure_speeds
 
             measured = measure_speeds(predictions, configuration, device=device, report=report)
             results |= {"speeds": measured} if as_json else {}  # else they have been said

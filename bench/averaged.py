@@ -31,12 +31,12 @@ from autoseg.network.distributed import ALONE
 from autoseg.planning.student import SIZES, choose_student
 from autoseg.records import Configuration, Dataset, Fold, NetworkSpec, Run, Scores, Splits
 from autoseg.scoring import overlap, statistics
-from autoseg.steps.models import configuration_named, default_configuration, load_network
-from autoseg.steps.options import Machine, Options
 from autoseg.steps.plan import checked
+from autoseg.steps.predicting.models import configuration_named, default_configuration, load_network
 from autoseg.steps.train import train_one
-from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import Instead, fold_cases
+from autoseg.steps.training.options import Machine, Options
+from autoseg.steps.training.validate import validate_fold
+from autoseg.steps.training.work import Instead, fold_cases
 
 BATCH = 2
 

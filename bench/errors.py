@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from autoseg.image.formats import read_image, read_labels
 from autoseg.scoring.overlap import count, dice, mean
-from autoseg.steps.combine import majority
+from autoseg.steps.predicting.combine import majority
 
 CROSS = ndimage.generate_binary_structure(3, 1)
 CUBE = np.ones((3, 3, 3), bool)

@@ -31,11 +31,11 @@ from autoseg.planning.architecture import network_spec
 from autoseg.planning.topology import choose_topology
 from autoseg.planning.train import choose_augment, choose_train
 from autoseg.records import Configuration, Memory, Splits
-from autoseg.steps.batches import Batches
 from autoseg.steps.plan import plan
 from autoseg.steps.predict import configuration_named
 from autoseg.steps.preprocess import preprocess
-from autoseg.steps.sources import bytes_of, held
+from autoseg.steps.training.batches import Batches
+from autoseg.steps.training.sources import bytes_of, held
 
 PATCH = (64, 96, 96)
 

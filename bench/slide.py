@@ -72,7 +72,7 @@ def differing(run: Path, folder: Path, edge: int, speed: str) -> int:
 
     from autoseg import Predictor
     from autoseg.image.volume import Volume, plain_geometry
-    from autoseg.steps.slides import segment_slide
+    from autoseg.steps.predicting.slides import segment_slide
 
     path = folder / "small.tif"
     write_picture(path, edge)

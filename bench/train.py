@@ -34,12 +34,12 @@ from autoseg.network.step import make_optimizer, step
 from autoseg.network.timing import PARTS, Stopwatch
 from autoseg.parallel import allowed_cores
 from autoseg.records import Configuration, Plan
-from autoseg.steps.batches import Batches
-from autoseg.steps.learn import capacity_of
-from autoseg.steps.options import Machine, Options
 from autoseg.steps.predict import configuration_named
-from autoseg.steps.sources import sources_of
-from autoseg.steps.work import look_up
+from autoseg.steps.training.batches import Batches
+from autoseg.steps.training.learn import capacity_of
+from autoseg.steps.training.options import Machine, Options
+from autoseg.steps.training.sources import sources_of
+from autoseg.steps.training.work import look_up
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2147483647", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 """What autoseg.network.device.keep_freed_memory sets for its own process."""

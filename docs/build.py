@@ -72,7 +72,7 @@ def tree() -> str:
             first = re.split(r"(?<=[.!?])\s", " ".join(described.split()))[0].rstrip(".")
             if len(first) > LONGEST_ROLE:
                 first = first[:LONGEST_ROLE].rsplit(", ", 1)[0].rsplit(": ", 1)[0]
-            lines.append(f"{path.relative_to(ROOT).as_posix():39} {first}")
+            lines.append(f"{path.relative_to(ROOT).as_posix():44} {first}")
     return "```\n" + "\n".join(lines) + "\n```"
 
 

@@ -1,4 +1,4 @@
-"""steps/batches.py: what is drawn is counted, and the same whatever was read ahead."""
+"""steps/training/batches.py: what is drawn is counted, and the same whatever was read ahead."""
 
 import json
 import math
@@ -21,9 +21,9 @@ from autoseg.network.patches import InMemory, WithPrevious
 from autoseg.network.patches_on_device import OnDevice
 from autoseg.network.sampling import hard_rates
 from autoseg.records import AugmentSpec, TrainSpec
-from autoseg.steps.batches import Batches
-from autoseg.steps.predictor import one_hot
+from autoseg.steps.predicting.predictor import one_hot
 from autoseg.steps.train import train
+from autoseg.steps.training.batches import Batches
 
 STILL = AugmentSpec(rotation_rad=(0.0,) * 3, rotation_chance=0, scale_chance=0)
 
@@ -117,7 +117,7 @@ def test_images_that_lie_inside_the_patch_are_moved_as_if_more_were_read_around_
             return found
 
     fitted = drawn()
-    monkeypatch.setattr("autoseg.steps.batches._within_reach", lambda enlarged, patch, sources: enlarged)
+    monkeypatch.setattr("autoseg.steps.training.batches._within_reach", lambda enlarged, patch, sources: enlarged)
     for small, large in zip(fitted, drawn(), strict=True):
         torch.testing.assert_close(small.image, large.image, atol=1e-4, rtol=1e-4)
         assert (small.labels == large.labels).float().mean() > 0.99  # ties between two labels
@@ -156,7 +156,7 @@ def test_a_compiled_network_is_validated_in_the_layout_of_eager_ones(monkeypatch
     def as_on_cards(dimension: int, device: Device, compiled: bool = False) -> torch.memory_format:
         return torch.channels_last_3d if compiled else torch.contiguous_format
 
-    monkeypatch.setattr("autoseg.steps.batches.layout", as_on_cards)
+    monkeypatch.setattr("autoseg.steps.training.batches.layout", as_on_cards)
     monkeypatch.setattr("autoseg.network.device.layout", as_on_cards)
     rng, cpu = np.random.default_rng(0), Device(torch.device("cpu"), "fp32")
     labels = rng.integers(0, 3, (8, 8, 8)).astype(np.int16)
@@ -184,7 +184,7 @@ def test_a_compiled_network_is_validated_in_the_layout_of_eager_ones(monkeypatch
 
 
 def test_a_training_says_what_its_patches_were_drawn_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
     spec = TrainSpec(epochs=2, steps_per_epoch=2, warmup_steps=1, augment=STILL)
     data = write_dataset(tmp_path / "data", cases=4, shape=(8, 10, 12))
     run = a_planned_run(tmp_path / "run", data, a_configuration(network=a_network(), train=spec))

@@ -1,4 +1,4 @@
-"""steps/boards.py: TensorBoard gets what the history gained, and says how to get it where it is absent."""
+"""steps/training/boards.py: TensorBoard gets what the history gained, and says how to get it where it is absent."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from autoseg.errors import UserError
-from autoseg.steps.boards import board
+from autoseg.steps.training.boards import board
 
 
 def test_only_new_rows_are_written_and_undefined_values_left_out(

@@ -20,10 +20,10 @@ from autoseg.image.formats import read_image, read_labels
 from autoseg.layout import Layout
 from autoseg.network.distributed import Team
 from autoseg.records import AugmentSpec, Configuration, Dataset, Run, Splits, TrainSpec
-from autoseg.steps.cascade import previous_label_maps, previous_on_grid, trained
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import Predictor, configuration_named, on_grid
 from autoseg.steps.train import train
+from autoseg.steps.training.cascade import previous_label_maps, previous_on_grid, trained
 from autoseg.store import load
 
 PATCH = (8, 8, 8)
@@ -95,7 +95,7 @@ def test_the_second_stage_reads_what_the_first_one_finds(cascaded: Path, monkeyp
     predictor = Predictor(cascaded / "run", device="cpu")
     volume = read_image([path])
     found_KZYX = predictor.segment(volume, with_probabilities=True).probabilities_KZYX
-    monkeypatch.setattr("autoseg.steps.predictor.on_grid", lambda values, prepared, *_: np.ones(
+    monkeypatch.setattr("autoseg.steps.predicting.predictor.on_grid", lambda values, prepared, *_: np.ones(
         prepared.image_CZYX.shape[1:], np.int16
     ))  # fmt: skip
     other_KZYX = predictor.segment(volume, with_probabilities=True).probabilities_KZYX
@@ -146,7 +146,7 @@ def test_processes_share_the_maps_that_are_missing(cascaded: Path, monkeypatch: 
     plan, dataset = checked(run), load(Layout(run).dataset, Dataset)
     configuration = configuration_named(plan, "3d_cascade")
     shutil.rmtree(Layout(run).model("3d_lowres", "1").for_next_stage)
-    monkeypatch.setattr("autoseg.steps.cascade.wait_for_all", waited.append)
+    monkeypatch.setattr("autoseg.steps.training.cascade.wait_for_all", waited.append)
 
     def segment(predictor: Predictor, cases: list, *_: object) -> None:
         assert len(waited) % 2 == 1
@@ -154,7 +154,7 @@ def test_processes_share_the_maps_that_are_missing(cascaded: Path, monkeypatch: 
 
     for rank in (0, 1):
         with monkeypatch.context() as patched:
-            patched.setattr("autoseg.steps.cascade.segment_cases", segment)
+            patched.setattr("autoseg.steps.training.cascade.segment_cases", segment)
             team = Team(rank, 2)
             maps = previous_label_maps(run, plan, configuration, "1", dataset.cases, "cpu", silent, team)
             assert set(maps) == {case.id for case in dataset.cases}

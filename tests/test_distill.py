@@ -36,16 +36,16 @@ from autoseg.records import (
 )
 from autoseg.scoring import statistics
 from autoseg.scoring.distillation import Contestant, Distillation
-from autoseg.steps import contest
 from autoseg.steps import distill as step
-from autoseg.steps.batches import Batches
-from autoseg.steps.begin import begin
-from autoseg.steps.models import load_network
-from autoseg.steps.options import Machine, Options
 from autoseg.steps.predict import predict
-from autoseg.steps.teachers import Lesson, WithTeacher, said_of_case, teachers_named, who_saw, with_teachers
+from autoseg.steps.predicting.models import load_network
+from autoseg.steps.reporting import contest
 from autoseg.steps.train import train
-from autoseg.steps.work import Instead, look_up
+from autoseg.steps.training.batches import Batches
+from autoseg.steps.training.begin import begin
+from autoseg.steps.training.options import Machine, Options
+from autoseg.steps.training.teachers import Lesson, WithTeacher, said_of_case, teachers_named, who_saw, with_teachers
+from autoseg.steps.training.work import Instead, look_up
 from autoseg.store import load, save
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -62,7 +62,7 @@ def tiny() -> Configuration:
 def nothing_slow() -> Iterator[None]:
     """No picture of each single training, and scoring in this process: workers would take seconds to start."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+        patched.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
         patched.setattr("autoseg.steps.evaluate.allowed_cores", lambda: 1)
         yield
 

@@ -22,9 +22,9 @@ from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE, Team, joined, own_device, whole_batch_statistics
 from autoseg.network.patches import InMemory
 from autoseg.records import AugmentSpec, Configuration, Run, Scores, TrainSpec
-from autoseg.steps.batches import Batches
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.train import train
+from autoseg.steps.training.batches import Batches
 from autoseg.store import load
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +168,8 @@ def test_batch_norm_is_not_shared_on_a_cpu() -> None:
 
 def test_a_batch_smaller_than_the_team_is_refused(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from autoseg.events import silent
-    from autoseg.steps.options import Machine, Options
-    from autoseg.steps.work import look_up
+    from autoseg.steps.training.options import Machine, Options
+    from autoseg.steps.training.work import look_up
 
     with pytest.raises(UserError, match="A batch of 3 cannot be shared by 4 processes"):
         look_up(planned, "3d", "0", 0, "no", Options(), Machine("cpu"), Team(1, 4), silent)

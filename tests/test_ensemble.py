@@ -10,10 +10,10 @@ from autoseg.image.probabilities import read_classes, read_header, read_probabil
 from autoseg.image.volume import Geometry, plain_geometry
 from autoseg.layout import agreement_file, prediction_file, probabilities_file
 from autoseg.scoring.comparison import Agreement
-from autoseg.steps import combine
 from autoseg.steps import ensemble as step
-from autoseg.steps.combine import majority, overlaps_of_maps
 from autoseg.steps.ensemble import ensemble
+from autoseg.steps.predicting import combine
+from autoseg.steps.predicting.combine import majority, overlaps_of_maps
 
 NAMES, VALUES = ("background", "organ", "lesion"), (0, 100, 255)
 GEOMETRY = plain_geometry((4, 6, 5), (2.5, 0.7, 0.7))

@@ -19,7 +19,7 @@ from autoseg.layout import Layout, scores_csv, scores_file
 from autoseg.records import Case, Dataset, Fold, Label, Run, Scores, Splits
 from autoseg.steps import evaluate as step
 from autoseg.steps.evaluate import evaluate, evaluate_all, evaluate_run, score_case
-from autoseg.steps.pairs import validated_folds
+from autoseg.steps.predicting.pairs import validated_folds
 
 SPACING_MM = (3.0, 1.0, 0.5)
 LABELS = (Label(name="background", value=0), Label(name="liver", value=10), Label(name="tumour", value=20))

@@ -1,4 +1,4 @@
-"""steps/finetune.py: what another network's weights give, by names of channels and classes, and what stays frozen."""
+"""steps/training/finetune.py: what another network's weights give, by names of channels and classes; what is frozen."""
 
 import shutil
 from pathlib import Path
@@ -16,8 +16,8 @@ from autoseg.events import Event, Trained, Warned
 from autoseg.layout import Layout
 from autoseg.network import unet
 from autoseg.records import AugmentSpec, Configuration, NetworkSpec, Plan, Region, Run, TrainSpec
-from autoseg.steps.finetune import Donor, Names, donor_of, freeze, load_donor, names_of, short_list, take_over
 from autoseg.steps.train import train
+from autoseg.steps.training.finetune import Donor, Names, donor_of, freeze, load_donor, names_of, short_list, take_over
 from autoseg.store import load, save
 
 
@@ -130,7 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def new(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
     shutil.copytree(runs / "new", tmp_path / "new")
     return tmp_path / "new"
 

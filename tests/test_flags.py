@@ -7,7 +7,7 @@ import pytest
 from autoseg.cases.predicted import Predicted
 from autoseg.events import Event, Warned
 from autoseg.layout import flagged_file, prediction_record
-from autoseg.steps.flags import flag, flag_limit
+from autoseg.steps.predicting.flags import flag, flag_limit
 from autoseg.store import save
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from autoseg.cli import app
+
 PACKAGE = Path(__file__).parent.parent / "autoseg"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
@@ -96,6 +98,12 @@ def test_the_floor_rule_itself_refuses_what_it_should() -> None:
     assert not forbidden("steps", "network")
     assert not forbidden("cli", "screen")
     assert not forbidden("image", "image")
+
+
+def test_a_file_directly_in_steps_is_a_command() -> None:
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    files = {path.stem.replace("_", "-") for path in (PACKAGE / "steps").glob("*.py")} - {"--init--"}
+    assert files == names
 
 
 def test_torch_is_imported_at_the_top_only_in_network_and_steps(source: tuple[Path, ast.Module]) -> None:

@@ -90,7 +90,7 @@ def test_nothing_unfinished_is_left(journey: Path) -> None:
 def test_two_channels_keep_their_order_from_the_files_to_the_label_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
     monkeypatch.setattr("autoseg.steps.evaluate.allowed_cores", lambda: 1)
     data, run = tmp_path / "data", tmp_path / "run"
     write_dataset(data, cases=5, shape=(8, 10, 12), channels=2, layout="nnunet", held_out=1)

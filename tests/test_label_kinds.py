@@ -181,7 +181,7 @@ def trained(place: Path, data: Path, **options: object) -> tuple[Path, ModelLayo
 
 @pytest.fixture(autouse=True)
 def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
     monkeypatch.setattr("autoseg.steps.evaluate.allowed_cores", lambda: 1)
 
 

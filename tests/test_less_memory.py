@@ -22,9 +22,9 @@ from autoseg.network.device import Device
 from autoseg.network.less_memory import tilings, until_it_fits
 from autoseg.network.sliding import Scorer, Tiling
 from autoseg.records import AugmentSpec, TrainSpec
-from autoseg.steps import predictor as step
 from autoseg.steps.predict import predict
-from autoseg.steps.predictor import Predictor
+from autoseg.steps.predicting import predictor as step
+from autoseg.steps.predicting.predictor import Predictor
 
 CPU = Device(torch.device("cpu"), "fp32")
 GPU = Device(torch.device("cuda", 0), "bf16")

@@ -20,7 +20,7 @@ from autoseg.layout import Layout, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
 from autoseg.records import AugmentSpec, Configuration, Postprocessing, Rule, Run, TrainSpec
 from autoseg.steps.predict import Predictor, predict
-from autoseg.steps.predictor import as_volume
+from autoseg.steps.predicting.predictor import as_volume
 from autoseg.store import TEMPORARY, save
 
 VALUES = {0, 100, 255}

@@ -17,7 +17,7 @@ from autoseg.image.volume import displacement_mm
 from autoseg.layout import entropy_file, flagged_file, mutual_file, probabilities_file
 from autoseg.records import AugmentSpec, TrainSpec
 from autoseg.steps.predict import predict
-from autoseg.steps.predictor import Predictor, Segmentation, uncertainty_of
+from autoseg.steps.predicting.predictor import Predictor, Segmentation, uncertainty_of
 
 
 @pytest.fixture(scope="module")

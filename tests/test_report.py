@@ -27,11 +27,11 @@ from autoseg.pages.overlay import differing_voxels, draw, labelled_part, upright
 from autoseg.records import Choice, Dataset, Fingerprint, Fold, Label, Plan, Postprocessing, Region, Rule, Run, Scores
 from autoseg.scoring.selection import Candidate, Selection
 from autoseg.scoring.study import Study
-from autoseg.steps.curves import draw_curves
 from autoseg.steps.evaluate import Scoring, save_scores, score_pairs, scoring_of
-from autoseg.steps.pairs import pair_of
+from autoseg.steps.predicting.pairs import pair_of
 from autoseg.steps.report import report
-from autoseg.steps.validated import groups_of, validated
+from autoseg.steps.reporting.curves import draw_curves
+from autoseg.steps.reporting.validated import groups_of, validated
 
 CASES, SHAPE = 6, (8, 20, 24)
 WORST, WORST_PLACE = "case_03", 5

@@ -22,12 +22,12 @@ from autoseg.network import checkpoint, unet
 from autoseg.records import CaseScore, Configuration, Dataset, Label, Plan, Postprocessing, Rule, Run
 from autoseg.scoring.comparison import Agreement
 from autoseg.scoring.selection import Selection, selected
-from autoseg.steps.combine import mean_of_probabilities
 from autoseg.steps.ensemble import ensemble, ensemble_runs
 from autoseg.steps.evaluate import Scoring, evaluate_all
-from autoseg.steps.members import members_of_runs
-from autoseg.steps.pairs import predicted_names
 from autoseg.steps.predict import predict
+from autoseg.steps.predicting.combine import mean_of_probabilities
+from autoseg.steps.predicting.members import members_of_runs
+from autoseg.steps.predicting.pairs import predicted_names
 from autoseg.steps.select import choose, select
 
 LABELS = tuple(Label(name=name, value=value) for name, value in (("background", 0), ("large", 100), ("small", 255)))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from autoseg.errors import UserError
-from autoseg.steps.side_by_side import side_by_side
-from autoseg.steps.stopping import stop_requests
+from autoseg.steps.training.side_by_side import side_by_side
+from autoseg.steps.training.stopping import stop_requests
 
 PATHS = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
 
@@ -69,7 +69,8 @@ def begun_script(script: Path, code: str) -> "subprocess.Popen[bytes]":
 def test_trainings_save_when_their_parent_is_stopped_or_dies_and_none_begins(tmp_path: Path, how: int) -> None:
     code = (
         "from pathlib import Path\nfrom test_side_by_side import saves\n"
-        "from autoseg.steps.side_by_side import side_by_side\nfrom autoseg.steps.stopping import ended_by_sigterm\n"
+        "from autoseg.steps.training.side_by_side import side_by_side\n"
+        "from autoseg.steps.training.stopping import ended_by_sigterm\n"
         "if __name__ == '__main__':\n    with ended_by_sigterm():\n"
         f"        list(side_by_side(saves, [Path({str(tmp_path)!r})] * 5, ['a', 'b']))\n"
     )
@@ -109,7 +110,7 @@ def test_a_killed_training_is_said_to_have_lacked_memory() -> None:
 def test_no_training_outlives_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nfrom test_side_by_side import waits\n"
-        "from autoseg.steps.side_by_side import side_by_side\n"
+        "from autoseg.steps.training.side_by_side import side_by_side\n"
         f"if __name__ == '__main__':\n    list(side_by_side(waits, [Path({str(tmp_path)!r})], ['cpu']))\n"
     )
     parent = begun_script(tmp_path / "script.py", code)

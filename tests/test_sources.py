@@ -12,7 +12,7 @@ from autoseg.network.augment import enlarged_patch
 from autoseg.network.device import Device
 from autoseg.network.distributed import Team
 from autoseg.records import Memory
-from autoseg.steps import sources
+from autoseg.steps.training import sources
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ from autoseg.layout import Layout, prediction_file, speeds_file
 from autoseg.records import AugmentSpec, Dataset, TrainSpec
 from autoseg.steps.evaluate import evaluate
 from autoseg.steps.predict import predict
-from autoseg.steps.speeds import SpeedReading, Speeds, measure_speeds, told
+from autoseg.steps.predicting.speeds import SpeedReading, Speeds, measure_speeds, told
 from autoseg.store import load
 
 

@@ -18,7 +18,7 @@ from autoseg.records import AugmentSpec, CaseScore, Configuration, Run, Scores, 
 from autoseg.scoring import study as figures
 from autoseg.scoring.study import Setting, Study
 from autoseg.steps import study as step
-from autoseg.steps.settings import FIELDS, fields_in, settings_of, with_fields
+from autoseg.steps.training.settings import FIELDS, fields_in, settings_of, with_fields
 from autoseg.store import load, save
 
 CASES = 30
@@ -35,7 +35,7 @@ def tiny() -> Configuration:
 def nothing_slow() -> Iterator[None]:
     """No picture of each single training, and scoring in this process: workers would take seconds to start."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+        patched.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
         patched.setattr("autoseg.steps.evaluate.allowed_cores", lambda: 1)
         yield
 
@@ -285,7 +285,7 @@ def test_under_a_time_limit_all_trainings_have_epochs_of_the_same_length(
 ) -> None:
     timed = iter((0.001, 0.004, 0.002))
     monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device: next(timed))
-    monkeypatch.setattr("autoseg.steps.begin.seconds_per_sample", lambda configuration, device: next(timed))
+    monkeypatch.setattr("autoseg.steps.training.begin.seconds_per_sample", lambda configuration, device: next(timed))
     plan = json.loads(Layout(run).plan.read_text())
     plan["configurations"][0]["train"]["steps_per_epoch"] = 250
     Layout(run).plan.write_text(json.dumps(plan))

@@ -11,8 +11,8 @@ from test_predict import write_network
 from autoseg.events import Advanced, Event, Finished
 from autoseg.lanes import Stage, side_by_side
 from autoseg.records import AugmentSpec, TrainSpec
-from autoseg.steps import tiles
 from autoseg.steps.predict import predict
+from autoseg.steps.predicting import tiles
 
 
 def told(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[Event]:

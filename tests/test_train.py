@@ -27,8 +27,11 @@ from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, pieces, unet
 from autoseg.network.device import Device, cpu_convolves_bf16, native_precision
 from autoseg.records import AugmentSpec, Configuration, Dataset, Memory, Plan, Run, Scores, Splits, TrainSpec
-from autoseg.steps.models import as_trained
-from autoseg.steps.options import (
+from autoseg.steps.predicting.models import as_trained
+from autoseg.steps.predicting.predictor import Predictor
+from autoseg.steps.preprocess import preprocess
+from autoseg.steps.train import train, train_seeds
+from autoseg.steps.training.options import (
     Machine,
     Options,
     fit_to_time,
@@ -38,9 +41,6 @@ from autoseg.steps.options import (
     with_suited_decay,
     with_suited_variation,
 )
-from autoseg.steps.predictor import Predictor
-from autoseg.steps.preprocess import preprocess
-from autoseg.steps.train import train, train_seeds
 from autoseg.store import TEMPORARY, load, save
 
 STEPS = 2
@@ -85,7 +85,7 @@ def trained(preprocessed: Path) -> Path:
 @pytest.fixture
 def run(preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of its own for each test, preprocessed; its curves, which take a second, are not drawn."""
-    monkeypatch.setattr("autoseg.steps.learn.draw_curves", lambda path, history: None)
+    monkeypatch.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
     shutil.copytree(preprocessed, tmp_path / "run")
     return tmp_path / "run"
 
@@ -742,8 +742,8 @@ def test_the_command_that_goes_on_names_what_it_needs() -> None:
 @pytest.fixture
 def slow_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that takes 0.6 s and then fails."""
-    monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
-    monkeypatch.setattr("autoseg.steps.learn.try_compile", lambda *given: time.sleep(0.6))
+    monkeypatch.setattr("autoseg.steps.training.learn.pays_to_compile", lambda device, seconds_left: True)
+    monkeypatch.setattr("autoseg.steps.training.learn.try_compile", lambda *given: time.sleep(0.6))
 
 
 def about_getting_ready(events: list[Event]) -> list[str]:
@@ -773,7 +773,7 @@ def test_a_compiled_training_is_the_eager_one_also_when_it_was_stopped(
 ) -> None:
     """With a compiler that leaves all as it is: what remains is how the compiled step is made, called and resumed."""
     compiled: list[object] = []
-    monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
+    monkeypatch.setattr("autoseg.steps.training.learn.pays_to_compile", lambda device, seconds_left: True)
     monkeypatch.setattr(torch, "compile", lambda whole, mode, dynamic: compiled.append(mode) or whole)
     with pytest.raises(Interrupted):
         start(run, report=at_step(STEPS, lambda: signal.raise_signal(signal.SIGINT)))
@@ -787,7 +787,7 @@ def test_a_compiled_training_that_runs_out_of_memory_goes_on_eager_and_whole_aga
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reset: list[int] = []
-    monkeypatch.setattr("autoseg.steps.learn.pays_to_compile", lambda device, seconds_left: True)
+    monkeypatch.setattr("autoseg.steps.training.learn.pays_to_compile", lambda device, seconds_left: True)
     monkeypatch.setattr(torch, "compile", lambda whole, mode, dynamic: whole)
     monkeypatch.setattr(torch.compiler, "reset", lambda: reset.append(1))
     whole, short = pieces.Pieces._try, [True]

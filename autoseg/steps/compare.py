@@ -20,7 +20,7 @@ from autoseg.layout import comparison_file, comparison_picture, scores_file
 from autoseg.records import CaseScore, Scores
 from autoseg.scoring import statistics
 from autoseg.scoring.comparison import Comparison, Difference
-from autoseg.steps.pairs import dataset_near
+from autoseg.steps.predicting.pairs import dataset_near
 
 FOREGROUND, VOLUME = "foreground", "reference_mm3"
 DEFAULT_METRICS = ("dice", "surface_dice", "hd95_mm")

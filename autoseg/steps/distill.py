@@ -15,15 +15,15 @@ from autoseg.network.memory import anywhere, measurer
 from autoseg.planning.student import choose_student
 from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run
 from autoseg.scoring.distillation import Distillation
-from autoseg.steps.contest import School, contest
-from autoseg.steps.models import configuration_named, default_configuration
-from autoseg.steps.options import Machine, Options
 from autoseg.steps.plan import checked
+from autoseg.steps.predicting.models import configuration_named, default_configuration
 from autoseg.steps.preprocess import Work as Preparing
 from autoseg.steps.preprocess import keep_or_make_splits, preprocess, preprocess_case
-from autoseg.steps.teachers import Lesson, teachers_named, who_saw
+from autoseg.steps.reporting.contest import School, contest
 from autoseg.steps.train import train_one
-from autoseg.steps.work import Instead, check_cases, fold_cases, with_unlabelled
+from autoseg.steps.training.options import Machine, Options
+from autoseg.steps.training.teachers import Lesson, teachers_named, who_saw
+from autoseg.steps.training.work import Instead, check_cases, fold_cases, with_unlabelled
 
 
 def distill(

@@ -19,8 +19,9 @@ from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, si
 from autoseg.layout import agreement_file, prediction_file, probabilities_file
 from autoseg.records import Case, Postprocessing
 from autoseg.scoring.comparison import Agreeing, Agreement
-from autoseg.steps.combine import METHODS, Overlaps, dice_of
-from autoseg.steps.members import (
+from autoseg.steps.postprocess import apply_to_file
+from autoseg.steps.predicting.combine import METHODS, Overlaps, dice_of
+from autoseg.steps.predicting.members import (
     Member,
     check,
     ending_for,
@@ -30,12 +31,11 @@ from autoseg.steps.members import (
     same_plans,
     shares_of,
 )
-from autoseg.steps.pairs import Pair
-from autoseg.steps.postprocess import apply_to_file
-from autoseg.steps.staging import publish, staged
+from autoseg.steps.predicting.pairs import Pair
+from autoseg.steps.predicting.staging import publish, staged
 
 if TYPE_CHECKING:
-    from autoseg.steps.predictor import Predictor
+    from autoseg.steps.predicting.predictor import Predictor
 
 
 def ensemble(

@@ -25,7 +25,7 @@ from autoseg.layout import Layout, scores_csv, scores_file
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import CaseScore, Dataset, Label, Region, Scores, Splits
 from autoseg.scoring import overlap, surface
-from autoseg.steps.pairs import (
+from autoseg.steps.predicting.pairs import (
     Pair,
     check_grids,
     dataset_near,

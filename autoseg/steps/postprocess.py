@@ -27,8 +27,8 @@ from autoseg.layout import Layout
 from autoseg.parallel import allowed_cores, over_cases
 from autoseg.records import Case, Dataset, Label, Postprocessing, Rule
 from autoseg.scoring import statistics
-from autoseg.steps.pairs import Pair, check_grids, validation_pairs
-from autoseg.steps.staging import publish, staged
+from autoseg.steps.predicting.pairs import Pair, check_grids, validation_pairs
+from autoseg.steps.predicting.staging import publish, staged
 
 Result = TypeVar("Result")
 

@@ -37,14 +37,14 @@ from autoseg.network.sliding import Progress
 from autoseg.parallel import allowed_cores
 from autoseg.records import Case, Dataset, Plan
 from autoseg.scoring.selection import selected
-from autoseg.steps.flags import flag
-from autoseg.steps.models import configuration_named as configuration_named
-from autoseg.steps.models import default_configuration as default_configuration
-from autoseg.steps.models import trained_models as trained_models
-from autoseg.steps.predictor import Predictor as Predictor
-from autoseg.steps.predictor import on_grid as on_grid
-from autoseg.steps.slides import segment_slide
-from autoseg.steps.tiles import telling
+from autoseg.steps.predicting.flags import flag
+from autoseg.steps.predicting.models import configuration_named as configuration_named
+from autoseg.steps.predicting.models import default_configuration as default_configuration
+from autoseg.steps.predicting.models import trained_models as trained_models
+from autoseg.steps.predicting.predictor import Predictor as Predictor
+from autoseg.steps.predicting.predictor import on_grid as on_grid
+from autoseg.steps.predicting.slides import segment_slide
+from autoseg.steps.predicting.tiles import telling
 from autoseg.store import load, remove_unfinished
 
 WHAT = "predict"

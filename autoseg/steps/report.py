@@ -21,9 +21,9 @@ from autoseg.records import Dataset, Fingerprint, Plan, Postprocessing, Run, Sav
 from autoseg.scoring.distillation import Distillation
 from autoseg.scoring.selection import selected
 from autoseg.scoring.study import Study
-from autoseg.steps import sections
-from autoseg.steps.curves import curves
-from autoseg.steps.validated import Validated, names_of, score_table, validated, worst_cases
+from autoseg.steps.reporting import sections
+from autoseg.steps.reporting.curves import curves
+from autoseg.steps.reporting.validated import Validated, names_of, score_table, validated, worst_cases
 
 AnySaved = TypeVar("AnySaved", bound=Saved)
 

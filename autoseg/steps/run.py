@@ -16,7 +16,7 @@ from autoseg.steps.postprocess import postprocess_learn
 from autoseg.steps.predict import default_configuration
 from autoseg.steps.preprocess import keep_or_make_splits, preprocess
 from autoseg.steps.train import train
-from autoseg.steps.work import check_cases, fold_cases
+from autoseg.steps.training.work import check_cases, fold_cases
 
 
 def run(

@@ -20,13 +20,13 @@ from autoseg.layout import Layout, ModelLayout, is_student, prediction_file, pro
 from autoseg.records import Case, CaseScore, Dataset
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.selection import Candidate, Selection
-from autoseg.steps.combine import mean_of_probabilities
 from autoseg.steps.ensemble import ensemble_runs
 from autoseg.steps.evaluate import Scoring, score_pairs, scoring_of, summary
-from autoseg.steps.learned import rules_learned_on
-from autoseg.steps.members import trained_configurations
-from autoseg.steps.pairs import check_grids, pair_of, validated_folds
-from autoseg.steps.staging import staged
+from autoseg.steps.predicting.combine import mean_of_probabilities
+from autoseg.steps.predicting.learned import rules_learned_on
+from autoseg.steps.predicting.members import trained_configurations
+from autoseg.steps.predicting.pairs import check_grids, pair_of, validated_folds
+from autoseg.steps.predicting.staging import staged
 
 if TYPE_CHECKING:
     from autoseg.steps.predict import Predictor

@@ -25,20 +25,20 @@ from autoseg.scoring import overlap, statistics
 from autoseg.scoring import study as found
 from autoseg.scoring.comparison import Difference
 from autoseg.scoring.study import Setting, Study, Trial
-from autoseg.steps.cascade import trained
 from autoseg.steps.compare import FOREGROUND, compare
-from autoseg.steps.curves import draw_study
 from autoseg.steps.evaluate import scoring_of, summary
-from autoseg.steps.options import Machine, Options, fit_to_time, seconds_per_sample, with_suited_norm
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.preprocess import preprocess
-from autoseg.steps.settings import fields_in, settings_of, with_fields
-from autoseg.steps.side_by_side import side_by_side
-from autoseg.steps.sources import usual_limit_bytes
-from autoseg.steps.stopping import ended_by_sigterm
+from autoseg.steps.reporting.curves import draw_study
 from autoseg.steps.train import train_one
-from autoseg.steps.work import Instead, cases_of, check_cases
+from autoseg.steps.training.cascade import trained
+from autoseg.steps.training.options import Machine, Options, fit_to_time, seconds_per_sample, with_suited_norm
+from autoseg.steps.training.settings import fields_in, settings_of, with_fields
+from autoseg.steps.training.side_by_side import side_by_side
+from autoseg.steps.training.sources import usual_limit_bytes
+from autoseg.steps.training.stopping import ended_by_sigterm
+from autoseg.steps.training.work import Instead, cases_of, check_cases
 
 LEVEL = 0.95
 UNEQUAL = 2.0

@@ -14,16 +14,16 @@ from autoseg.layout import Layout
 from autoseg.network.device import set_up
 from autoseg.network.distributed import Team, first_goes_first, joined
 from autoseg.records import Dataset, Run, Scores
-from autoseg.steps.begin import begin
-from autoseg.steps.cascade import trained
-from autoseg.steps.learn import in_precision, learn
-from autoseg.steps.options import Machine, Options, resume_command
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
-from autoseg.steps.sources import sources_of
-from autoseg.steps.stopping import ended_by_sigterm
-from autoseg.steps.validate import validate_fold
-from autoseg.steps.work import (
+from autoseg.steps.training.begin import begin
+from autoseg.steps.training.cascade import trained
+from autoseg.steps.training.learn import in_precision, learn
+from autoseg.steps.training.options import Machine, Options, resume_command
+from autoseg.steps.training.sources import sources_of
+from autoseg.steps.training.stopping import ended_by_sigterm
+from autoseg.steps.training.validate import validate_fold
+from autoseg.steps.training.work import (
     Instead,
     Work,
     cases_of,
@@ -77,7 +77,7 @@ def train(
             that is resumed had. Sampling is "mode" or "mode:class=rate,share=..."; see network/sampling.py.
         precision: "bf16", "fp16" or "fp32"; None takes what the device multiplies fastest.
         deterministic: only kernels that repeat their results, where there is a choice.
-        init: run folder or model folder to take the first weights from, see steps/finetune.py.
+        init: run folder or model folder to take the first weights from, see steps/training/finetune.py.
         freeze: "encoder" leaves those weights as they are.
         cache_bytes: preprocessed cases are kept in memory up to this; None: a quarter of what there is.
         tensorboard: also write the history for TensorBoard.

@@ -27,14 +27,14 @@ from autoseg.network.step import follow_layout, laid_out_like, learn_mode, make_
 from autoseg.network.timing import Capacity, matmul_rate
 from autoseg.planning.cost import training_operations
 from autoseg.records import Configuration, Run
-from autoseg.steps.batches import Batches
-from autoseg.steps.boards import board
-from autoseg.steps.curves import draw_curves
-from autoseg.steps.finetune import donor_of, freeze, load_donor, names_of, short_list, take_over
-from autoseg.steps.options import annotated_outputs, class_rates, with_drawn_shares
-from autoseg.steps.stopping import stop_requests
-from autoseg.steps.teachers import Lesson
-from autoseg.steps.work import Work, command_to_go_on
+from autoseg.steps.reporting.curves import draw_curves
+from autoseg.steps.training.batches import Batches
+from autoseg.steps.training.boards import board
+from autoseg.steps.training.finetune import donor_of, freeze, load_donor, names_of, short_list, take_over
+from autoseg.steps.training.options import annotated_outputs, class_rates, with_drawn_shares
+from autoseg.steps.training.stopping import stop_requests
+from autoseg.steps.training.teachers import Lesson
+from autoseg.steps.training.work import Work, command_to_go_on
 
 
 def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainState, Run]:

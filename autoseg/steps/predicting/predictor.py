@@ -38,8 +38,9 @@ from autoseg.network.export import Matrices, Slab, Wanted, new_shape, slab_heigh
 from autoseg.network.less_memory import sums_bytes, tilings, until_it_fits
 from autoseg.network.sliding import OVERLAP, Progress, Scorer, Tiling, score_blocks
 from autoseg.records import Configuration, Plan, Rule
-from autoseg.steps.learned import rules_learned_on
-from autoseg.steps.models import (
+from autoseg.steps.plan import checked
+from autoseg.steps.predicting.learned import rules_learned_on
+from autoseg.steps.predicting.models import (
     as_trained,
     configuration_named,
     fold_and_seed,
@@ -48,14 +49,13 @@ from autoseg.steps.models import (
     trained_configuration,
     trained_models,
 )
-from autoseg.steps.plan import checked
 
 WORTH_A_LINE = 2**28
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What is given up for time; `steps/speeds.py` measures it. The precision is the device's own in all of them."""
+    """What is given up for time, as `speeds.py` measures it; the precision is the device's own in all of them."""
 
     mirroring: bool
     overlap: float

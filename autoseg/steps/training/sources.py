@@ -12,9 +12,9 @@ from autoseg.network.memory import GIB, allowed_ram_bytes
 from autoseg.network.patches import InMemory, Source, WithPrevious
 from autoseg.network.patches_on_device import OnDevice
 from autoseg.records import Configuration
-from autoseg.steps.cascade import previous_label_maps, previous_on_grid
-from autoseg.steps.teachers import with_teachers
-from autoseg.steps.work import Work
+from autoseg.steps.training.cascade import previous_label_maps, previous_on_grid
+from autoseg.steps.training.teachers import with_teachers
+from autoseg.steps.training.work import Work
 
 RAM_SHARE = 0.25
 """Preprocessed cases are kept in RAM while they need less than this share of it, unless a limit was asked for."""

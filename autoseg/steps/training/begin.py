@@ -5,7 +5,8 @@ import torch
 from autoseg import __version__, store
 from autoseg.events import Said
 from autoseg.records import Configuration, Fingerprint, Run
-from autoseg.steps.options import (
+from autoseg.steps.preprocess import preprocess
+from autoseg.steps.training.options import (
     DECAYS,
     SEES,
     Options,
@@ -17,8 +18,7 @@ from autoseg.steps.options import (
     with_suited_norm,
     with_suited_variation,
 )
-from autoseg.steps.preprocess import preprocess
-from autoseg.steps.work import Work, resumed_configuration
+from autoseg.steps.training.work import Work, resumed_configuration
 
 
 def begin(work: Work, asked: Options) -> Run:

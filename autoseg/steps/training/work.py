@@ -14,12 +14,19 @@ from autoseg.network import checkpoint, losses
 from autoseg.network.device import Device, pick, slow_convolutions
 from autoseg.network.distributed import Team, own_device
 from autoseg.records import Configuration, Dataset, Fingerprint, Fold, Plan, Run, Splits
-from autoseg.steps.finetune import donor_of
-from autoseg.steps.models import sees_otherwise
-from autoseg.steps.options import Machine, Options, class_rates, resume_command, with_class_weights, with_options
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
-from autoseg.steps.teachers import Lesson
+from autoseg.steps.predicting.models import sees_otherwise
+from autoseg.steps.training.finetune import donor_of
+from autoseg.steps.training.options import (
+    Machine,
+    Options,
+    class_rates,
+    resume_command,
+    with_class_weights,
+    with_options,
+)
+from autoseg.steps.training.teachers import Lesson
 
 MAY_DIFFER = ("memory",)
 """What of a configuration may change under a training: it says how the plan came about."""

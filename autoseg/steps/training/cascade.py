@@ -19,9 +19,9 @@ from autoseg.image.resample import resample_labels
 from autoseg.layout import Layout, ModelLayout, prediction_file
 from autoseg.network.distributed import ALONE, Team, share, wait_for_all
 from autoseg.records import Case, Configuration, Plan, Run
-from autoseg.steps.models import learned_from, trained_models
 from autoseg.steps.predict import segment_cases
-from autoseg.steps.predictor import Predictor
+from autoseg.steps.predicting.models import learned_from, trained_models
+from autoseg.steps.predicting.predictor import Predictor
 from autoseg.store import load, make_folder, remove_unfinished
 
 

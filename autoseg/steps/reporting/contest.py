@@ -20,9 +20,9 @@ from autoseg.planning.cost import parameters, training_operations
 from autoseg.records import Configuration, Dataset, Fold, NetworkSpec, Plan, Scores
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring.distillation import Contestant, Distillation
-from autoseg.steps.models import as_trained, load_network
-from autoseg.steps.predictor import Predictor
-from autoseg.steps.validate import validate_fold
+from autoseg.steps.predicting.models import as_trained, load_network
+from autoseg.steps.predicting.predictor import Predictor
+from autoseg.steps.training.validate import validate_fold
 
 TIMED_CASES = 5
 ALONE = "labels alone"

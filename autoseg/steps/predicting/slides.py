@@ -18,7 +18,7 @@ from autoseg.network.export import Wanted, slabs
 from autoseg.network.less_memory import until_it_fits
 from autoseg.network.sliding import Progress, Tiling, row_blocks
 from autoseg.records import Configuration
-from autoseg.steps.predictor import Predictor
+from autoseg.steps.predicting.predictor import Predictor
 
 
 def segment_slide(predictor: Predictor, path: Path, output: Path, progress: Progress | None = None) -> None:

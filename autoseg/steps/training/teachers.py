@@ -28,9 +28,16 @@ from autoseg.network.less_memory import sums_bytes, tilings, until_it_fits
 from autoseg.network.patches import Box, Source
 from autoseg.network.sliding import Scorer, Tiling, score_blocks
 from autoseg.records import Case, Configuration, Plan, Run
-from autoseg.steps.members import same_plans
-from autoseg.steps.models import learned_from, load_network, mirror_axes_of, sees_otherwise, trained_models, unlike
-from autoseg.steps.predictor import one_hot
+from autoseg.steps.predicting.members import same_plans
+from autoseg.steps.predicting.models import (
+    learned_from,
+    load_network,
+    mirror_axes_of,
+    sees_otherwise,
+    trained_models,
+    unlike,
+)
+from autoseg.steps.predicting.predictor import one_hot
 
 
 @dataclass(frozen=True)

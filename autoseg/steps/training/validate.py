@@ -13,8 +13,8 @@ from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE, Team, share, wait_for_all
 from autoseg.records import Configuration, Dataset, Fold, Plan, Scores
 from autoseg.steps.evaluate import save_scores, score_pairs, scoring_of
-from autoseg.steps.pairs import pair_of
-from autoseg.steps.predictor import Predictor
+from autoseg.steps.predicting.pairs import pair_of
+from autoseg.steps.predicting.predictor import Predictor
 
 
 def validate_fold(

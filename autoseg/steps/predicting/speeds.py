@@ -15,10 +15,10 @@ from autoseg.image.labels import label_maps, to_indices
 from autoseg.layout import Layout, ModelLayout, speeds_file
 from autoseg.records import Case, CaseScore, Dataset, Record, Saved
 from autoseg.steps.evaluate import score_case, scoring_of, summary
-from autoseg.steps.models import fold_and_seed, trained_configuration
-from autoseg.steps.pairs import validated_folds
 from autoseg.steps.plan import checked
-from autoseg.steps.predictor import SPEEDS, Predictor
+from autoseg.steps.predicting.models import fold_and_seed, trained_configuration
+from autoseg.steps.predicting.pairs import validated_folds
+from autoseg.steps.predicting.predictor import SPEEDS, Predictor
 
 WHAT = "measure speeds"
 
