@@ -222,8 +222,9 @@ def test_a_class_that_few_cases_have_is_drawn_at_a_rate_of_its_own() -> None:
     cases = [*alike(1), *alike(19, class_voxels=(10_000, 500, 0))]
     found = fingerprint(cases)
     assert choose_sampling(found) == "class_balanced"
-    choice = awareness.describe_imbalance(found, choose_train(train().augment, choose_sampling(found)))
+    choice = awareness.describe_imbalance(found, choose_train(train().augment, choose_sampling(found)), {"3d": 2})
     assert choice.value.endswith("class_balanced")
+    assert "of a case evenly" not in choice.because
     assert "In few cases: posterior (1 of 20)" in choice.because
     assert choose_sampling(fingerprint(cases[:10])) == "foreground"
 
@@ -231,18 +232,28 @@ def test_a_class_that_few_cases_have_is_drawn_at_a_rate_of_its_own() -> None:
 def test_tubes_are_told_by_their_names() -> None:
     assert tubes(["hepatic_vessels", "Portal vein", "liver"]) == ("hepatic_vessels", "Portal vein")
     found = fingerprint(alike(4), classes=("vessel", "tumour"))
-    assert "vessel: tubes" in awareness.describe_imbalance(found, train()).because
-    assert "tubes" not in awareness.describe_imbalance(fingerprint(alike(4)), train()).because
+    assert "vessel: tubes" in awareness.describe_imbalance(found, train(), {"3d": 2}).because
+    assert "tubes" not in awareness.describe_imbalance(fingerprint(alike(4)), train(), {"3d": 2}).because
 
 
 def test_imbalance_is_told_with_the_rarest_class() -> None:
     cases = alike(4, class_voxels=(1_000_000, 100_000, 20))
-    choice = awareness.describe_imbalance(fingerprint(cases), train())
+    choice = awareness.describe_imbalance(fingerprint(cases), train(), {"2d": 12, "3d": 2})
     assert "posterior" in choice.because
     assert "5000 times" in choice.because
-    assert "foreground_share" in choice.because
-    even = awareness.describe_imbalance(fingerprint(alike(4)), train())
+    even = awareness.describe_imbalance(fingerprint(alike(4)), train(), {"3d": 2})
     assert "times" not in even.because
+
+
+def test_patches_on_foreground_are_told_as_they_are_drawn() -> None:
+    """A batch of two has one of them whatever share is asked for, so a higher share is not advised there."""
+    rare = fingerprint(alike(4, class_voxels=(1_000_000, 100_000, 20)))
+    both = awareness.describe_imbalance(rare, train(), {"2d": 12, "3d": 2, "3d_lowres": 2})
+    assert both.value == "dice_ce, patches on foreground: 4 of 12 (2d), 1 of 2 (3d, 3d_lowres)"
+    assert "raise foreground_share in plan.json to 0.66, which puts 8 of 12 (2d) on foreground, or compare" in both.because
+    small = awareness.describe_imbalance(rare, train(), {"3d": 2})
+    assert "if its Dice stays low, compare losses" in small.because
+    assert "foreground_share" not in small.because
 
 
 def test_tiny_structures_warn_and_propose_a_spacing_that_makes_them_large_enough() -> None:

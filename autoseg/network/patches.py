@@ -98,13 +98,18 @@ def generator_of(seed: int, step: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng((seed, step, purpose))
 
 
+def forced_of(batch_size: int, foreground_share: float) -> int:
+    """How many patches of a batch are on foreground: whole ones, and at least one where the share is above 0."""
+    return batch_size - min(batch_size - 1, round(batch_size * (1 - foreground_share))) if foreground_share > 0 else 0
+
+
 def draw_places(
     sources: Sequence[Source], sampling: Sampling, step: int, purpose: int = 0, held: Holders | None = None
 ) -> tuple[Place, ...]:
     """Draw one place per sample: first the case and perhaps a class, as the mode of sampling says, then the position.
 
-    The last `round(batch x foreground_share)` samples (at least one when the share is above 0) are centred on a voxel
-    of a foreground class; the others lie uniformly inside the image (with an ignore label: around an annotated voxel).
+    The last samples, as many as `forced_of` says, are centred on a voxel of a foreground class; the others lie
+    uniformly inside the image (with an ignore label: around an annotated voxel).
     Source: nnU-Net's data loader (Isensee et al. 2021), except that forced patches are also clamped at the far end
     instead of hanging over it.
 
@@ -113,9 +118,7 @@ def draw_places(
     """
     chance = generator_of(sampling.seed, step, purpose)
     batch = sampling.batch_size
-    forced_from = batch
-    if sampling.foreground_share > 0:
-        forced_from = min(batch - 1, round(batch * (1 - sampling.foreground_share)))
+    forced_from = batch - forced_of(batch, sampling.foreground_share)
     if held is None:
         held = {} if sampling.mode == "foreground" else holders(sources)
     patch_zyx = (1,) * (3 - len(sampling.patch_voxels)) + sampling.patch_voxels

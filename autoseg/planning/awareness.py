@@ -1,9 +1,10 @@
 """What the planner notices in the data: imbalance, tiny structures, cases without labels; the numbers, then advice."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from statistics import median
 
+from autoseg.network.patches import forced_of
 from autoseg.planning.train import few_cases_with, tubes
 from autoseg.planning.wording import millimetres, percent, some
 from autoseg.records import Choice, Fingerprint, Millimetres3, TrainSpec
@@ -14,6 +15,8 @@ SPECKS_FACTOR = 20.0
 """Components on average this many times larger than a tiny one: the small ones are specks beside the structure."""
 RARE_SHARE = 1e-4
 UNEVEN_FACTOR = 100.0
+HIGHER_SHARE = 0.66
+"""What `foreground_share` may be raised to for a rare class."""
 
 
 def describe_empty(fingerprint: Fingerprint) -> Choice:
@@ -30,12 +33,12 @@ def describe_empty(fingerprint: Fingerprint) -> Choice:
     return Choice(field="data.empty_cases", value=f"{len(empty)} of {len(cases)}", because=because)
 
 
-def describe_imbalance(fingerprint: Fingerprint, train: TrainSpec) -> Choice:
-    """Shares of the classes, and what loss and sampling do about them."""
+def describe_imbalance(fingerprint: Fingerprint, train: TrainSpec, batches: Mapping[str, int]) -> Choice:
+    """Shares of the classes, and what loss and sampling do about them; `batches` are those of the configurations."""
     totals = [sum(case.class_voxels[k] for case in fingerprint.cases) for k in range(len(fingerprint.labels))]
     everything = max(1, sum(totals))
     found = [(totals[k], label.name) for k, label in enumerate(fingerprint.labels) if k and totals[k]]
-    value = f"{train.loss}, {percent(train.foreground_share)} of the patches on foreground"
+    value = f"{train.loss}, patches on foreground: {_forced(batches, train.foreground_share)}"
     if train.sampling != "foreground":
         value += f", {train.sampling}"
     if not found:
@@ -44,15 +47,15 @@ def describe_imbalance(fingerprint: Fingerprint, train: TrainSpec) -> Choice:
     foreground = sum(count for count, _ in found) / everything
     because = (
         f"foreground fills {percent(foreground)} of the voxels; the rarest class, {rarest}, "
-        f"{percent(least / everything)}. Dice weighs each class alike whatever its size, and forced patches draw the "
-        "classes of a case evenly."
+        f"{percent(least / everything)}. Dice weighs each class alike whatever its size"
     )
+    because += "." if train.sampling == "class_balanced" else ", and forced patches draw the classes of a case evenly."
     if most > UNEVEN_FACTOR * least:
         because += f" {commonest} is {most / least:.0f} times larger than {rarest}."
     if least < RARE_SHARE * everything:
         because += (
-            f" {rarest} is rare: if its Dice stays low, raise foreground_share in plan.json to 0.66, or compare losses "
-            "that follow hard voxels: autoseg study RUN --vary loss=dice_ce,dice_focal,dice_topk."
+            f" {rarest} is rare: if its Dice stays low, {_raised(batches, train.foreground_share)}compare losses that "
+            "follow hard voxels: autoseg study RUN --vary loss=dice_ce,dice_focal,dice_topk."
         )
     if few := few_cases_with(fingerprint):
         named = some([f"{name} ({count} of {len(fingerprint.cases)})" for name, count in few.items()])
@@ -86,6 +89,21 @@ def describe_tiny(fingerprint: Fingerprint, spacing_mm: Millimetres3) -> tuple[C
         f"of noise in the labels, try a spacing of {millimetres(proposal)}, which gives {enough}."
     )
     return Choice(field="data.tiny_structures", value=some([names[k] for _, k in found]), because=warning), (warning,)
+
+
+def _forced(batches: Mapping[str, int], share: float) -> str:
+    """E.g. "4 of 12 (2d), 1 of 2 (3d, 3d_lowres)"."""
+    names: dict[str, list[str]] = {}
+    for name, batch in batches.items():
+        names.setdefault(f"{forced_of(batch, share)} of {batch}", []).append(name)
+    return ", ".join(f"{forced} ({', '.join(those)})" for forced, those in names.items())
+
+
+def _raised(batches: Mapping[str, int], share: float) -> str:
+    """What a higher share would force; nothing where it adds no patch to the batch, or leaves none that is free."""
+    more = {n: b for n, b in batches.items() if forced_of(b, share) < forced_of(b, HIGHER_SHARE) < b}
+    forced = f"which puts {_forced(more, HIGHER_SHARE)} on foreground"
+    return f"raise foreground_share in plan.json to {HIGHER_SHARE}, {forced}, or " if more else ""
 
 
 def _component_voxels(fingerprint: Fingerprint, spacing_mm: Millimetres3) -> dict[int, tuple[float, float]]:

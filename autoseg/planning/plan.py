@@ -1,5 +1,6 @@
 """From a fingerprint and a budget to a plan. Knows no disk and no device: `measure` comes from outside."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from autoseg import __version__
@@ -13,7 +14,7 @@ from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patc
 from autoseg.planning.spacing import choose_axes, choose_spacing, describe_shape, median_shape, transposed
 from autoseg.planning.train import choose_sampling, describe_train, orientations_of, sided_labels, warn_of_mixed
 from autoseg.planning.wording import device, gigabytes, some, voxels
-from autoseg.records import Budget, Choice, Configuration, Fingerprint, Millimetres3, Plan, TrainSpec
+from autoseg.records import Budget, Choice, Configuration, Fingerprint, Millimetres3, Plan
 
 PlannedOne = tuple[Configuration, tuple[Choice, ...]]
 _SEES_MOST = "patches see most of the image, so Dice is taken per sample."
@@ -53,7 +54,7 @@ def make_plan(
     slices, slices_choices = plan_slices(full, shared, budget, measure, report)
     volumes, lowres_choice = plan_volumes(full, fingerprint.dimension, shared, budget, measure, report)
     grid_choices = (spacing_choice, axes_choice, describe_shape(full.median_shape_voxels, shared.cases))
-    noticed = _notice(fingerprint, spacing, (*slices, *volumes)[0][0].train, report)
+    noticed = _notice(fingerprint, spacing, [each for each, _ in (*slices, *volumes)], report)
     choices = (_budget_choice(budget, source), *shared_choices, *grid_choices, *noticed, *slices_choices, lowres_choice)
     return Plan(
         autoseg_version=__version__,
@@ -81,7 +82,7 @@ def plan_slices(
         because = f"slices of {voxels(grid.patch_median_voxels)} voxels cannot be halved even once; volumes can."
         return [], (Choice(field="2d", value="none", because=because),)
     planned = plan_grid(grid, _patches(grid), shared, _readings("2d", measure, budget, report))
-    return [_with_batch_dice(planned, True, "slices often lack a class, so Dice is taken over the whole batch.")], ()
+    return [_with_batch_dice(planned, True, "Dice is taken over the whole batch, as nnU-Net does in 2D.")], ()
 
 
 def plan_volumes(
@@ -179,7 +180,9 @@ def _shared(
     return shared, (Choice(field="preset", value=preset, because=chosen.because), *normalization_choices, masks_choice)
 
 
-def _notice(fingerprint: Fingerprint, spacing_mm: Millimetres3, train: TrainSpec, report: Report) -> tuple[Choice, ...]:
+def _notice(
+    fingerprint: Fingerprint, spacing_mm: Millimetres3, planned: Sequence[Configuration], report: Report
+) -> tuple[Choice, ...]:
     """What the data itself suggests, announced where it matters."""
     tiny, warnings = awareness.describe_tiny(fingerprint, spacing_mm)
     for warning in (*warnings_of(fingerprint.channels), *warnings):
@@ -190,8 +193,9 @@ def _notice(fingerprint: Fingerprint, spacing_mm: Millimetres3, train: TrainSpec
         report(Said(f"{names}: labels that tell one side from the other; no mirroring along that axis."))
     for warning in warn_of_mixed(sided, orientations_of(fingerprint.cases)):
         report(Warned(warning))
-    empty, imbalance = awareness.describe_empty(fingerprint), awareness.describe_imbalance(fingerprint, train)
-    return empty, imbalance, tiny, *describe_train(train)
+    train, batches = planned[0].train, {each.name: each.batch_size for each in planned}
+    imbalance = awareness.describe_imbalance(fingerprint, train, batches)
+    return awareness.describe_empty(fingerprint), imbalance, tiny, *describe_train(train)
 
 
 def _readings(name: str, measure: Measure, budget: Budget, report: Report) -> Readings:

@@ -80,8 +80,9 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
         Choice(
             field="train.optimizer",
             value=f"{train.optimizer}, learning rate {train.learning_rate:g}, weight decay {train.weight_decay:g}",
-            because=f"{train.warmup_steps} warm-up steps, then (1 - share done)^0.9. With it a hippocampus Dice of "
-            "0.883 was reached in 15 minutes on 2 CPU cores; nnU-Net's SGD was not tried in its place.",
+            because=f"{train.warmup_steps} warm-up steps, then (1 - share done)^0.9. With it, and weight decay raised "
+            "as `train` does in short trainings, a hippocampus Dice of 0.883 was reached in 15 minutes on 2 CPU cores; "
+            "nnU-Net's SGD was not tried in its place.",
         ),
         Choice(
             field="train.epochs",
