@@ -24,6 +24,13 @@ def test_an_edit_changes_its_field_and_says_what_it_was() -> None:
     assert PLAN.configurations[1].patch_voxels == (40, 56, 40)
 
 
+def test_an_edit_takes_the_place_of_what_was_said_for_all_where_there_is_one_configuration() -> None:
+    flat = make_plan(fingerprint(alike(20, shape=(1, 64, 64)), dimension=2), budget(8), counting())
+    fields = [choice.field for choice in edit(flat, ["2d.train.epochs=9"]).choices]
+    assert ("train.epochs" in fields, "2d.train.epochs" in fields) == (False, True)
+    assert "train.epochs" in [choice.field for choice in edit(PLAN, ["2d.train.epochs=9"]).choices]
+
+
 @pytest.mark.parametrize(
     ("change", "message", "fix"),
     [

@@ -1,11 +1,23 @@
 """Tables and drawings of a plan."""
 
+from pathlib import Path
+
 from fingerprints import alike, budget, counting, fingerprint
 
 from autoseg.planning.cost import layers, parameters, receptive_fields, training_operations
-from autoseg.planning.explain import LONG_SECONDS, drawing, duration, long_trainings, seconds_per_epoch, tables
+from autoseg.planning.edit import edit
+from autoseg.planning.explain import (
+    LONG_SECONDS,
+    choice_table,
+    drawing,
+    duration,
+    long_trainings,
+    seconds_per_epoch,
+    tables,
+)
 from autoseg.planning.plan import make_plan
-from autoseg.records import NetworkSpec
+from autoseg.records import NetworkSpec, Plan
+from autoseg.store import load
 
 PLAN = make_plan(fingerprint(alike(200)), budget(8), counting())
 SPEC = NetworkSpec(
@@ -28,6 +40,40 @@ def test_tables_have_a_row_per_choice_configuration_and_reading() -> None:
     assert len(attempts.rows) == sum(len(c.memory.attempts) for c in PLAN.configurations)
     for table in (choices, costs, attempts):
         assert all(len(row) == len(table.headings) for row in table.rows)
+
+
+def test_no_row_of_a_plan_as_it_was_made_is_marked_as_edited() -> None:
+    files = sorted((Path(__file__).parent.parent / "plans").glob("*/plan-8GB.json"))
+    rows = [(file.parent.name, *row) for file in files for row in choice_table(load(file, Plan)).rows]
+    assert len(rows) > 300
+    assert [row for row in rows if "edited" in row[2]] == []
+
+
+def test_rows_that_the_plan_does_not_hold_any_more_say_what_it_holds() -> None:
+    train = {"epochs": 7, "loss": "ce", "augment": {"rotation_rad": [0.5, 0.0, 0.0], "mirror_axes": [2]}}
+    content = PLAN.model_dump(mode="json")
+    volumes = content["configurations"][1]
+    volumes["train"] |= train | {"augment": volumes["train"]["augment"] | train["augment"]}
+    volumes |= {"patch_voxels": [48, 64, 40], "spacing_mm": [2.0, 1.0, 1.0], "batch_dice": True}
+    rows = {field: value for field, value, _ in choice_table(Plan.model_validate(content)).rows}
+    assert {field: value.partition(" (edited: ")[2] for field, value in rows.items() if "edited" in value} == {
+        "train.epochs": "now 7 of 250 steps in 3d)",
+        "data.imbalance": "now ce, 2 of 7 in 3d)",
+        "spacing_mm": "now 2 x 1 x 1 mm in 3d)",
+        "3d.patch_voxels": "now [48, 64, 40])",
+        "3d.batch_dice": "now true)",
+        "3d.train.augment.rotation_rad": "now 29 0 0 degrees at most)",
+        "3d.train.augment.mirror_axes": "now X of the files)",
+    }
+
+
+def test_rows_of_an_edit_field_by_field_are_not_marked() -> None:
+    changes = ["3d.patch_voxels=48,64,40", "3d.train.learning_rate=3e-3", "3d.train.augment.mirror_axes=[]"]
+    changes += ["3d.train.augment.rotation_rad=0.5,0,0", "2d.batch_dice=false", "2d.train.loss=dice_focal:gamma=1"]
+    rows = {field: value for field, value, _ in choice_table(edit(PLAN, changes)).rows}
+    marked = [field for field, value in rows.items() if "edited" in value]
+    assert marked == ["data.imbalance", "train.optimizer"]
+    assert rows["train.optimizer"].endswith("(edited: now adamw, learning rate 0.003, weight decay 0.01 in 3d)")
 
 
 def test_the_drawing_has_a_line_per_stage() -> None:

@@ -250,7 +250,7 @@ def test_patches_on_foreground_are_told_as_they_are_drawn() -> None:
     rare = fingerprint(alike(4, class_voxels=(1_000_000, 100_000, 20)))
     both = awareness.describe_imbalance(rare, train(), {"2d": 12, "3d": 2, "3d_lowres": 2})
     assert both.value == "dice_ce, patches on foreground: 4 of 12 (2d), 1 of 2 (3d, 3d_lowres)"
-    assert "raise foreground_share in plan.json to 0.66, which puts 8 of 12 (2d) on foreground, or compare" in both.because
+    assert "raise foreground_share in plan.json to 0.66, which puts 8 of 12 (2d) on foreground, or" in both.because
     small = awareness.describe_imbalance(rare, train(), {"3d": 2})
     assert "if its Dice stays low, compare losses" in small.because
     assert "foreground_share" not in small.because

@@ -28,7 +28,8 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
             raise UserError(f"--edit {change}: a field and its value are needed.", fix=f"Such as {EXAMPLE}.")
         before = _set(content["configurations"], path, _value(text))
         because = f"set by hand; it was {json.dumps(before)}."
-        others = [each for each in content["choices"] if each["field"] != path]
+        replaced = (path, path.partition(".")[2]) if len(content["configurations"]) == 1 else (path,)
+        others = [each for each in content["choices"] if each["field"] not in replaced]
         content["choices"] = [*others, Choice(field=path, value=text, because=because).model_dump(mode="json")]
     edited = parse({"autoseg": "plan", "schema": Plan.SCHEMA, **content}, Plan, f"--edit {' '.join(changes)}")
     check_plan(edited)

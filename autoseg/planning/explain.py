@@ -3,16 +3,22 @@
 Nothing here prints. Costs are counted on paper (cost.py), times are a rough guess from such counts.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import degrees
+from typing import Any
 
+from autoseg.network.patches import forced_of
 from autoseg.planning.cost import parameters, receptive_fields, sizes_per_stage, training_operations
+from autoseg.planning.train import describe_train
 from autoseg.planning.wording import device, gigabytes, millimetres, voxels
-from autoseg.records import Budget, Configuration, Plan
+from autoseg.records import Budget, Choice, Configuration, Plan
 
 OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12, "cpu in fp32": 0.12e12}
-"""What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); two CPU cores with and without bf16
-units (0.58 and 0.12 TFLOP/s, docs/benchmarks.md)."""
+"""What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); two CPU cores in bf16
+(804 GFLOP in 1.1 to 1.8 s) and in fp32 (in 2.1 to 8.0 s, docs/benchmarks.md). Kept low: few machines are idle."""
 LONGEST_BAR = 24
 LONG_SECONDS = 2 * 86_400
 """A training that takes longer is worth a word before it begins."""
@@ -33,8 +39,8 @@ def tables(plan: Plan) -> tuple[Table, ...]:
 
 
 def choice_table(plan: Plan) -> Table:
-    """One row per decision: what, value, why."""
-    rows = tuple((choice.field, choice.value, choice.because) for choice in plan.choices)
+    """One row per decision: what, value, why; and where the plan was edited since, what it holds now."""
+    rows = tuple((choice.field, choice.value + _edited(choice, plan), choice.because) for choice in plan.choices)
     return Table(f"Choices for {plan.dataset}", ("field", "value", "because"), rows)
 
 
@@ -129,6 +135,49 @@ def drawing(configuration: Configuration) -> tuple[str, ...]:
         f"{spec.norm} norm, {parameters(spec) / 1e6:.1f} M parameters"
     )
     return head, *_aligned(tuple(_stage_rows(configuration)))
+
+
+def _edited(choice: Choice, plan: Plan) -> str:
+    """E.g. " (edited: now 7 of 250 steps in 3d)" where the plan does not hold any more what a choice says, else ""."""
+    name, _, field = choice.field.partition(".")
+    own = [each for each in plan.configurations if each.name == name]
+    if not own and choice.field == "median_shape_voxels":
+        return ""
+    now: dict[str, list[str]] = {}
+    for each in own or plan.configurations:
+        if own or choice.field != "spacing_mm" or each.name == "3d":
+            held = _held_instead(field if own else choice.field, choice.value, each)
+            now.setdefault(held, []).append(each.name)
+    said = ", ".join(held if own else f"{held} in {' and '.join(names)}" for held, names in now.items() if held)
+    return f" (edited: now {said})" if said else ""
+
+
+def _held_instead(field: str, value: str, one: Configuration) -> str:
+    """What a field of the configuration holds, where that is not the value of its choice; else ""."""
+    train, of_file = one.train, one.axes[3 - one.dimension :]
+    if field == "data.imbalance":
+        forced = f"{forced_of(one.batch_size, train.foreground_share)} of {one.batch_size}"
+        return "" if value.startswith(f"{train.loss},") and f" {forced} (" in value else f"{train.loss}, {forced}"
+    turns, mirrored = train.augment.rotation_rad, train.augment.mirror_axes
+    said = {choice.field: choice.value for choice in describe_train(train)} | {
+        "memory": gigabytes(one.memory.peak_bytes),
+        "spacing_mm": millimetres([one.spacing_mm[one.axes.index(axis)] for axis in range(3)]),
+        "train.augment.rotation_rad": f"{' '.join(f'{degrees(turn):.0f}' for turn in turns)} degrees at most",
+        "train.augment.mirror_axes": f"{' '.join('ZYX'[of_file[a]] for a in mirrored) or 'none'} of the files",
+    }
+    held: Any = one.model_dump(mode="json")
+    for part in field.split("."):
+        held = held.get(part) if isinstance(held, dict) else held[int(part)] if part.isdigit() else None
+    ways = [said[field]] if field in said else []
+    ways += [] if held is None or isinstance(held, dict) else [json.dumps(held)]
+    return "" if not ways or _words(value) in map(_words, ways) else ways[0]
+
+
+def _words(text: str) -> list[float | str]:
+    """Numbers and words, however they are joined: "40 x 56 x 40", "40,56,40" and "[40, 56, 40]" are the same."""
+    found = re.findall(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?|[A-Za-z_]+", text)
+    known = {"yes": "true", "no": "false"}
+    return [float(word) if word[-1].isdigit() else known.get(word, word) for word in found if word != "x"]
 
 
 def _stage_rows(configuration: Configuration) -> Iterator[tuple[str, ...]]:
