@@ -105,3 +105,8 @@ class AugmentSpec(Record):
     extra_movement_chance: Share = 0.6
     extra_movement_to_patches: Annotated[int, Field(ge=0)] = 200_000
     turn_in_plane_only: bool = False
+
+
+def forced_of(batch_size: int, foreground_share: float) -> int:
+    """How many patches of a batch are on foreground: whole ones, and at least one where the share is above 0."""
+    return batch_size - min(batch_size - 1, round(batch_size * (1 - foreground_share))) if foreground_share > 0 else 0

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from autoseg.network.sampling import CHOOSE, Holders, holders
+from autoseg.specs import forced_of
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -96,11 +97,6 @@ class Place:
 def generator_of(seed: int, step: int, purpose: int) -> np.random.Generator:
     """The random numbers of one step; `purpose` keeps training, validation and augmentation apart."""
     return np.random.default_rng((seed, step, purpose))
-
-
-def forced_of(batch_size: int, foreground_share: float) -> int:
-    """How many patches of a batch are on foreground: whole ones, and at least one where the share is above 0."""
-    return batch_size - min(batch_size - 1, round(batch_size * (1 - foreground_share))) if foreground_share > 0 else 0
 
 
 def draw_places(

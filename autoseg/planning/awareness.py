@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from statistics import median
 
-from autoseg.network.patches import forced_of
 from autoseg.planning.train import few_cases_with, tubes
 from autoseg.planning.wording import millimetres, percent, some
 from autoseg.records import Choice, Fingerprint, Millimetres3, TrainSpec
+from autoseg.specs import forced_of
 
 TINY_EDGE, ENOUGH_EDGE = 2, 3
 """A structure of less than 2 voxels per axis can be lost by resampling alone; 3 are a fair wish."""

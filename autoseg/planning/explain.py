@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from math import degrees
 from typing import Any
 
-from autoseg.network.patches import forced_of
 from autoseg.planning.cost import parameters, receptive_fields, sizes_per_stage, training_operations
 from autoseg.planning.train import describe_train
 from autoseg.planning.wording import device, gigabytes, millimetres, voxels
 from autoseg.records import Budget, Choice, Configuration, Plan
+from autoseg.specs import forced_of
 
 OPERATIONS_PER_SECOND = {"cuda": 30e12, "cpu": 0.5e12, "cpu in fp32": 0.12e12}
 """What training has reached: nnU-Net on an A100 (Liver, 44.5 s per epoch); two CPU cores in bf16
