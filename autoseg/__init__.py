@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from autoseg.steps.compare import compare
+    from autoseg.steps.demo import demo
     from autoseg.steps.distill import distill
     from autoseg.steps.ensemble import ensemble, ensemble_runs
     from autoseg.steps.evaluate import evaluate, evaluate_run
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from autoseg.steps.train import train
 
 __all__ = [
-    "Predictor", "__version__", "compare", "distill", "ensemble", "ensemble_runs", "evaluate", "evaluate_run",
-    "import_nnunet", "plan", "postprocess", "postprocess_apply", "predict", "preprocess", "report", "run", "select",
-    "study", "train",
+    "Predictor", "__version__", "compare", "demo", "distill", "ensemble", "ensemble_runs", "evaluate",
+    "evaluate_run", "import_nnunet", "plan", "postprocess", "postprocess_apply", "predict", "preprocess", "report",
+    "run", "select", "study", "train",
 ]  # fmt: skip
 
 
@@ -65,5 +66,6 @@ PUBLIC: dict[str, str] = {
     "select": "autoseg.steps.select:select",
     "distill": "autoseg.steps.distill:distill",
     "study": "autoseg.steps.study:study",
+    "demo": "autoseg.steps.demo:demo",
 }
 """Public name -> where it lives."""

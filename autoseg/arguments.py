@@ -35,7 +35,11 @@ Validated = Annotated[
 Prepared = Annotated[
     str | None, typer.Option("--configuration", "-c", help="Name in the plan, such as 2d or 3d. [default: all]")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: the GPU, else the CPU]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. [default: the GPU, else the CPU]")]
+Fold = Annotated[
+    str,
+    typer.Option("--fold", "-f", help="Number of a fold (0 to 4 unless the data set has its own), or all."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes for reading and preparing. [default: all cores]")]
 MaxTime = Annotated[
     str | None, typer.Option("--max-time", help="Training ends on time: 90s, 10m, 1.5h.", show_default=False)
@@ -126,6 +130,13 @@ def parse_length(
         raise UserError("--extend-to says how long the training shall be, and so do --epochs and --max-time.")
     whole = extend_to.strip().isdigit()
     return "extend", int(extend_to) if whole else None, None if whole else parse_duration(extend_to)
+
+
+def resumes(text: str) -> bool:
+    """Whether --resume was given, bare (`with_resume_value` in cli.py) or as auto; raises UserError for other words."""
+    if text not in ("yes", "auto", "no"):
+        raise UserError(f"--resume {text} is none of yes, auto, no.")
+    return text != "no"
 
 
 def parse_duration(text: str) -> float:

@@ -14,6 +14,7 @@ from autoseg.arguments import (
     ConfigurationName,
     DataFolder,
     Device,
+    Fold,
     MaxTime,
     Output,
     Prepared,
@@ -29,6 +30,7 @@ from autoseg.arguments import (
 )
 from autoseg.arguments import names as _names
 from autoseg.arguments import numbers as _numbers
+from autoseg.arguments import resumes as _resumes
 from autoseg.arguments import seconds as _seconds
 from autoseg.arguments import show as _show
 from autoseg.arguments import watched as _watched
@@ -114,7 +116,7 @@ def preprocess(run: RunFolder, configuration: Prepared = None, workers: Workers 
 def train(
     run: RunFolder,
     configuration: ConfigurationName = None,
-    fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4, or all.")] = "0",
+    fold: Fold = "0",
     seed: Annotated[int, typer.Option(min=0, help="Another seed trains another network beside the first.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
     max_time: MaxTime = None,
@@ -143,7 +145,7 @@ def train(
     device: Device = None,
     workers: Workers = None,
     cache: Annotated[
-        str | None, typer.Option(help="Memory for preprocessed cases, such as 2GB. [default: a quarter]")
+        str | None, typer.Option(help="Memory for preprocessed cases, such as 2GB. [default: a quarter of the RAM]")
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write for TensorBoard.")] = False,
     as_json: AsJson = False,
@@ -207,9 +209,11 @@ def predict(
     part: Annotated[str | None, typer.Option(help="3/10 takes the third of ten parts of the cases.")] = None,
     on_error: Annotated[str, typer.Option(help="stop at the first case that fails, or skip it.")] = "stop",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, or several: cuda:0,cuda:1. [default: the GPU, else the CPU]")
+        str | None, typer.Option(help="cpu, cuda, mps, or several: cuda:0,cuda:1. [default: the GPU, else the CPU]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes for reading and writing; 0 for none.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes for reading and writing; 0 for none. Not of a selected pair.")
+    ] = None,
 ) -> None:
     """Segment images. The label maps lie on the grid of their images."""
     with _watched() as report:
@@ -220,7 +224,7 @@ def predict(
                 run, images, output, configuration=configuration, folds=_names(folds), seeds=_numbers(seeds, "--seeds"),
                 save_probabilities=save_probabilities, probability_kind=probability_kind, classes=_names(classes),
                 save_uncertainty=save_uncertainty, postprocess=not no_postprocess, mirroring=not no_mirror,
-                speed=speed, resume=resume != "no", part=part, on_error=on_error, device=device, workers=workers,
+                speed=speed, resume=_resumes(resume), part=part, on_error=on_error, device=device, workers=workers,
                 report=report,
             )  # fmt: skip
         except KeyboardInterrupt as stopped:
@@ -239,7 +243,7 @@ def distill(
     ] = "seeds",
     student: Annotated[str, typer.Option(help="standard, small (half the channels) or tiny (a quarter).")] = "small",
     configuration: ConfigurationName = None,
-    fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4, or all.")] = "0",
+    fold: Fold = "0",
     seed: Annotated[int, typer.Option(min=0, help="Another seed trains another student beside the first.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. [default: the plan's]")] = None,
     max_time: MaxTime = None,
@@ -274,7 +278,9 @@ def study(
     epochs: Annotated[int | None, typer.Option(min=1, help="Length of every training.", show_default=False)] = None,
     max_time: MaxTime = None,
     configuration: ConfigurationName = None,
-    fold: Annotated[str, typer.Option("--fold", "-f", help="0 to 4.")] = "0",
+    fold: Annotated[
+        str, typer.Option("--fold", "-f", help="Number of a fold (0 to 4 unless the data set has its own).")
+    ] = "0",
     fixed: Annotated[
         list[str] | None, typer.Option("--set", help="Set for all, such as batch_size=2.", show_default=False)
     ] = None,
@@ -301,6 +307,7 @@ def study(
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the demo's files go.")] = Path("demo"),
     max_time: Annotated[str, typer.Option("--max-time", help="Time for each of the two trainings.")] = "50s",
+    as_json: AsJson = False,
 ) -> None:
     """Take a small synthetic data set through all of it. Under five minutes on 2 cores."""
     with _watched() as report:
@@ -308,8 +315,9 @@ def demo(
 
         with of_several_steps():
             scores, picture = step(folder, max_seconds=parse_duration(max_time), report=report)
-    _show(scores)
-    sys.stdout.write(f"Image, reference and prediction side by side: {picture}\n")
+    _show(scores, as_json)
+    if not as_json:
+        sys.stdout.write(f"Image, reference and prediction side by side: {picture}\n")
 
 
 @app.command()

@@ -15,6 +15,7 @@ from autoseg.arguments import (
     Workers,
     decimals,
     names,
+    resumes,
     show,
     show_all,
     tolerances,
@@ -73,7 +74,7 @@ def ensemble(
                 step.ensemble_runs(
                     predictions, images, output, configurations=names(configuration), folds=names(folds),
                     weights=shares, method=method or "mean", save_probabilities=save_probabilities,
-                    mirroring=not no_mirror, resume=resume != "no", device=device, report=report,
+                    mirroring=not no_mirror, resume=resumes(resume), device=device, report=report,
                 )  # fmt: skip
             except KeyboardInterrupt as stopped:
                 raise Interrupted("the same command with --resume.") from stopped
@@ -119,7 +120,7 @@ def postprocess(
     ] = None,
     configuration: Validated = None,
     fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Components below this share of the largest may go.")
+        float, typer.Option(help="Components below this share (above 0, at most 1) of the largest may go.")
     ] = 1 / 3,
     connectivity: Annotated[int, typer.Option(min=1, max=3, help="Neighbours: 1 faces, 2 edges, 3 corners.")] = 1,
     no_test: Annotated[
@@ -212,7 +213,7 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Test which differences between methods are real. All must be scored on the same cases."""
+    """Test which differences between methods are real. Cases count that all of them have."""
     with watched() as report:
         from autoseg.steps.compare import compare as step
 

@@ -1,5 +1,6 @@
 """The command line: fast help, one clear sentence per user error, exit codes, durations."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -178,10 +179,23 @@ def test_an_ensemble_of_runs_goes_on_and_one_of_folders_takes_no_options_of_netw
         assert ended.exit_code == 130
         assert "the same command with --resume" in ended.stderr
     assert seen == [False, True]
+    for given in ([*words, "--resume=foo"], ["predict", "A", "-i", str(tmp_path), "-o", "OUT", "--resume=foo"]):
+        ended = CliRunner().invoke(cli.app, given)
+        assert ended.exit_code == 2
+        assert "--resume foo is none of yes, auto, no." in ended.stderr
     for option in (["-c", "3d"], ["--no-mirror"], ["--resume"], ["--device", "cpu"]):
         ended = CliRunner().invoke(cli.app, cli.with_resume_value(["ensemble", "A", "B", "-o", "OUT", *option]))
         assert ended.exit_code == 2
         assert "with --runs" in ended.stderr.replace("\n", " ")
+
+
+def test_a_demo_prints_nothing_but_json_if_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from autoseg.scoring.comparison import Agreement
+
+    some = Agreement(members=("a", "b"), labels=(), cases=0, pairs=())
+    monkeypatch.setattr("autoseg.steps.demo.demo", lambda *_, **__: (some, tmp_path / "picture.png"))
+    ended = CliRunner().invoke(cli.app, ["demo", str(tmp_path), "--json"])
+    assert json.loads(ended.stdout)["members"] == ["a", "b"]
 
 
 def test_what_a_plan_is_made_with_is_not_ignored_where_one_is_shown(tmp_path: Path) -> None:

@@ -225,6 +225,8 @@ def test_weights_decay_as_much_in_a_shorter_training() -> None:
     assert decay(Options(epochs=200)) == 0.01
     assert decay(Options(epochs=1)) == 1.0
     assert decay(Options(epochs=1, learning_rate=1e-2)) == 0.1  # at most a thousandth per step
+    _, note = with_suited_decay(planned, planned, Options(max_seconds=0.5, batch_size=2), seconds=0.1)
+    assert note == "Weight decay 1 instead of 0.01: the most that is allowed, 5 % of the plan's in all."
     assert decay(Options(max_seconds=50.0, batch_size=2), seconds=0.1) == 0.2
     assert decay(Options(epochs=10, init="other")) == 0.01
     with_momentum = planned.model_copy(update={"train": spec.model_copy(update={"optimizer": "sgd"})})

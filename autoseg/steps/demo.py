@@ -21,10 +21,14 @@ HELD_OUT = 4
 
 
 def demo(folder: Path, *, max_seconds: float = 50.0, report: Report = silent) -> tuple[Scores, Path]:
-    """Make data in `folder`, train two networks for `max_seconds` each, ensemble them on held-out images, score that.
+    """Make data, train two networks, ensemble them on held-out images, and score that.
 
-    Returns the scores of the held-out images and the path of a picture of one of them. What is there already from an
-    earlier demo is used again.
+    Returns the scores of the held-out images and the path of a picture of one of them.
+
+    Args:
+        folder: for all files; what is there already from an earlier demo is used again.
+        max_seconds: for each of the two trainings.
+        report: receives progress.
     """
     from autoseg.steps.ensemble import ensemble
     from autoseg.steps.evaluate import evaluate

@@ -106,7 +106,8 @@ def predict(
         run: run folder with at least one trained network.
         images: folder whose files are named as the training images were.
         output: folder of the label maps; made if absent.
-        configuration: None takes what `select` chose (one or two), else "3d_cascade", "3d" or "2d", the first trained.
+        configuration: None takes what `select` chose (one or two), else the first that is trained of "3d_cascade",
+            "3d", "3d_lowres" and "2d".
         folds, seeds: networks to average; None takes all that are trained. A cascade's first stage takes the same folds
             and all of their seeds.
         save_probabilities: also write probabilities, for `ensemble`: of all classes, or of those in `classes`;
@@ -119,7 +120,7 @@ def predict(
         part: "3/10" takes the third of ten parts of the cases. on_error: "stop" at the first case that fails, or "skip"
             it and fail at the end.
         device: "cuda:0,cuda:1" shares the cases between several.
-        workers: processes for reading and writing; 0 for none, None chooses.
+        workers: processes for reading and writing; 0 for none, None chooses. A selected pair has none.
 
     Raises:
         UserError: no images, no trained network, an unreadable file, or a killed worker; files written before stay.

@@ -168,11 +168,15 @@ def with_suited_decay(
     if asked.max_seconds is not None and seconds is not None:
         steps = asked.max_seconds / (seconds * configuration.batch_size)
     whole = before.learning_rate * before.weight_decay * before.epochs * before.steps_per_epoch
-    decay = min(whole / max(steps, 1.0), LARGEST_DECAY) / train.learning_rate
+    per_step = whole / max(steps, 1.0)
+    decay = min(per_step, LARGEST_DECAY) / train.learning_rate
     if train.optimizer != "adamw" or asked.init or decay <= train.weight_decay:
         return configuration, ""
     decay = float(f"{decay:.2g}")
-    note = f"{DECAYS} {decay:g} instead of {train.weight_decay:g}: about {steps:,.0f} steps do as much with it."
+    effect = f"about {steps:,.0f} steps do as much with it"
+    if per_step > LARGEST_DECAY:
+        effect = f"the most that is allowed, {100 * LARGEST_DECAY / per_step:.2g} % of the plan's in all"
+    note = f"{DECAYS} {decay:g} instead of {train.weight_decay:g}: {effect}."
     return configuration.model_copy(update={"train": train.model_copy(update={"weight_decay": decay})}), note
 
 
