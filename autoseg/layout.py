@@ -1,4 +1,4 @@
-"""Where everything of a run lies. This is the only place that joins names to paths."""
+"""Where everything of a run lies: the only place that joins names to paths of a run or of a prediction."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +178,16 @@ class ModelLayout:
     def scores(self) -> Path:
         return self.validation / "scores.json"
 
+    @property
+    def together(self) -> "ModelLayout":
+        """Of a student: what its teachers predict as an ensemble."""
+        return ModelLayout(self.root.parent / "ensemble" / self.root.name)
+
+    @property
+    def alone(self) -> "ModelLayout":
+        """Of a student: the same network, trained on the labels alone."""
+        return ModelLayout(self.root.parent / "alone" / self.root.name)
+
 
 def prediction_file(folder: Path, case: str, ending: str) -> Path:
     """Label map of `case` in a prediction folder."""
@@ -191,6 +201,11 @@ PROBABILITIES = (".probabilities.b2nd", ".probabilities.npz")
 def probabilities_file(folder: Path, case: str) -> Path:
     """Class probabilities of `case` in a prediction folder (compressed, see image/probabilities.py)."""
     return folder / f"{case}{PROBABILITIES[0]}"
+
+
+def all_probabilities_files(folder: Path, case: str) -> tuple[Path, ...]:
+    """The same under the names of every version."""
+    return tuple(folder / f"{case}{ending}" for ending in PROBABILITIES)
 
 
 def entropy_file(folder: Path, case: str, ending: str) -> Path:

@@ -206,7 +206,7 @@ def test_the_same_command_again_trains_and_teaches_nothing_anew(
 def test_the_ensemble_is_validated_again_once_a_teacher_is_newer(taught: tuple[Path, Distillation]) -> None:
     run, _ = taught
     student, cases = Layout(run).model("3d_student_small", "0"), load(Layout(run).splits, Splits).folds[0]
-    together = ModelLayout(student.root.parent / "ensemble" / student.root.name)
+    together = student.together
     teachers = teachers_named(run, tiny(), "0", ["seeds"])
     assert contest._newer_scores(together, (*teachers, student), cases) is not None
     before = teachers[1].weights.stat()

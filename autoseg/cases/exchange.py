@@ -22,7 +22,7 @@ from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
 from autoseg.image.volume import Geometry, Volume
 from autoseg.layout import (
-    PROBABILITIES,
+    all_probabilities_files,
     entropy_file,
     mutual_file,
     prediction_file,
@@ -133,8 +133,8 @@ def forget(output: Path, case: str) -> None:
     Probabilities and images of uncertainty that are not written again would be taken for those of the new label map.
     """
     prediction_record(output, case).unlink(missing_ok=True)
-    for ending in PROBABILITIES:
-        (output / f"{case}{ending}").unlink(missing_ok=True)
+    for path in all_probabilities_files(output, case):
+        path.unlink(missing_ok=True)
     for ending in READABLE:
         for name in (entropy_file, mutual_file):
             name(output, case, ending).unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def distill(
     _check(temperature, labels_weight)
     own, choice = choose_student(planned, student, *measurer(anywhere(plan.budget)))
     model = layout.model(own.name, fold, seed)
-    alone = ModelLayout(model.root.parent / "alone" / model.root.name) if baseline else None
+    alone = model.alone if baseline else None
     seen = who_saw(found, cases.validation)
     school = School(run, plan, dataset, cases, planned, own, found, seen, model, alone)
     extra = _unlabelled(unlabelled, plan, dataset, cases, report)

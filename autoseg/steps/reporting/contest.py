@@ -96,7 +96,7 @@ def _players(school: School, device: Device, report: Report) -> list[Player]:
     ]
     together, scores = as_trained(school.planned, teachers, school.plan), None
     if cases.validation:
-        folder = ModelLayout(school.student.root.parent / "ensemble" / school.student.root.name)
+        folder = school.student.together
         scores = _newer_scores(folder, (*teachers, school.student), cases)
         if scores is None:
             scores = validate_fold(
