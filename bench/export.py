@@ -1,6 +1,6 @@
 """Scores on the network's grid to a label map on the image's grid: seconds, memory and agreement, nnU-Net beside it.
 
-    python bench/export.py --peer PEER_PYTHON ../shared/peer/nnunet.py
+    python bench/export.py --peer PEER_PYTHON
 
 Three readings, each in a process of its own; `cpu_s` are seconds of processor time, which a busy machine changes less:
 1. 62 classes from 112x101x122 to 112x404x488 (the example of nnU-Net's own export), float32 noise as scores; nnU-Net
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from outside import PEER_SCRIPT, add_peer
 
 
 def scores_of(classes: int, shape: tuple[int, ...], smooth: bool, half: bool):
@@ -81,14 +82,14 @@ def own(*options: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peer(python: str, script: str) -> dict:
-    done = subprocess.run([python, script, "export"], check=True, stdout=subprocess.PIPE, text=True)
+def peer(python: str) -> dict:
+    done = subprocess.run([python, PEER_SCRIPT, "export"], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", nargs=2, metavar=("PYTHON", "SCRIPT"))
+    add_peer(parser)
     parser.add_argument("--smooth", action="store_true")
     parser.add_argument("--only", nargs="*", default=("pair", "check", "whole-body"))
     parser.add_argument("--worker", choices=("pair", "check", "whole-body"), help=argparse.SUPPRESS)
@@ -105,7 +106,7 @@ def main() -> None:
             line["extra_gb"] = line["peak_gb"] - line["before_gb"]
         print(json.dumps(line), flush=True)
         if what == "pair" and given.peer:
-            theirs = peer(*given.peer)
+            theirs = peer(given.peer)
             extra_gb = theirs["peak_gb"] - theirs["before_gb"]
             ratios = {"time_ratio": line["export_s"] / theirs["export_s"], "memory_ratio": line["extra_gb"] / extra_gb}
             figures = {"peer": "nnU-Net", "export_s": theirs["export_s"], "extra_gb": extra_gb}

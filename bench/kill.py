@@ -28,6 +28,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import SimpleITK as sitk
+from outside import add_data
 from safetensors import safe_open
 
 from autoseg.layout import Layout
@@ -213,7 +214,7 @@ def show(number: int, kill: Kill) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/hippocampus"))
+    add_data(parser)
     parser.add_argument("--times", type=int, default=10, help="kills per stage")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--seed", type=int, default=0)
@@ -225,8 +226,6 @@ def main() -> int:
     wanted = options.stages.split(",")
     if unknown := set(wanted) - set(STAGES):
         parser.error(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}")
-    if not options.data.is_dir():
-        parser.error(f"{options.data}: no such folder")
     found = []
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         template = Path(folder) / "run"

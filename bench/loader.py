@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from outside import DATA, data_set
 
 from autoseg import store
 from autoseg.cases.cache import CachedCase, open_case, write
@@ -109,7 +110,7 @@ def wait_share(
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, nargs="?", help="default: ../shared/data/hippocampus, where it is")
+    parser.add_argument("data", type=data_set, nargs="?", help=f"a Decathlon folder; default: {DATA}, where it is")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cases", type=int, default=6, help="of the large data set")
     parser.add_argument("--shape", type=int, nargs=3, default=(200, 512, 512), help="of its cases, voxels Z Y X")
@@ -117,9 +118,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=float, default=0.05, help="share of waiting that is too much")
     parser.add_argument("--device", default=None)
     options = parser.parse_args(words)
-    data = options.data or Path("../shared/data/hippocampus")
-    if options.data is not None and not data.is_dir():
-        parser.error(f"{data}: no such folder")
+    data = options.data or Path(DATA)
     device = pick(options.device)
     set_up(device)
     torch.manual_seed(0)
@@ -131,7 +130,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if data.is_dir():
             work.append((data.name, *planned(data, Path(folder) / "run"), parse_bytes("64GB")))
         else:
-            print(f"{data} is not there: only the large data set is read", flush=True)
+            print(f"{data} (Task04 of the Decathlon) is not there: only the large data set is read", flush=True)
         for name, configuration, opened, channels, classes, limit in work:
             share, seconds, on_disk = wait_share(
                 configuration, opened, channels, classes, limit, options.steps, device

@@ -1,9 +1,9 @@
 """Make the reference plans in plans/ anew: `python bench/plans.py`; the diff of the JSON files is the review.
 
-With `--fingerprints` the fingerprints are made anew as well: of the shared data sets from the images (those that are
-absent keep their file), of the ten Medical Segmentation Decathlon tasks from published figures. A plan is simulated
-for a CUDA card of each size, so no GPU is needed; `--only NAME` limits the work to one data set. `--recorded`
-simulates nothing: for a rule that changed words or fields but asks for no new reading.
+With `--fingerprints` the fingerprints are made anew as well: of three data sets from their images in ../shared/data
+(those that are absent keep their file), of the ten Medical Segmentation Decathlon tasks from published figures. A plan
+is simulated for a CUDA card of each size, so no GPU is needed; `--only NAME` limits the work to one data set.
+`--recorded` simulates nothing: for a rule that changed words or fields but asks for no new reading.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from autoseg.records import CaseStats, Fingerprint, Label, Plan
 from autoseg.store import load, save
 
 PLANS = Path(__file__).parent.parent / "plans"
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+IMAGES = Path(__file__).parent.parent.parent / "shared" / "data"
 MEMORIES = ("8GB", "11GB", "24GB", "80GB")
 MOST_CASES = 64
 """A task of large images is represented by this many: from here on the number of cases limits no batch."""
@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--only", help="name of one folder in plans/")
     parser.add_argument("--recorded", action="store_true", help="use the readings of the plans that are there")
     options = parser.parse_args()
-    names = sorted({task.name for task in TASKS} | {*SHARED} | {file.parent.name for file in PLANS.glob("*/*.json")})
+    there = {file.parent.name for file in PLANS.glob("*/*.json")}
+    names = sorted({task.name for task in TASKS} | {*FROM_IMAGES} | there)
     if options.only not in (None, *names):
         parser.error(f"--only: there is no {options.only}, but {', '.join(names)}")
     if options.fingerprints:
@@ -90,22 +91,22 @@ def write_fingerprints(only: str | None) -> None:
     for task in TASKS:
         if only in (None, task.name):
             save(PLANS / task.name / "fingerprint.json", fingerprint_of_task(task))
-    for name, source in SHARED.items():
-        if only in (None, name) and (SHARED_DATA / name).is_dir():
-            save(PLANS / name / "fingerprint.json", fingerprint_of_shared(name, source))
+    for name, source in FROM_IMAGES.items():
+        if only in (None, name) and (IMAGES / name).is_dir():
+            save(PLANS / name / "fingerprint.json", fingerprint_of_images(name, source))
 
 
-def fingerprint_of_shared(name: str, source: str) -> Fingerprint:
-    """The fingerprint of a data set in the shared folder, from its images."""
+def fingerprint_of_images(name: str, source: str) -> Fingerprint:
+    """The fingerprint of a data set, from its images."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = described_ct(Path(scratch)) if name == "ct" else SHARED_DATA / name
+        folder = described_ct(Path(scratch)) if name == "ct" else IMAGES / name
         dataset, stats = inspect(discover(folder), Path(scratch) / "stats", allowed_cores())
         return fingerprint_of(dataset.model_copy(update={"name": name}), stats, source)
 
 
 def described_ct(folder: Path) -> Path:
-    """The shared CT as a data set of one case: a dataset.json that points to its two files."""
-    image, organs = SHARED_DATA / "ct" / "ct.nii.gz", SHARED_DATA / "ct" / "ct_organs.nii.gz"
+    """The CT as a data set of one case: a dataset.json that points to its two files."""
+    image, organs = IMAGES / "ct" / "ct.nii.gz", IMAGES / "ct" / "ct_organs.nii.gz"
     values = sorted({int(value) for value in set(read_labels(organs)[0].ravel().tolist())} - {0})
     (folder / "imagesTr").mkdir()
     (folder / "labelsTr").mkdir()
@@ -164,7 +165,7 @@ def quantile(three: list[float], share: float) -> float:
     return low + (middle - low) * 2 * share if share < 0.5 else middle + (high - middle) * (2 * share - 1)
 
 
-SHARED = {
+FROM_IMAGES = {
     "hippocampus": "200 cases of Medical Segmentation Decathlon Task04, computed from the images (CC-BY-SA 4.0).",
     "drive": "The 20 training photographs of DRIVE, computed from the images (CC-BY 4.0).",
     "ct": "One CT with 62 organs from TotalSegmentator's test files, computed from the image (Apache-2.0).",

@@ -1,6 +1,6 @@
 """40 hippocampus cases from raw files to written label maps: autoseg and nnU-Net with one and the same network.
 
-    python bench/predict.py --peer PEER_PYTHON ../shared/peer/nnunet.py [--work FOLDER] [--minutes 5] [--cases 40]
+    python bench/predict.py --peer PEER_PYTHON [DATA] [--work FOLDER] [--minutes 5] [--cases 40]
                             [--trained RUN/models/3d/fold_0]
 
 nnU-Net plans, preprocesses and trains for half a minute, which makes a checkpoint. A network of so little training is
@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from outside import DATA, PEER_SCRIPT, add_peer, data_set
 
 ROOT = Path(__file__).parent.parent
 MODEL = "res/Dataset004_Peer/nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -33,8 +34,8 @@ MODEL = "res/Dataset004_Peer/nnUNetTrainer__nnUNetPlans__3d_fullres"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/hippocampus"))
-    parser.add_argument("--peer", nargs=2, metavar=("PYTHON", "SCRIPT"))
+    parser.add_argument("data", type=data_set, nargs="?", help=f"with --peer: a Decathlon folder; default: {DATA}")
+    add_peer(parser)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--cases", type=int, default=40)
@@ -49,14 +50,17 @@ def main() -> None:
 
 def pair(given: argparse.Namespace, work: Path) -> None:
     """Both tools on the same folder."""
+    data = given.data or data_set(DATA)
+
     def peer(*words: object) -> dict:
-        done = subprocess.run([*given.peer, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True)
+        command = [given.peer, PEER_SCRIPT, *map(str, words)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     if not (work / MODEL / "fold_0" / "checkpoint_final.pth").is_file():
-        peer("prepare", given.data.resolve(), work)
+        peer("prepare", data.resolve(), work)
         peer("fit", work, "--minutes", 0.5)
-    lend_weights(given.trained or trained_by_us(given.data, work, given.minutes), work / MODEL)
+    lend_weights(given.trained or trained_by_us(data, work, given.minutes), work / MODEL)
     images, run = work / "images", work / "run"
     for folder in (images, run):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Seconds per training step, data and augmentation included: nnU-Net and autoseg on one plan, data, machine and torch.
 
-Run: python bench/train.py [DATA] [--peer PEER_PYTHON PEER_SCRIPT] [--steps 15] [--precision fp32]
+Run: python bench/train.py [DATA] [--peer PEER_PYTHON] [--steps 15] [--precision fp32]
 nnU-Net prepares the data set (a Decathlon folder) and makes its own plan; autoseg trains the network, patch and batch
 of that plan with its own augmentation. nnU-Net runs twice: as its users run it, and with glibc told to keep freed
 memory, which autoseg does by itself; autoseg in bf16, where the CPU has it, and in fp32. On a GPU nnU-Net runs once,
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from outside import PEER_SCRIPT, add_data, add_peer
 
 from autoseg import store
 from autoseg.events import silent
@@ -147,12 +148,12 @@ def compile_step(network: torch.nn.Module, loss: Supervised, planned: Configurat
     return compiled
 
 
-def theirs(python: str, script: str, words: list[str], keep_memory: bool = False) -> dict:
+def theirs(python: str, words: list[str], keep_memory: bool = False) -> dict:
     """The line of figures that the peer's script prints."""
     environment = os.environ | {"OMP_NUM_THREADS": str(allowed_cores())} | (KEEP_MEMORY if keep_memory else {})
-    ended = subprocess.run([python, script, *words], env=environment, capture_output=True, text=True)
+    ended = subprocess.run([python, PEER_SCRIPT, *words], env=environment, capture_output=True, text=True)
     if ended.returncode != 0 or not ended.stdout.strip():
-        raise SystemExit(f"{script} {' '.join(words)} failed:\n{ended.stderr[-2000:]}")
+        raise SystemExit(f"nnU-Net's {' '.join(words)} failed:\n{ended.stderr[-2000:]}")
     return json.loads(ended.stdout.strip().splitlines()[-1])
 
 
@@ -171,15 +172,13 @@ def show(name: str, seconds: float, more: str, base: float | None, digits: int) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/hippocampus"))
-    parser.add_argument("--peer", nargs=2, metavar=("PYTHON", "SCRIPT"), help="interpreter with nnunetv2, its script")
+    add_data(parser)
+    add_peer(parser)
     parser.add_argument("--work", type=Path, help="folder to keep the peer's preprocessed data in")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", default=None)
     parser.add_argument("--precision", default=None, help="of autoseg: bf16, fp16 or fp32")
     options = parser.parse_args()
-    if not options.data.is_dir():
-        parser.error(f"{options.data}: no such folder")
     if options.steps < 3:
         parser.error("--steps: give at least 3, the first two are not counted")
     device = pick(options.device, options.precision)
@@ -189,10 +188,10 @@ def main() -> int:
         work = options.work or Path(folder) / "peer"
         if options.peer:
             if not (work / PLAN_FILE).is_file():
-                theirs(*options.peer, ["prepare", str(options.data.resolve()), str(work.resolve())])
+                theirs(options.peer, ["prepare", str(options.data.resolve()), str(work.resolve())])
             words = ["step", str(work.resolve()), "--steps", str(options.steps), "--device", device.torch_device.type]
             for name, keep in (("nnU-Net", False), ("nnU-Net, freed memory kept", True))[: 1 if device.is_cuda else 2]:
-                found = theirs(*options.peer, words, keep)
+                found = theirs(options.peer, words, keep)
                 seconds = found["step_s"] + found["wait_s"]
                 base = base or seconds
                 parts = f"step {found['step_s']:.{digits}f}, wait {found['wait_s']:.{digits}f}, batch {found['batch']}"

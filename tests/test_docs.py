@@ -16,14 +16,18 @@ COMMAND_LINE = re.compile(r"^ {4}(autoseg .+)$", re.MULTILINE)
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    return script("docs/build.py")
 
 
 def test_the_readme_names_every_file_of_the_package() -> None:
@@ -63,6 +67,13 @@ def test_every_loss_is_listed_with_its_options() -> None:
             shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
             shown = f"{shown:.4g}" if isinstance(shown, float) else usual if shown is None else shown
             assert f"`{option}` {shown}" in listed, f"{name}: {option} {shown}"
+
+
+def test_a_measurement_without_its_data_says_what_they_are(tmp_path: Path) -> None:
+    outside = script("bench/outside.py")
+    assert outside.data_set(str(tmp_path)) == tmp_path
+    with pytest.raises(SystemExit, match=r"nowhere: no such folder. Unpack Task04 \(Hippocampus\)"):
+        outside.data_set(str(tmp_path / "nowhere"))
 
 
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
