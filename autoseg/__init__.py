@@ -1,4 +1,4 @@
-"""autoseg: from a folder of images with label maps to a trained segmentation pipeline.
+"""From a folder of images with label maps to a trained segmentation pipeline.
 
 The public functions are those of the command line and do the same; each is imported when it is first asked for, so
 `import autoseg` costs nothing.

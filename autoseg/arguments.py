@@ -1,4 +1,4 @@
-"""What commands share: options of one meaning, how their values are written, and how results and errors are shown."""
+"""What commands share: options, how values are written, results and errors shown."""
 
 import json
 import sys

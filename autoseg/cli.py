@@ -1,4 +1,7 @@
-"""The commands. Each parses its options and calls one function of `steps/`, imported only then: `--help` stays fast."""
+"""The commands plan, train, predict and others: each parses options, calls a step.
+
+A step is one function of `steps/`, imported only then: `--help` stays fast.
+"""
 
 import os
 import sys

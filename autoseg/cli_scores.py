@@ -1,4 +1,4 @@
-"""The commands that come after prediction: combining, choosing, cleaning, scoring, comparing and reporting."""
+"""The commands after prediction, such as ensemble, evaluate, compare and report."""
 
 import sys
 from pathlib import Path

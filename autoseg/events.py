@@ -1,4 +1,7 @@
-"""What the core may announce. The core never prints: it calls `report(event)`, and a screen shows it (or does not)."""
+"""What the core may announce: progress, warnings and messages for the screen.
+
+The core never prints: it calls `report(event)`, and a screen shows it (or does not).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Stages of work side by side: the next item is read while this one is computed and the last one is written.
+"""Stages of work side by side: reading, computing and writing of successive items.
 
 Every stage has workers of its own, processes or threads, and takes an item only when the stage behind it has room, so
 that a bounded number of items is in memory. Nothing waits without a limit: whoever dies, fails or falls silent ends the

@@ -1,4 +1,4 @@
-"""Where everything of a run lies: the only place that joins names to paths of a run or of a prediction."""
+"""Where every file of a run or a prediction lies; no other file joins names."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One function over many cases in worker processes, without hangs: a dead or failing worker ends the work at once."""
+"""One function over many cases in worker processes, without hangs. A dead or failing worker ends the work at once."""
 
 import _thread
 import multiprocessing

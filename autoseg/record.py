@@ -1,4 +1,4 @@
-"""What every record is: a frozen value, checked when it is made, and where it is a file of its own, versioned."""
+"""What every record is: a frozen value, checked when made, versioned in a file."""
 
 from typing import Annotated, ClassVar
 

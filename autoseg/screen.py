@@ -1,6 +1,7 @@
-"""What a person sees: live bars and tables on a terminal, plain lines without control codes everywhere else.
+"""What a person sees: live bars and tables on a terminal, plain lines elsewhere.
 
-Progress, warnings and errors go to stderr; results (tables, JSON) to stdout, so that they can be piped.
+Plain lines have no control codes. Progress, warnings and errors go to stderr; results (tables, JSON) to stdout, so that
+they can be piped.
 """
 
 import math

@@ -1,6 +1,7 @@
-"""How records reach the disk: as versioned JSON, by writing a temporary file beside the target and renaming it.
+"""How records reach the disk: as versioned JSON, whole or not at all.
 
-A killed process therefore leaves either the old file or the new one. A wrong file fails with the path of the bad field.
+Each is written to a temporary file beside its target, which is then renamed. A killed process therefore leaves either
+the old file or the new one. A wrong file fails with the path of the bad field.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What turns the content of an older record into the next version's, so that no run has to be made anew."""
+"""Turns the content of an older record into that of the next version. So no run has to be made anew."""
 
 from collections.abc import Callable
 

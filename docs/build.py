@@ -13,7 +13,6 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "site"
 ROOT_DEPTH = len(ROOT.parts) + 2
-LONGEST_ROLE = 96
 TREE_BEGINS, TREE_ENDS = "<!-- tree", "<!-- end of tree"
 STYLE = (
     "body{font:16px/1.55 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}"
@@ -70,8 +69,6 @@ def tree() -> str:
         described = ast.get_docstring(ast.parse(path.read_text()))
         if described:
             first = re.split(r"(?<=[.!?])\s", " ".join(described.split()))[0].rstrip(".")
-            if len(first) > LONGEST_ROLE:
-                first = first[:LONGEST_ROLE].rsplit(", ", 1)[0].rsplit(": ", 1)[0]
             lines.append(f"{path.relative_to(ROOT).as_posix():44} {first}")
     return "```\n" + "\n".join(lines) + "\n```"
 

@@ -13,6 +13,7 @@ from autoseg import cli
 from autoseg.network import losses
 
 COMMAND_LINE = re.compile(r"^ {4}(autoseg .+)$", re.MULTILINE)
+LONGEST_ROLE = 80
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,11 +31,17 @@ def build() -> ModuleType:
     return script("docs/build.py")
 
 
-def test_the_readme_names_every_file_of_the_package() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_readme_names_every_file_of_the_package_with_its_role(build: ModuleType) -> None:
+    tree = build.tree()
     files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "autoseg").rglob("*.py") if path.stat().st_size]
-    missing = [name for name in files if name not in readme]
-    assert not missing, f"run `make docs`: README.md does not name {missing}"
+    assert [name for name in files if f"{name} " not in tree] == []
+    assert tree in (ROOT / "README.md").read_text(), "run `make docs`: the tree in README.md is another"
+
+
+def test_the_role_of_a_file_is_one_short_sentence(build: ModuleType) -> None:
+    """The first sentence of its docstring, of 80 characters at most."""
+    roles = dict(line.split(maxsplit=1) for line in build.tree().splitlines()[1:-1])
+    assert {path: role for path, role in roles.items() if len(role) > LONGEST_ROLE} == {}
 
 
 def test_every_link_leads_somewhere(build: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Preprocessed cases on disk: compressed in blocks, so that a patch is read without reading the rest.
+"""Preprocessed cases on disk, in compressed blocks: a patch is read alone.
 
 A case is four files; `<case>.json` is written last, and a case without it, or with another key, is not there.
 

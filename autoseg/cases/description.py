@@ -1,4 +1,4 @@
-"""The dataset.json of a data set, as Decathlon and nnU-Net write it: channels, labels, regions, what was annotated."""
+"""The dataset.json of a data set: channels, labels, regions, what was annotated."""
 
 import csv
 import json

@@ -1,5 +1,6 @@
-"""What a data set is: its cases with the channels, labels and groups that are written down or can be found out.
+"""What a data set is: its cases with their channels, labels and groups.
 
+These are written down or can be found out.
 `listing` finds the cases' files, `inspect` reads and checks them. Two are read here: a label map for its values when
 nobody named them, and one image when nobody said how many channels there are.
 A case that has two files for the same thing is named in `Dataset.left_out`, for `inspect` to report.

@@ -1,4 +1,4 @@
-"""What goes into the network and what comes out of it for one case: the parts that need no network.
+"""What goes into the network and comes out of it for one case, without the network.
 
 Worker processes do both while the network computes another case: files are read and prepared, label maps finished and
 written. Nothing here imports torch. Axes: K class, Z Y X voxels.

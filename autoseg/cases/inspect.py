@@ -1,5 +1,6 @@
-"""Checks every image with its label map and has it measured for the fingerprint, in one read per file.
+"""Checks every image with its label map and measures it for the fingerprint.
 
+Each file is read once.
 Nothing stops at the first bad case: all problems of all cases are collected, each with what to do about it.
 Statistics are kept per case under a hash of the files' bytes, so that a second run only reads what changed.
 Axes: C channel, Z Y X voxels.

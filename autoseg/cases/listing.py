@@ -1,5 +1,6 @@
-"""Which files belong to which case, in every accepted layout of a data set, and of images that are to be predicted.
+"""Which files belong to which case, in every accepted layout of a data set.
 
+The same for images that are to be predicted.
 Files are only listed here; `inspect` reads and checks them. One exception: the first of several images to predict is
 asked how many channels it holds.
 A case is kept with the paths it should have, so that `inspect` can report what is missing with all other problems.

@@ -1,4 +1,4 @@
-"""The record of a prediction: what it was made from, so that `--resume` knows what is done."""
+"""The record of a prediction, by which `--resume` knows what is done."""
 
 from autoseg.records import Record, Saved
 

@@ -1,5 +1,6 @@
-"""The one preprocessing. Training and prediction both call `prepare`, so they cannot differ; `restore` undoes it.
+"""The one preprocessing: crop, normalize and resample, and all of it undone.
 
+Training and prediction both call `prepare`, so they cannot differ; `restore` undoes it.
 Order: transpose, crop to the nonzero box, normalize, resample. Normalizing comes before resampling on purpose: a
 resampled mask would no longer fit the image (Isensee et al., nnU-Net, Nature Methods 2021).
 Axes: C channel, K class, Z Y X voxels. "File grid" is that of the user's file, "transposed" after `Configuration.axes`.

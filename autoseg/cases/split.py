@@ -1,4 +1,4 @@
-"""Which cases are learned from and which validate, fold by fold; cases of one group never stand on both sides."""
+"""Which cases are learned from and which validate, fold by fold. Cases of one group never stand on both sides."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which files an image consists of: the header of a MetaImage (.mhd) names the file of its voxels."""
+"""Which files an image is made of: a .mhd header names the file of its voxels."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Connected components of masks and label maps, and the rules that remove or fill some of them.
+"""Connected components of label maps, and the rules that remove or fill some.
 
 Axes: Z Y X voxels. `connectivity` counts how many coordinates may differ between neighbours: 1 faces, 2 edges, 3
 corners. Components are found among runs (stretches of one label along X), of which there are far fewer than voxels,

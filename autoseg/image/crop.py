@@ -1,4 +1,4 @@
-"""The region of an image that holds anything: finding it, cutting it out, and putting results back.
+"""The box of an image that holds anything: found, cut out, and put back.
 
 Axes: C channel, Z Y X voxels. A box is ((z0, z1), (y0, y1), (x0, x1)), half open.
 """

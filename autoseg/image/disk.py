@@ -1,4 +1,7 @@
-"""Why a library could not write a file: ITK and blosc2 have one error for everything or none, so the disk is asked."""
+"""Why a library could not write a file: the disk itself is asked.
+
+ITK and blosc2 have one error for everything or none.
+"""
 
 import errno
 import os

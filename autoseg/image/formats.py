@@ -1,4 +1,4 @@
-"""Reading images and label maps of any format, and writing label maps and probabilities so that geometry survives.
+"""Images and label maps of any format, read and written with their geometry.
 
 Axes: C channel, K class, Z Y X voxels. SimpleITK reads what it reads well. NIfTI voxels are read here, because ITK
 fills a truncated NIfTI file with zeros and says nothing. What only one format needs lies in `nifti.py`, `nrrd.py` and

@@ -1,4 +1,4 @@
-"""NIfTI-1 files, where ITK is not enough: voxels with every truncation noticed, and headers kept to the last bit.
+"""NIfTI files where ITK is not enough: truncated ones, headers to the last bit.
 
 Axes: Z Y X voxels. Field positions: nifti1.h (https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h).
 """

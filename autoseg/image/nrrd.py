@@ -1,5 +1,6 @@
-"""NRRD files whose geometry is kept to the last bit: ITK multiplies spacing into directions and divides it out again.
+"""NRRD files whose geometry is kept to the last bit, as ITK does not.
 
+ITK multiplies spacing into directions and divides it out again.
 Axes: Z Y X voxels. Format: https://teem.sourceforge.net/nrrd/format.html
 """
 

@@ -1,5 +1,6 @@
-"""Class probabilities on disk, written and read slab by slab: memory does not grow with the image or its classes.
+"""Class probabilities on disk, written and read slab by slab.
 
+Memory does not grow with the image or its classes.
 Axes: K class, Z Y X voxels. A file is one blosc2 array (K, Z, Y, X) of float16 or of uint8 (255 is probability 1), in
 compressed chunks of one class each; label names, label values and geometry lie beside it as JSON. Files of earlier
 versions, a zip of .npy members, are read too (`probabilities_npz.py`). Nothing in either can run code.

@@ -1,7 +1,7 @@
-"""Class probabilities as autoseg 0.1 wrote them: a zip of .npy members, which can only be read from front to back.
+"""Class probabilities as autoseg 0.1 wrote them: a zip of .npy members.
 
-`about` holds label names, label values and geometry as JSON, `probabilities_KZYX` the float16 numbers, one class after
-the other.
+It can only be read from front to back. `about` holds label names, label values and geometry as JSON,
+`probabilities_KZYX` the float16 numbers, one class after the other.
 """
 
 import json

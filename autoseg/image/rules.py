@@ -1,4 +1,4 @@
-"""Post-processing rules on a map of label indices: which components go, which holes are filled.
+"""Post-processing of a label map: which components go, which holes are filled.
 
 Axes: Z Y X voxels. What rules there are: `records.Rule`. How they are learned: `steps/postprocess.py`.
 """

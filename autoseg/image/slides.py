@@ -1,4 +1,4 @@
-"""2D images too large for memory: TIFF files that are read and written in bands of rows.
+"""2D images too large for memory: TIFF read and written in bands of rows.
 
 Axes: C channel, Y X pixels. Whole-slide images are cut into tiles or strips inside the file, so that a band is read
 without the rest. Written are tiled, compressed (Big)TIFF files with the resolution of their image.

@@ -1,4 +1,4 @@
-"""A medical image in memory: its channels, and the geometry that places its voxels in the patient.
+"""A medical image in memory: its channels, and where its voxels are in the patient.
 
 Axes: C channel, Z Y X voxels. A 2D image is a volume with one slice, 1 mm thick.
 """

@@ -1,4 +1,7 @@
-"""Where the sums of the sliding window live, decided from sizes before anything is tried."""
+"""Where the sums of the sliding window live: on the GPU, in RAM or in a file.
+
+That is decided from sizes before anything is tried.
+"""
 
 import tempfile
 from collections.abc import Sequence

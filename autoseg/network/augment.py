@@ -1,5 +1,6 @@
-"""Varies training patches on the device that trains: chance is drawn first (`draw`), the effect repeats (`apply`).
+"""Varies training patches: turns, scales, mirrors, adds noise, on the device.
 
+Chance is drawn first (`draw`), the effect repeats (`apply`).
 Legend: B batch, C channel, Z Y X voxels (2D: Y X), D number of spatial axes, N voxels of one channel.
 Kinds, order, chances and strengths are those of nnU-Net's default trainer (Isensee et al. 2021); bending is the U-Net's
 elastic deformation (Ronneberger et al. 2015) by cubic B-splines (Rueckert et al. 1999). What a sample gets is known on

@@ -1,9 +1,10 @@
-"""The processes in which torch compiles for GPUs: their death ends a compilation instead of making it wait for ever.
+"""The processes in which torch compiles for GPUs, so that their death is noticed.
 
-Ctrl-C and the signals of schedulers reach them, and so does a kernel that is short of memory. torch hears of it by the
-end of a pipe, which before 2.14 never comes, since it keeps the other end of its own pipes open (pytorch #189290). Half
-of a compilation happens in a thread of torch's that no signal interrupts, so that only kill -9 would be left. Processes
-that it has begun itself hold the pipes for another minute.
+It then ends a compilation, which would else wait for ever. Ctrl-C and the signals of schedulers reach them, and so does
+a kernel that is short of memory. torch hears of it by the end of a pipe, which before 2.14 never comes, since it keeps
+the other end of its own pipes open (pytorch #189290). Half of a compilation happens in a thread of torch's that no
+signal interrupts, so that only kill -9 would be left. Processes that it has begun itself hold the pipes for another
+minute.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""A training step compiled: the network and its loss as one function, and CUDA graphs of it where steps are short.
+"""A training step compiled for GPUs, and recorded as CUDA graphs where it is short.
 
-Only GPUs compile: on CPUs the eager step is the faster one (docs/decisions/training-on-a-cpu.md).
+The network and its loss are one function. Only GPUs compile: on CPUs the eager step is the faster one
+(docs/decisions/training-on-a-cpu.md).
 """
 
 import gc

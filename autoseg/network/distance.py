@@ -1,5 +1,6 @@
-"""Distances to label boundaries on the training device, exact up to a radius and clipped there.
+"""Distances to label boundaries on the training device, exact up to a radius.
 
+Beyond it they are clipped.
 Legend: B batch, K class, Z Y X voxels (2D: Y X). Distances are Euclidean, in voxels, between voxel centres.
 No network learns through them, and compiled their loops would unroll into thousands of operations: they stay eager.
 """

@@ -1,9 +1,10 @@
-"""Several processes that train one network: who they are, how they add up their shares of a batch, how they agree.
+"""Several processes that train one network, each with a share of the batch.
 
-Every process holds the whole network and a share of each batch. A loss is a function of sums over the batch, so the
-sums are added between the processes (`adding`), every process knows the loss of the whole batch, and the sum of their
-gradients is the gradient that one process with the whole batch has (no average: each backward pass is a part of it).
-Started by torchrun, which gives each process its number; without it there is one process, `ALONE`.
+Here is who they are, how they add up their shares, and how they agree. Every process holds the whole network and a
+share of each batch. A loss is a function of sums over the batch, so the sums are added between the processes
+(`adding`), every process knows the loss of the whole batch, and the sum of their gradients is the gradient that one
+process with the whole batch has (no average: each backward pass is a part of it). Started by torchrun, which gives each
+process its number; without it there is one process, `ALONE`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""From scores on the network's grid to labels on the image's grid, without ever holding all classes there.
+"""From scores on the network's grid to labels on the image's grid, slab by slab.
 
 Resampling is linear and separable: one matrix per axis. Scores come as blocks of slices, so that not even those on the
 network's grid have to be in memory together, and the result is made slab by slab, in tiles that stay in the processor's

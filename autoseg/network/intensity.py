@@ -1,6 +1,7 @@
-"""Changes of intensity, each for the rows (one sample's channel each) that are hit: R rows of (Z, Y, X) or (Y, X).
+"""Changes of intensity: noise, blur, brightness, contrast, low resolution, gamma.
 
-Formulas as in nnU-Net's default trainer (Isensee et al. 2021); what happens to which row is drawn in `augment.py`.
+Each is for the rows (one sample's channel each) that are hit: R rows of (Z, Y, X) or (Y, X). Formulas as in nnU-Net's
+default trainer (Isensee et al. 2021); what happens to which row is drawn in `augment.py`.
 """
 
 import math

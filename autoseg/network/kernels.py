@@ -1,10 +1,10 @@
-"""Memory that a CPU convolution takes and gives back inside itself, which no tensor shows.
+"""Memory that CPU convolutions take inside themselves, which no tensor shows.
 
-oneDNN computes either in blocked layouts, copying inputs, outputs and weights with channels padded to blocks of 16, or
-channels-last, copying only what is not; at the peak of a step that is a tenth to a fifth of everything. Read from the
-allocations of torch 2.13 (oneDNN with AVX-512, fp32 and bf16), convolution by convolution; `bench/memory.py` repeats
-the comparison for whole steps. That was with one and two threads; with 4 it counts up to 9 % too much for a whole step
-in bf16, with 16 up to 34 % (fp32: 13 %), and never too little.
+They give it back at their end. oneDNN computes either in blocked layouts, copying inputs, outputs and weights with
+channels padded to blocks of 16, or channels-last, copying only what is not; at the peak of a step that is a tenth to a
+fifth of everything. Read from the allocations of torch 2.13 (oneDNN with AVX-512, fp32 and bf16), convolution by
+convolution; `bench/memory.py` repeats the comparison for whole steps. That was with one and two threads; with 4 it
+counts up to 9 % too much for a whole step in bf16, with 16 up to 34 % (fp32: 13 %), and never too little.
 """
 
 from math import prod

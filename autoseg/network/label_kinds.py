@@ -1,5 +1,6 @@
-"""What the outputs of a network stand for: classes that exclude each other, or regions that may overlap.
+"""What the outputs of a network stand for: classes, or regions that overlap.
 
+Classes exclude each other, regions need not.
 Legend: B batch, K output (class, background first; or region), Z Y X voxels (2D: Y X).
 Label maps always hold one index per voxel, -1 = ignore. A region is a union of label indices, such as a whole tumour
 made of oedema, core and enhancing part; each has an output of its own and a sigmoid, and every loss sees it as a

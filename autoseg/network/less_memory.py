@@ -1,4 +1,7 @@
-"""How the tiles of an image are computed: as fast as memory allows, and with less of it where a GPU runs out."""
+"""How the tiles of an image are computed, also where a GPU runs out of memory.
+
+As fast as memory allows, and with less of it where it runs out.
+"""
 
 import gc
 from collections.abc import Callable, Sequence

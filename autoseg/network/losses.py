@@ -1,4 +1,4 @@
-"""Every loss by name, how a name with options is read, and how a loss is spread over the outputs of deep supervision.
+"""Every loss by name, how its options are read, and deep supervision.
 
 Legend: B batch, K class (0 = background), Z Y X voxels (2D: Y X).
 A loss takes logits (B, K, Z, Y, X) or (B, K, Y, X) in any floating type and target (B, Z, Y, X) or (B, Y, X) of integer

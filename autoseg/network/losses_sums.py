@@ -1,5 +1,6 @@
-"""The sums over voxels that most losses are made of, in one pass that keeps only the logits for the backward pass.
+"""The sums over voxels that most losses are made of, in one pass.
 
+Only the logits are kept for the backward pass.
 Legend: B batch, K class (0 = background), N voxels of one sample, p softmax of the logits, g one-hot target.
 Half-precision logits are widened to float32 piece by piece; float64 stays float64.
 With 100 classes a plain softmax, its logarithm and a one-hot target at full resolution cost more memory than the

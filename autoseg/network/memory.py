@@ -1,7 +1,8 @@
-"""The memory to plan for, and how many bytes of it one training step needs: measured on the device, or simulated.
+"""The memory to plan for, and how much of it one training step needs.
 
-A budget names what one process may hold on a device in all: tensors, the allocator's slack, workspaces and the CUDA
-context. `measurer(budget)` returns a function with the same meaning, so the planner compares like with like.
+That is measured on the device, or simulated. A budget names what one process may hold on a device in all: tensors, the
+allocator's slack, workspaces and the CUDA context. `measurer(budget)` returns a function with the same meaning, so the
+planner compares like with like.
 """
 
 import gc

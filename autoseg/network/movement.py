@@ -1,5 +1,6 @@
-"""Reads moved samples at the places that a matrix and a bent control grid say (`augment.py` draws both).
+"""Reads samples that are turned, scaled or bent, at the places they come from.
 
+A matrix and a bent control grid say these places; `augment.py` draws both.
 Legend: M moved samples, C channel, Z Y X voxels (2D: Y X), D moved axes, P points of the control grid per axis.
 """
 

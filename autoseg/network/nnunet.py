@@ -1,4 +1,4 @@
-"""Networks that nnU-Net trained, as ours: its architectures, its checkpoints, and the names of its weights.
+"""Networks that nnU-Net trained, as ours: architectures, checkpoints, weights.
 
 Understood are `PlainConvUNet` and `ResidualEncoderUNet` of dynamic_network_architectures (Isensee et al., nnU-Net,
 Nature Methods 2021, and nnU-Net Revisited, MICCAI 2024). Stages of their decoder count from the coarsest, levels here

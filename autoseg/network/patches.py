@@ -1,5 +1,6 @@
-"""Which patches a step learns from: first the places are drawn (`draw_places`), then the patches cut (`gather`).
+"""Which patches a step learns from: places are drawn, then the patches are cut.
 
+`draw_places` does the one, `gather` the other.
 Every step has its own random numbers, made from the seed and the step's number, so a resumed training sees the patches
 that an uninterrupted one sees and no random state needs to be saved.
 Legend: B batch, C channel, Z Y X voxels (2D: Y X).

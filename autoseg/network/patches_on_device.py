@@ -1,4 +1,4 @@
-"""Patches of cases that lie on the training device: they are cut there, and nothing is moved."""
+"""Patches of cases that lie on the training device, cut there. Nothing is moved."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

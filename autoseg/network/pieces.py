@@ -1,10 +1,11 @@
-"""A batch in pieces: the gradient of the whole batch in the memory of a part, for when a device runs out of it.
+"""A batch in pieces, for a device that runs out of memory: the same gradient.
 
-Most losses are functions of sums over the batch, such as Dice over the batch, so the mean of the pieces' losses is not
-the loss of the batch. Here the pieces go through the network twice. The first time nothing is kept for a backward
-pass, and the sums that the loss hands to its `reduce` are added over the pieces; the second time every piece sees the
-totals, with its own part in them as what the gradient flows through. That costs a forward pass, a third of a step.
-It asks of a loss that what it reduces does not depend on what it reduced before.
+The whole batch's gradient is had in the memory of a part. Most losses are functions of sums over the batch, such as
+Dice over the batch, so the mean of the pieces' losses is not the loss of the batch. Here the pieces go through the
+network twice. The first time nothing is kept for a backward pass, and the sums that the loss hands to its `reduce` are
+added over the pieces; the second time every piece sees the totals, with its own part in them as what the gradient flows
+through. That costs a forward pass, a third of a step. It asks of a loss that what it reduces does not depend on what it
+reduced before.
 """
 
 from collections.abc import Callable, Iterator, Sequence

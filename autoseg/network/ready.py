@@ -1,4 +1,4 @@
-"""A trained network made ready to predict: on its device, without gradients, laid out for it."""
+"""A trained network made ready to predict, on its device. It has no gradients and is laid out for the device."""
 
 from torch import nn
 

@@ -1,7 +1,7 @@
-"""Which case, and which class, a patch is drawn for: the modes of sampling, how one is asked for, and its rates.
+"""Which case and which class a patch is drawn for: the modes of `--sampling`.
 
-A batch has forced samples, which are centred on a voxel of a class, and free ones, which lie anywhere. With the label
-index k counted from 1, the modes promise:
+Here is also how a mode is asked for, and its rates. A batch has forced samples, which are centred on a voxel of a
+class, and free ones, which lie anywhere. With the label index k counted from 1, the modes promise:
 
 - `foreground`: any case; a forced sample takes any class of that case. Source: nnU-Net's data loader (Isensee et al.
   2021). A class that few cases have is drawn as rarely as these cases are.

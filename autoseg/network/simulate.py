@@ -1,8 +1,9 @@
-"""How many bytes one training step needs at its peak, replayed on tensors that have shapes but no memory.
+"""How many bytes a training step needs at its peak, replayed without a device.
 
-The step is the one that training runs: network, loss with deep supervision, mixed precision, gradients, clipping and
-optimizer state. It runs on fake CPU tensors: without a GPU, torch can build no fake CUDA tensors that learn. What CUDA
-would do otherwise (autocast rules, size of the loss's pieces, allocator, workspaces) is added here and marked.
+It is replayed on tensors that have shapes but no memory. The step is the one that training runs: network, loss with
+deep supervision, mixed precision, gradients, clipping and optimizer state. It runs on fake CPU tensors: without a GPU,
+torch can build no fake CUDA tensors that learn. What CUDA would do otherwise (autocast rules, size of the loss's
+pieces, allocator, workspaces) is added here and marked.
 
 Legend: B batch, C channel, Z Y X voxels (2D: Y X).
 """

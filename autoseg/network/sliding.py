@@ -1,7 +1,8 @@
-"""Sliding-window inference: overlapping tiles, weighted by a Gaussian, mirrored along the axes that training mirrored.
+"""Sliding-window inference: overlapping tiles, weighted by a Gaussian, mirrored.
 
-Scores leave as soon as no further tile can change them, in blocks of slices, so that only as many slices are held as a
-patch is thick. Legend: B tiles, N slices that a 2D network sees one by one, C channel, K score, Z Y X voxels.
+Tiles are mirrored along the axes that training mirrored. Scores leave as soon as no further tile can change them, in
+blocks of slices, so that only as many slices are held as a patch is thick. Legend: B tiles, N slices that a 2D network
+sees one by one, C channel, K score, Z Y X voxels.
 """
 
 import itertools

@@ -1,4 +1,7 @@
-"""Where the time of training steps goes, and which share of the machine's speed they reach."""
+"""Where the time of training steps goes, and how near they are to full speed.
+
+Full speed is that of this machine's matrix products.
+"""
 
 import time
 from dataclasses import dataclass

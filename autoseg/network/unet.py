@@ -1,5 +1,6 @@
-"""The U-Net, plain or with a residual encoder, in 2D and 3D, exactly as a `NetworkSpec` describes it.
+"""The U-Net, plain or with a residual encoder, in 2D and 3D.
 
+It is exactly as a `NetworkSpec` describes it.
 Legend: B batch, C channel, K class, Z Y X voxels.
 
 Names in the state dict: `stem.…`, `encoder.<stage>.<block>.…`, `up.<level>.…`, `decoder.<level>.<block>.…`,

@@ -1,5 +1,6 @@
-"""Where a prediction differs most from its reference, as a picture: the image in grey, both contours in colour.
+"""Where a prediction differs most from its reference, as a picture.
 
+The image is grey, both contours are in colour.
 Axes: Z Y X voxels; R C rows and columns of a slice as it is shown. Label maps hold label indices, -1 in the reference
 what nobody annotated. Blue and orange are of Okabe and Ito's palette (2008), which colour-blind readers can tell apart;
 the prediction is dashed besides.

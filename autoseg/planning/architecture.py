@@ -1,4 +1,4 @@
-"""The network of a configuration: a plain or residual-encoder U-Net with a given topology, by preset.
+"""The network of a configuration by preset: a plain or residual-encoder U-Net.
 
 Source: nnU-Net (plain, 2 convolutions per stage) and its residual presets M, L, XL (Isensee et al., "nnU-Net
 Revisited", 2024: encoder blocks 1 3 4 6 6 6.., one convolution per decoder stage, planned for 8, 24 and 40 GB).

@@ -1,4 +1,4 @@
-"""What the planner notices in the data: imbalance, tiny structures, cases without labels; the numbers, then advice."""
+"""What the data warns of: imbalance, tiny structures, cases without labels. The numbers come first, then advice."""
 
 from collections.abc import Mapping, Sequence
 from math import prod

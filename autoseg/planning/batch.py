@@ -1,4 +1,4 @@
-"""How many samples a batch may hold, whatever the memory, and the normalization layer that suits the batch."""
+"""How many samples a batch may hold, and the norm layer that suits it. A batch is limited whatever the memory."""
 
 from collections.abc import Sequence
 from math import prod

@@ -1,4 +1,4 @@
-"""What planning cannot work with, said clearly: wrong spacings, slices among volumes, edited plans that break."""
+"""What planning refuses: wrong spacings, slices among volumes, broken edits."""
 
 from math import prod
 

@@ -1,6 +1,7 @@
-"""What a network costs, counted on paper: elements, parameters, operations and receptive field of every convolution.
+"""What a network costs, counted on paper: parameters, operations, elements.
 
-The count is the prior of the memory search (search.py) and the network's drawing (explain.py); it runs no network.
+The receptive field of every convolution is counted as well. The count is the prior of the memory search (search.py) and
+the network's drawing (explain.py); it runs no network.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,7 @@
-"""A plan changed by hand, field by field: checked as a whole, and told among its choices."""
+"""A plan changed by hand, field by field: `autoseg plan RUN --edit`.
+
+It is checked as a whole, and told among its choices.
+"""
 
 import json
 from collections.abc import Sequence

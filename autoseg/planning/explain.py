@@ -1,6 +1,7 @@
-"""A plan in plain rows and lines, for screens and reports: choices, readings, costs, and a drawing of each network.
+"""A plan in tables and drawings, for screens and reports.
 
-Nothing here prints. Costs are counted on paper (cost.py), times are a rough guess from such counts.
+These are its choices, readings, costs, and a drawing of each network. Nothing here prints. Costs are counted on paper
+(cost.py), times are a rough guess from such counts.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""One configuration before its patch is known: its grid, what is the same for all of them, and its draft and search."""
+"""One configuration: its grid, and the search for its patch and batch. What all configurations share is here, too."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

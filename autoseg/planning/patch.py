@@ -1,5 +1,6 @@
-"""The patches a configuration may have: the largest that spacing and median shape justify, and what it shrinks to.
+"""The patches that a configuration may have, from the largest downwards.
 
+The largest is what spacing and median shape justify.
 Axes are those of the patch: Z Y X, or Y X in 2D. Source of the rules: nnU-Net's experiment planner (see topology.py).
 """
 

@@ -1,4 +1,4 @@
-"""From a fingerprint and a budget to a plan. Knows no disk and no device: `measure` comes from outside."""
+"""From a fingerprint and a budget of memory to a plan. Knows no disk and no device: `measure` comes from outside."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,8 +1,9 @@
-"""The largest patch, then the largest batch, whose training step fits the budget, with few readings.
+"""The largest patch, then the largest batch, whose step fits the budget.
 
-A reading is the peak memory of one training step, taken by a function from outside (`measure`); this file knows
-neither CUDA nor fake tensors. Each reading is made once, and what was read predicts what was not: the step's peak is
-nearly a fixed part (weights, gradients, optimizer state) plus a part proportional to the elements of the feature maps.
+Few readings are taken. A reading is the peak memory of one training step, taken by a function from outside (`measure`);
+this file knows neither CUDA nor fake tensors. Each reading is made once, and what was read predicts what was not: the
+step's peak is nearly a fixed part (weights, gradients, optimizer state) plus a part proportional to the elements of the
+feature maps.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""The network that learns from an ensemble: the same grid, patch and depth as its teachers, with fewer channels."""
+"""The network that learns from an ensemble: its teachers', with fewer channels.
+
+It has the same grid, patch and depth.
+"""
 
 from collections.abc import Callable
 from typing import Literal

@@ -1,7 +1,7 @@
-"""Strides, kernels and divisors of a U-Net, derived from spacing and patch by nnU-Net's published rules.
+"""Strides, kernels and divisors of a U-Net, derived from spacing and patch.
 
-Source: Isensee et al., "nnU-Net", Nature Methods 18 (2021), supplementary note 5; constants as in nnU-Net 2.
-Axes are those of the patch: Z Y X, or Y X in 2D.
+The rules are those that nnU-Net published. Source: Isensee et al., "nnU-Net", Nature Methods 18 (2021), supplementary
+note 5; constants as in nnU-Net 2. Axes are those of the patch: Z Y X, or Y X in 2D.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
-"""How a configuration is trained: optimizer, length, loss and augmentation, with nnU-Net's augmentation ranges.
+"""How a configuration is trained: optimizer, length, loss and augmentation.
 
+Ranges of augmentation are nnU-Net's.
 Axes: rotations and mirror axes are those of the patch (Z Y X, or Y X in 2D), after transposition. Labels tell sides of
 the patient; along which axes of the files these lie is known from the cases' `patient_axes`.
 """

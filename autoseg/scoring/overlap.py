@@ -1,5 +1,6 @@
-"""Overlap of a predicted and a reference label map: Dice, IoU, precision, recall, volumes, lesions found.
+"""Overlap of two label maps: Dice, IoU, precision, recall, volumes, lesions.
 
+One is predicted, the other the reference.
 Axes: Z Y X voxels. Label maps hold label indices 0..classes-1; in the reference a negative index is "nobody annotated
 this voxel", and the voxel then counts for neither side. A score that is 0/0 is None: see `POLICY`.
 """

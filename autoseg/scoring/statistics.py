@@ -1,4 +1,4 @@
-"""Paired statistics: is one method better than another on the same cases, or is it chance?
+"""Paired statistics: is one method better on the same cases, or is it chance?
 
 `differences` are a - b, one number per case, without missing values. Tests need at least `FEWEST` cases: with five, a
 two-sided Wilcoxon test cannot fall below 0.05 even if all agree. P values are two-sided unless told otherwise.

@@ -1,4 +1,4 @@
-"""What a study of settings found, as records, and what a training's history tells of noise and convergence.
+"""What a study of settings found, as records, and how noisy its trainings were.
 
 A history is the list of rows that training writes, one per epoch; values that were not defined are None.
 """

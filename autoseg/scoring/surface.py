@@ -1,5 +1,6 @@
-"""Distances between the surfaces of two masks, in millimetres, and the scores made of them.
+"""Distances between the surfaces of two masks, and the scores made of them.
 
+Distances are in millimetres.
 Axes: Z Y X, spacings too. The surface is that of marching cubes between voxel centres: every cube of 2x2x2 neighbouring
 voxels that holds both inside and outside is one surface element, at the cube's centre, with the area the cube's
 triangles have at this spacing. 2D images (`flat`) are treated the same way in their plane (2x2 squares, lengths).

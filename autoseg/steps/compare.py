@@ -1,4 +1,4 @@
-"""`autoseg compare`: which differences between methods scored on the same cases are real, and which may be chance.
+"""`autoseg compare`: which differences between methods are more than chance.
 
 Every pair of methods is compared per class and metric on the cases where both have a score. What counts is Wilcoxon's
 signed-rank test, corrected by Holm over all classes and pairs of a metric; the mean over classes ("foreground") is a

@@ -1,4 +1,4 @@
-"""`autoseg distill`: one small network learns what an ensemble knows; and a table of what each of them is worth."""
+"""`autoseg distill`: one small network learns what an ensemble knows. A table says what each of them is worth."""
 
 import shlex
 from collections.abc import Sequence

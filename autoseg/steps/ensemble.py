@@ -1,4 +1,4 @@
-"""`autoseg ensemble`: one prediction out of several, of folders or of trained networks, case by case, slab by slab.
+"""`autoseg ensemble`: one prediction out of several folders or trained networks.
 
 Where all folders hold probabilities their mean is taken (unweighted unless asked otherwise), else the label maps vote.
 Networks may work on different grids (2D and 3D of one run, two runs): they meet on the grid of the image.

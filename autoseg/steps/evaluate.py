@@ -1,4 +1,4 @@
-"""`autoseg evaluate`: scores of predicted label maps against the references, of a folder or a whole cross-validation.
+"""`autoseg evaluate`: scores against references, or of a whole cross-validation.
 
 Axes: Z Y X voxels. The policy for empty cases is `scoring.overlap.POLICY`; it is saved with the scores. A case whose
 files and settings are those of the last time keeps its scores: they are found by a hash in `scores.json`.

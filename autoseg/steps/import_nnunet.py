@@ -1,4 +1,4 @@
-"""`autoseg import-nnunet`: a model that nnU-Net v2 trained becomes a run that `predict` understands."""
+"""`autoseg import-nnunet`: a model that nnU-Net v2 trained becomes a run. `predict` understands it."""
 
 from collections.abc import Mapping
 from pathlib import Path

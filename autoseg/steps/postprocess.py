@@ -1,4 +1,4 @@
-"""`autoseg postprocess`: learn on the cross-validation which components to remove, and apply what was learned.
+"""`autoseg postprocess`: learns which components to remove, and removes them.
 
 Axes: Z Y X voxels. A component's size and its share of true voxels are all that a rule about sizes needs, so each case
 is read and numbered once and every candidate is judged by arithmetic on those lists; only holes need a second reading.

@@ -1,4 +1,4 @@
-"""`autoseg preprocess`: bring every case to the grid and scale of the plan, once; what is there already is kept."""
+"""`autoseg preprocess`: every case on the grid and scale of the plan, once. What is there already is kept."""
 
 import zlib
 from dataclasses import dataclass

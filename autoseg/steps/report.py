@@ -1,4 +1,4 @@
-"""`autoseg report`: all that is known of a run on one HTML page, to look at or to show to somebody.
+"""`autoseg report`: all that is known of a run on one HTML page.
 
 The page holds its pictures and needs no network. What the run has not is said in its place; a run that was only planned
 gets a page, too.

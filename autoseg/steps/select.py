@@ -1,4 +1,4 @@
-"""`autoseg select`: which configuration, or which pair of them, is best on the validation cases; `predict` uses it.
+"""`autoseg select`: which configuration or pair is best; `predict` uses it.
 
 A pair's probabilities are averaged. Those saved beside the validation predictions are used where they are, else the
 networks of each fold segment its validation cases again; the pairs' label maps stay in `RUN/ensembles`, so that

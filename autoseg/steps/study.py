@@ -1,6 +1,7 @@
-"""`autoseg study`: train a grid of settings under equal time or epochs, and say which differences are more than chance.
+"""`autoseg study`: trains a grid of settings and says which are better.
 
-Every setting is trained with the same seeds, so that it sees the same patches. Finished trainings are not done again.
+Time or epochs are equal, and a difference has to be more than chance. Every setting is trained with the same seeds, so
+that it sees the same patches. Finished trainings are not done again.
 """
 
 import csv

@@ -1,5 +1,6 @@
-"""How the predictions of one case become one: mean of probabilities, vote or STAPLE; and which of them agree.
+"""How the predictions of one case become one: mean, vote or STAPLE.
 
+The mean is that of probabilities. Here is also which of them agree.
 Axes: K class, Z Y X voxels; M members, of which the last is the result. Probabilities are read in slabs of Z, so memory
 does not grow with the image, and only by one slab of one member with the number of members.
 """

@@ -1,4 +1,4 @@
-"""Which predictions a person should look at: those that the networks are unusually unsure of."""
+"""Which predictions a person should look at: networks are unusually unsure there."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Folders of predictions that are to be combined: what they hold, and whether they belong together."""
+"""Folders of predictions to be combined: what they hold, and if they fit together."""
 
 import shlex
 from collections.abc import Callable, Sequence

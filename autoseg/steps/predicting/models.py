@@ -1,4 +1,4 @@
-"""The trained networks of a run: which there are, and one of them ready to predict."""
+"""The trained networks of a run: which there are, and one ready to predict."""
 
 import hashlib
 import json

@@ -1,4 +1,7 @@
-"""Which prediction belongs to which reference: in two folders, or in the cross-validation of a run."""
+"""Which prediction belongs to which reference, in two folders or in a run.
+
+In a run they are those of its cross-validation.
+"""
 
 import json
 from collections.abc import Sequence

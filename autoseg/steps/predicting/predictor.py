@@ -1,5 +1,6 @@
-"""The trained networks of a run, loaded once, for any number of images: files, SimpleITK images or arrays.
+"""`Predictor`: the trained networks of a run, loaded once for many images.
 
+Images are files, arrays or those of SimpleITK.
 Axes: C channel, K class, Z Y X voxels.
 """
 

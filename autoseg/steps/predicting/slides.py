@@ -1,4 +1,4 @@
-"""Segmenting 2D images too large for memory: tiles come from the file and labels go to the file, band by band.
+"""Segments 2D images too large for memory, band by band, from file to file.
 
 The tiles are those of the sliding window over the whole image, so the result is the same as in memory. Axes: C channel,
 K score, Y X pixels.

@@ -1,6 +1,7 @@
-"""What each `--speed` of `predict` takes and costs, measured on the validation cases of a fold.
+"""What each `--speed` of `predict` takes and costs, measured on a fold.
 
-`autoseg evaluate RUN --speeds` says it and writes `speeds.json` beside the scores of the configuration.
+It is measured on the fold's validation cases. `autoseg evaluate RUN --speeds` says it and writes `speeds.json` beside
+the scores of the configuration.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""A folder of results that appear only when they are done: they are written beside it first."""
+"""A folder of results that appear only when they are done. They are written beside it first."""
 
 import glob
 import os

@@ -1,6 +1,6 @@
-"""What a student is worth beside its teachers: each network scored and timed on the same cases, one table.
+"""What a student is worth beside its teachers: all scored and timed, one table.
 
-`autoseg distill` ends with it.
+That is done on the same cases. `autoseg distill` ends with it.
 """
 
 import time

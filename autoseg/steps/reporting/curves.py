@@ -1,4 +1,7 @@
-"""The pictures of a training (loss, Dice and learning rate over the time it took) and of a study of many."""
+"""The pictures of a training, and those of a study of many.
+
+Loss, Dice and learning rate are drawn over the time it took.
+"""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a report says of the records of a run: the data, the plan, the trainings, and what was decided afterwards.
+"""What a report says of data, plan, trainings and what was decided afterwards.
 
 Pure functions from records to HTML; they read no file.
 """

@@ -1,6 +1,7 @@
-"""What a report shows of validation: scores over the cases that networks had not seen, and the worst of them drawn.
+"""What a report shows of validation: scores, and the worst cases drawn.
 
-Scores are those on the disk; nothing is scored again. Axes: Z Y X voxels.
+These are of cases that networks had not seen. Scores are those on the disk; nothing is scored again. Axes: Z Y X
+voxels.
 """
 
 import statistics

@@ -1,4 +1,7 @@
-"""Batches for training and validation: drawn, read ahead by threads, moved to the device and augmented there."""
+"""Batches for training and validation: drawn, read ahead, moved and augmented.
+
+Threads read ahead; a batch is moved to the device and augmented there.
+"""
 
 import time
 from collections import Counter, deque

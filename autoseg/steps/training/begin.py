@@ -1,4 +1,7 @@
-"""How a training begins: its record, made of plan and options or of what it was before, and an empty or kept folder."""
+"""How a training begins: its record, and an empty or kept folder.
+
+The record is made of plan and options, or of what it was before.
+"""
 
 import torch
 

@@ -1,4 +1,7 @@
-"""Training that begins with the weights of another: what fits is taken over, channels and classes by their names."""
+"""Training that begins with the weights of another: `--init`.
+
+What fits is taken over, channels and classes by their names.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

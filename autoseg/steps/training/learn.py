@@ -1,4 +1,4 @@
-"""The training itself: network, loss, batches and loop put together, and what is written while it runs."""
+"""The training itself: network, loss, batches and loop, and what is written."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the user asks of a training beside the plan, and how the planned configuration is fitted to it."""
+"""What the user asks of a training, and how the plan is fitted to it."""
 
 import gc
 import shlex

@@ -1,4 +1,4 @@
-"""What a study may vary: fields of a configuration, set from text such as `loss=ce,dice` or `batch_size=2`."""
+"""What a study may vary: fields of a configuration, from text like `loss=ce,dice`."""
 
 import itertools
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Where the patches of a training are read from: the device, RAM, or the compressed cache on disk."""
+"""Where training patches are read from: the device, RAM, or the cache on disk."""
 
 from math import prod
 

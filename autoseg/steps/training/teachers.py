@@ -1,5 +1,6 @@
-"""Who a student learns from, and what these say of the cases: computed once, kept in 8 bits in the run's cache.
+"""Who a student learns from, and what these say of the cases.
 
+That is computed once, and kept in 8 bits in the run's cache.
 Axes: C channel, K class, Z Y X voxels of the preprocessed grid.
 """
 

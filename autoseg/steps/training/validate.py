@@ -1,4 +1,7 @@
-"""Whole-image validation of a fold: the same functions as prediction, scored against the references of the data set."""
+"""Whole-image validation of a fold, by the same functions as prediction.
+
+Its predictions are scored against the references of the data set.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
