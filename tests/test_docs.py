@@ -31,16 +31,20 @@ def build() -> ModuleType:
     return script("docs/build.py")
 
 
-def test_the_readme_names_every_file_of_the_package_with_its_role(build: ModuleType) -> None:
-    tree = build.tree()
+@pytest.fixture(scope="module")
+def tree(build: ModuleType) -> str:
+    return str(build.tree())
+
+
+def test_the_readme_names_every_file_of_the_package_with_its_role(tree: str) -> None:
     files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "autoseg").rglob("*.py") if path.stat().st_size]
     assert [name for name in files if f"{name} " not in tree] == []
     assert tree in (ROOT / "README.md").read_text(), "run `make docs`: the tree in README.md is another"
 
 
-def test_the_role_of_a_file_is_one_short_sentence(build: ModuleType) -> None:
+def test_the_role_of_a_file_is_one_short_sentence(tree: str) -> None:
     """The first sentence of its docstring, of 80 characters at most."""
-    roles = dict(line.split(maxsplit=1) for line in build.tree().splitlines()[1:-1])
+    roles = dict(line.split(maxsplit=1) for line in tree.splitlines()[1:-1])
     assert {path: role for path, role in roles.items() if len(role) > LONGEST_ROLE} == {}
 
 

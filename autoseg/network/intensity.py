@@ -1,4 +1,4 @@
-"""Changes of intensity: noise, blur, brightness, contrast, low resolution, gamma.
+"""Changes of intensity: blur, brightness, contrast, low resolution, gamma.
 
 Each is for the rows (one sample's channel each) that are hit: R rows of (Z, Y, X) or (Y, X). Formulas as in nnU-Net's
 default trainer (Isensee et al. 2021); what happens to which row is drawn in `augment.py`.

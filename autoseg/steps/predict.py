@@ -106,8 +106,7 @@ def predict(
         run: run folder with at least one trained network.
         images: folder whose files are named as the training images were.
         output: folder of the label maps; made if absent.
-        configuration: None takes what `select` chose (one or two), else the first that is trained of "3d_cascade",
-            "3d", "3d_lowres" and "2d".
+        configuration: None takes what `select` chose, else the first trained of "3d_cascade", "3d", "3d_lowres", "2d".
         folds, seeds: networks to average; None takes all that are trained. A cascade's first stage takes the same folds
             and all of their seeds.
         save_probabilities: also write probabilities, for `ensemble`: of all classes, or of those in `classes`;
