@@ -1,6 +1,7 @@
 """The documentation says what is true: links lead somewhere, and the README names every file."""
 
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -8,11 +9,13 @@ from types import ModuleType
 
 import pytest
 import typer
+from markdown_it import MarkdownIt
 
+import autoseg
 from autoseg import cli
 from autoseg.network import losses
 
-COMMAND_LINE = re.compile(r"^ {4}(autoseg .+)$", re.MULTILINE)
+COMMAND = re.compile(r"(?:taskset \S+ \S+ )?(autoseg .+)", re.DOTALL)
 LONGEST_ROLE = 80
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +83,14 @@ def test_every_loss_is_listed_with_its_options() -> None:
             assert f"`{option}` {shown}" in listed, f"{name}: {option} {shown}"
 
 
+def test_every_argument_of_a_public_function_is_explained() -> None:
+    functions = [getattr(autoseg, name) for name in autoseg.PUBLIC if name != "Predictor"]
+    assert len(functions) > 10
+    for function in functions:
+        told, arguments = inspect.getdoc(function) or "", set(inspect.signature(function).parameters) - {"report"}
+        assert [each for each in arguments if not re.search(rf"\b{each}\b", told)] == [], function.__qualname__
+
+
 def test_a_measurement_without_its_data_says_what_they_are(tmp_path: Path) -> None:
     outside = script("bench/outside.py")
     assert outside.data_set(str(tmp_path)) == tmp_path
@@ -87,12 +98,30 @@ def test_a_measurement_without_its_data_says_what_they_are(tmp_path: Path) -> No
         outside.data_set(str(tmp_path / "nowhere"))
 
 
-PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
+def commands_on(page: Path) -> tuple[list[str], list[str]]:
+    """What a page shows of commands: the lines of its blocks, and what stands between backticks."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text())
+    blocks = [line for token in tokens if token.type in ("code_block", "fence") for line in token.content.splitlines()]
+    spans = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+    lines, hints = ([found[1] for each in texts if (found := COMMAND.fullmatch(each))] for texts in (blocks, spans))
+    return lines, hints
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_command_line_of_a_page_is_understood(page: str) -> None:
+PAGES = {page: commands_on(page) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
+
+
+WITH_COMMANDS = sorted(page for page, found in PAGES.items() if any(found))
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_understood(page: Path) -> None:
+    """Those of a block as a whole; in the text, where most of a command may be left out, by their options."""
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    for line in COMMAND_LINE.findall((ROOT / page).read_text()):
+    lines, spans = PAGES[page]
+    for line in lines:
         _, name, *words = shlex.split(line, comments=True)
         commands[name].make_context(name, list(cli.with_resume_value(words)))  # raises where an option is unknown
+    for span in spans:
+        _, name, *words = shlex.split(span)
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert [word for word in words if word.startswith("-") and word.partition("=")[0] not in known] == [], span

@@ -17,7 +17,7 @@ from autoseg.records import Choice, NetworkSpec
 PLAIN_BLOCKS = 2
 BASE_FEATURES = 32
 BASE_FEATURES_SLOW = 16
-"""On a CPU that multiplies in fp32 only: a quarter of the work, so four times as many samples in a given time."""
+"""On every CPU: a quarter of the work, so four times as many samples in a given time."""
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6)
 
 

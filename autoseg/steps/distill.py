@@ -49,14 +49,17 @@ def distill(
     `predict RUN -c 3d_student_small` takes it. The same call again goes on where it was stopped.
 
     Args:
+        run: a run folder with trained networks.
         teachers: see `teachers_named`. Those that learned from validation cases of the fold are warned of.
         student: of `planning.student.SIZES`.
         configuration: the teachers'; None takes "3d", else "2d".
         fold: the student's; "all" learns from every case and is scored on none.
+        seed: another one trains another student beside the first.
         epochs, max_seconds: length of the student's training, without what its teachers need to look at the cases.
         temperature, labels_weight: of `network.distillation.distilling`.
         unlabelled: folder of images; of these the student learns what the teachers say.
         baseline: also train the student's network on the labels alone, for as long and in batches as large.
+        device, workers: as for `train`.
 
     Raises:
         UserError: no such teachers, another grid, or a student of this name that was begun otherwise.

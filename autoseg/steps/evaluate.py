@@ -144,7 +144,8 @@ def evaluate_run(
     """Score the cross-validation of one configuration of a run: the validation predictions of all its folds together.
 
     `scores.json` and `scores.csv` go into the configuration's folder. `configuration` None takes the only one trained,
-    else the selected one; a pair such as "2d+3d" that `select` has combined is one, too.
+    else the selected one; a pair such as "2d+3d" that `select` has combined is one, too. `surface`, `tolerance_mm` and
+    `workers` are those of `evaluate`.
 
     Raises:
         UserError: as `evaluate`; or nothing is trained yet.

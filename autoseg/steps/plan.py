@@ -39,7 +39,8 @@ def plan(
     Args:
         data: a Decathlon folder, an nnU-Net raw folder, or a folder with images/ and labels/.
         run: the run folder to make or to continue.
-        memory: e.g. "11GB", the card to plan for; None: the free memory of `device`, or 8 GB where there is no card.
+        memory: e.g. "11GB", the card to plan for; None: the free memory of `device`, or half of the RAM, at most 8 GB,
+            where there is no card.
         device: e.g. "cuda:1" or "cpu"; None: the first card, if any.
         preset: "standard", "M", "L" or "XL".
         workers: processes that read images; None: one per core.

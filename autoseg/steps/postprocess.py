@@ -88,7 +88,7 @@ def postprocess_learn(
         connectivity: 1 faces, 2 edges, 3 corners.
         significance: keep a rule only if a paired sign-flip test over cases, for the best of the candidates tried and
             corrected over classes by Holm, says that it helps at this level; None asks only for a higher mean.
-        output: where to save; None is `postprocess.json` of the run.
+        output: where to save; None is `postprocess.json` of the run. workers: processes; None takes all cores.
 
     Raises:
         UserError: no predictions, a prediction without a reference, or differing grids; nothing is written then.
@@ -286,7 +286,7 @@ def postprocess_apply(
 
     Args:
         rules: the rules, or the run folder whose `postprocess.json` holds them.
-        output: another folder for the label maps, which appear in it when all are done.
+        output: another folder for the label maps, which appear in it when all are done. workers: None: all cores.
         labels: names and values of the labels; None takes those of the run (needed when `rules` is no run folder).
 
     Raises:

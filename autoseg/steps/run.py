@@ -41,6 +41,8 @@ def run(
         max_seconds: for all trainings together; None: the plan's epochs.
         folds: "0" to "4", and "all" beside them if wanted.
         configuration: name in the plan; None: 3d where the plan has it, else 2d.
+        memory, device, skip_bad: as for `plan`, where nothing is planned yet; all steps use this device.
+        workers: processes for reading and preparing; None takes all allowed cores.
 
     Returns the scores before post-processing; they are also saved beside the folds.
 

@@ -51,7 +51,7 @@ def select(
             trained for fewer folds, and their teachers may have seen the cases.
         pairs: also try every two of them together, which segments the validation cases again where no probabilities
             were saved. What was combined before is kept while the networks are older.
-        device: for segmenting.
+        device: for segmenting. workers: processes that score; None takes all allowed cores.
 
     Raises:
         UserError: nothing is validated, a named configuration is not, or there is no fold that all have.

@@ -89,9 +89,12 @@ def study(
         seeds: seeds 0 .. seeds - 1 of every setting; a later call may ask for more.
         epochs, max_seconds: length of every training; one of them is needed. With a time limit the batch is fitted to
             the time once, before the first training, unless it is set or varied.
+        configuration: name in the plan; None takes "3d", else "2d".
+        fold: whose validation cases are scored.
         fixed: "field=value" to set for all.
         name: of the study's folder; None: the varied fields' names.
         devices: trainings run side by side on these; None: all GPUs, else the CPU.
+        workers: processes for reading and preparing; None takes all allowed cores.
 
     Raises:
         UserError: an impossible setting (before anything is trained), or a study of this name that was made otherwise.

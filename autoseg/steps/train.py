@@ -67,7 +67,9 @@ def train(
     Args:
         run: a planned run folder; cases that are not preprocessed yet are.
         configuration: name in the plan; None takes "3d", else "2d".
-        fold: "0" to "4", or "all" to learn from every case (and validate on none).
+        fold: its number ("0" to "4" unless the data set has its own), or "all" to learn from every case (and validate
+            on none).
+        seed: another one trains another network beside the first.
         max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
         resume: "no" starts a training and refuses to overwrite one, "restart" overwrites it; "yes" goes on where it
             stopped (an error if there is none), "auto" does so or starts it; "extend" goes on to a larger `epochs` or
@@ -79,7 +81,9 @@ def train(
         deterministic: only kernels that repeat their results, where there is a choice.
         init: run folder or model folder to take the first weights from, see steps/training/finetune.py.
         freeze: "encoder" leaves those weights as they are.
-        cache_bytes: preprocessed cases are kept in memory up to this; None: a quarter of what there is.
+        device: "cpu", "cuda", "cuda:1" or "mps"; None: the GPU, else the CPU.
+        workers: processes for reading and preparing; None takes all allowed cores.
+        cache_bytes: preprocessed cases are kept in memory up to this; None: a quarter of the RAM there may be used.
         tensorboard: also write the history for TensorBoard.
 
     Raises:
