@@ -267,7 +267,7 @@ def test_a_missing_channel_of_an_image_to_predict_is_named(tmp_path: Path) -> No
         list_images(tmp_path, 2)
 
 
-@pytest.mark.skipif(not (SHARED / "drive").is_dir(), reason="the shared photographs are not here")
+@pytest.mark.skipif(not (SHARED / "drive").is_dir(), reason="needs the folder ../shared/data/drive")
 def test_the_retina_photographs_are_understood() -> None:
     dataset = discover(SHARED / "drive", workers=1)
     assert len(dataset.cases) == 20
@@ -275,7 +275,7 @@ def test_the_retina_photographs_are_understood() -> None:
     assert [label.value for label in dataset.labels] == [0, 255]
 
 
-@pytest.mark.skipif(not (SHARED / "broken").is_dir(), reason="the shared broken data set is not here")
+@pytest.mark.skipif(not (SHARED / "broken").is_dir(), reason="needs the folder ../shared/data/broken")
 def test_a_folder_with_nothing_but_an_image_is_refused() -> None:
     with pytest.raises(UserError, match="Accepted are"):
         discover(SHARED / "broken")

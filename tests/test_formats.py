@@ -439,7 +439,7 @@ def test_endings_are_found_in_any_case_and_stems_keep_their_dots() -> None:
     assert formats.stem_of("case_0000.tif") == "case_0000"
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the folder ../shared/data is not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder ../shared/data")
 def test_real_photographs_and_scans_are_read() -> None:
     volume = read_image([DATA / "drive" / "images" / "21.tif"])
     assert volume.array_CZYX.shape == (3, 1, 584, 565)

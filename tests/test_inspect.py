@@ -327,7 +327,7 @@ def test_the_error_keeps_its_problems_across_processes() -> None:
     assert "and 2 more" in str(again)
 
 
-@pytest.mark.skipif(not (SHARED / "broken").is_dir(), reason="the shared broken data set is not here")
+@pytest.mark.skipif(not (SHARED / "broken").is_dir(), reason="needs the folder ../shared/data/broken")
 def test_a_real_image_without_label_is_a_problem(tmp_path: Path) -> None:
     a_dataset(tmp_path)
     folder = tmp_path / "data"
