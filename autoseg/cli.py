@@ -188,7 +188,7 @@ def import_nnunet(
 @app.command()
 def predict(
     run: RunFolder,
-    images: Annotated[Path, typer.Option("--input", "-i", help="Folder of images, named as in training; or one image.")],
+    images: Annotated[Path, typer.Option("--input", "-i", help="Folder of images named as in training, or an image.")],
     output: Output,
     configuration: Trained = None,
     folds: Annotated[
