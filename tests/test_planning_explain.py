@@ -67,6 +67,13 @@ def test_rows_that_the_plan_does_not_hold_any_more_say_what_it_holds() -> None:
     }
 
 
+def test_a_plan_that_contradicts_itself_can_still_be_shown() -> None:
+    content = PLAN.model_dump(mode="json")
+    content["configurations"][1] |= {"axes": [0, 0, 7]}
+    content["configurations"][1]["train"]["augment"]["mirror_axes"] = [0, 5]
+    assert choice_table(Plan.model_validate(content)).rows
+
+
 def test_rows_of_an_edit_field_by_field_are_not_marked() -> None:
     changes = ["3d.patch_voxels=48,64,40", "3d.train.learning_rate=3e-3", "3d.train.augment.mirror_axes=[]"]
     changes += ["3d.train.augment.rotation_rad=0.5,0,0", "2d.batch_dice=false", "2d.train.loss=dice_focal:gamma=1"]

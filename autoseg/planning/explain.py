@@ -160,11 +160,13 @@ def _held_instead(field: str, value: str, one: Configuration) -> str:
         forced = f"{forced_of(one.batch_size, train.foreground_share)} of {one.batch_size}"
         return "" if value.startswith(f"{train.loss},") and f" {forced} (" in value else f"{train.loss}, {forced}"
     turns, mirrored = train.augment.rotation_rad, train.augment.mirror_axes
+    letters = ["ZYX"[axis : axis + 1] for a, axis in enumerate(of_file) if a in mirrored]  # any axis: nothing is checked
+    spacing_mm = [each for _, each in sorted(zip(one.axes, one.spacing_mm, strict=True), key=lambda pair: pair[0])]
     said = {choice.field: choice.value for choice in describe_train(train)} | {
         "memory": gigabytes(one.memory.peak_bytes),
-        "spacing_mm": millimetres([one.spacing_mm[one.axes.index(axis)] for axis in range(3)]),
+        "spacing_mm": millimetres(spacing_mm),
         "train.augment.rotation_rad": f"{' '.join(f'{degrees(turn):.0f}' for turn in turns)} degrees at most",
-        "train.augment.mirror_axes": f"{' '.join('ZYX'[of_file[a]] for a in mirrored) or 'none'} of the files",
+        "train.augment.mirror_axes": f"{' '.join(letters) or 'none'} of the files",
     }
     held: Any = one.model_dump(mode="json")
     for part in field.split("."):
