@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # what measurements read: Task04 (Hippocampus) of the Medical Segmentation Decathlon
 DATA ?= ../shared/data/hippocampus
-# measurements with a target of their own, or that need a run, a peer, a card or long; and two that measure nothing
+# measurements with a target or a line of their own, or that need a run, a peer, a card or long; and what they share
 ASKED := averaged components ensemble errors export kill layouts nnunet_weights plans predict slide surface train
 ASKED += loader prepare nnunet outside
 

@@ -160,7 +160,7 @@ def _held_instead(field: str, value: str, one: Configuration) -> str:
         forced = f"{forced_of(one.batch_size, train.foreground_share)} of {one.batch_size}"
         return "" if value.startswith(f"{train.loss},") and f" {forced} (" in value else f"{train.loss}, {forced}"
     turns, mirrored = train.augment.rotation_rad, train.augment.mirror_axes
-    letters = ["ZYX"[axis : axis + 1] for a, axis in enumerate(of_file) if a in mirrored]  # any axis: nothing is checked
+    letters = ["ZYX"[axis : axis + 1] for a, axis in enumerate(of_file) if a in mirrored]  # of any axes: not checked
     spacing_mm = [each for _, each in sorted(zip(one.axes, one.spacing_mm, strict=True), key=lambda pair: pair[0])]
     said = {choice.field: choice.value for choice in describe_train(train)} | {
         "memory": gigabytes(one.memory.peak_bytes),
