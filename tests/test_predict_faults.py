@@ -15,6 +15,8 @@ from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 from test_predict import write_network
 
+from autoseg.cases import exchange
+from autoseg.cases.predicted import Predicted
 from autoseg.errors import UserError
 from autoseg.events import Event, Said, Warned
 from autoseg.layout import Layout, prediction_record
@@ -144,11 +146,18 @@ def test_resume_leaves_out_what_is_done_and_unchanged(place: Path, tmp_path: Pat
     os.utime(images / "case_00.nii.gz")  # another time, the same content
     shutil.copy(images / "case_01.nii.gz", images / "case_02.nii.gz")
     (out / "case_04.nii.gz").unlink()
-    shutil.copy(out / "case_08.nii.gz", out / "case_06.nii.gz")  # what another command left there
+    for changed in ("case_06.nii.gz", "case_07.nii.gz"):  # one corrected by hand, one drawn by hand: not autoseg's
+        kept = (out / changed).read_bytes() if (out / changed).is_file() else b""
+        shutil.copy(out / "case_08.nii.gz", out / changed)
+        with pytest.raises(UserError, match=rf"out: {changed} would be replaced, which autoseg has not written, or some"):
+            predict(place / "run", images, out, device="cpu", resume=True)
+        (out / changed).unlink()
+        if kept:
+            (out / changed).write_bytes(kept)
     said: list[Event] = []
     written = predict(place / "run", images, out, device="cpu", resume=True, report=said.append)
     assert [path.name for path in written] == sorted(f"{each}.nii.gz" for each in ALL)
-    assert any(isinstance(each, Said) and each.text == "2 of 10 cases are done already." for each in said)
+    assert any(isinstance(each, Said) and each.text == "3 of 10 cases are done already." for each in said)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
     kept = {name for name, when in before.items() if after[name] == when}
     assert kept == {"case_00.nii.gz", "case_08.nii.gz"}
@@ -160,11 +169,12 @@ def test_resume_leaves_out_what_is_done_and_unchanged(place: Path, tmp_path: Pat
 def test_a_case_that_is_being_written_anew_is_not_done(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between a label map and its record, the old record would vouch for the new map."""
+    """Killed between a label map and its record, the old record would vouch for the new map; it is autoseg's still."""
     [image] = [place / "whole" / "case_00.nii.gz"]
     predict(place / "run", image, tmp_path, device="cpu", workers=0)
     record = prediction_record(tmp_path, "case_00")
-    assert record.is_file()
+    assert load(record, Predicted).model
+    after = tmp_path / "after"
 
     def killed(*_: object) -> None:
         raise MemoryError("no more")
@@ -172,7 +182,17 @@ def test_a_case_that_is_being_written_anew_is_not_done(
     monkeypatch.setattr(Predictor, "compute", killed)
     with pytest.raises(UserError, match="memory ran out"):
         predict(place / "run", image, tmp_path, device="cpu", workers=0, speed="fast")
-    assert not record.exists()
+    assert not load(record, Predicted).model
+    monkeypatch.undo()
+    monkeypatch.setattr(exchange, "keep_record", killed)
+    for output in (tmp_path, after):
+        with pytest.raises(UserError, match="memory ran out"):
+            predict(place / "run", image, output, device="cpu", workers=0)
+        assert (output / image.name).is_file() and not load(prediction_record(output, "case_00"), Predicted).model
+    monkeypatch.undo()
+    for output in (tmp_path, after):
+        predict(place / "run", image, output, device="cpu", workers=0, resume=True)
+        assert load(prediction_record(output, "case_00"), Predicted).model
 
 
 def test_networks_of_another_plan_are_refused(place: Path, tmp_path: Path) -> None:

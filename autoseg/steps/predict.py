@@ -14,6 +14,7 @@ from autoseg.cases.exchange import (
     Found,
     Ready,
     begin_output,
+    begin_record,
     done_before,
     files_of_cases,
     forget,
@@ -294,6 +295,8 @@ def _computed(
     """What the networks find in one case; a slide's label map, and probabilities, are written on the way."""
     if not ready.stages:
         target = slide_file(output, case.id, predictor.plan.file_ending)
+        if wishes.records:
+            begin_record(output, case.id)
         segment_slide(predictor, Path(case.images[0]), target, progress)
         return Found(np.zeros((0, 0, 0), np.int16), None, ready.inputs)
     if not wishes.probabilities:
