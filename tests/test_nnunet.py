@@ -282,9 +282,10 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
             import_nnunet(folder, tmp_path / "run")
         (folder / file).write_text(original)
     plans = json.loads((folder / "plans.json").read_text())
-    (folder / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": "NibabelIOWithReorient"}))
-    with pytest.raises(UserError, match="turned its images to RAS"):
-        import_nnunet(folder, tmp_path / "run")
+    for reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient", "Tiff3DIO", "Own"):
+        (folder / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": reader}))
+        with pytest.raises(UserError, match=rf"images by {reader}, which.* Known are SimpleITKIO, NibabelIO, Natural"):
+            import_nnunet(folder, tmp_path / "run")
     (folder / "plans.json").write_text(json.dumps(plans))
     made = import_nnunet(folder, tmp_path / "run")
     store.save(tmp_path / "run" / "plan.json", made.model_copy(update={"preset": "standard"}))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planned import a_configuration, a_network, a_planned_run
+from planned import a_configuration, a_network, a_plan, a_planned_run
 from synthetic import write_dataset
 from typer.testing import CliRunner
 
@@ -26,7 +26,7 @@ from autoseg.steps.ensemble import ensemble, ensemble_runs
 from autoseg.steps.evaluate import Scoring, evaluate_all
 from autoseg.steps.predict import predict
 from autoseg.steps.predicting.combine import mean_of_probabilities
-from autoseg.steps.predicting.members import members_of_runs
+from autoseg.steps.predicting.members import members_of_runs, same_plans
 from autoseg.steps.predicting.pairs import predicted_names
 from autoseg.steps.select import choose, select
 
@@ -163,6 +163,16 @@ def test_runs_that_do_not_belong_together_are_named_and_nothing_is_written(place
     refused([place / "a"], "Unknown method", method="median")
     with pytest.raises(UserError, match="an image or label map of the data"):
         ensemble_runs([place / "a"], place / "data" / "imagesTs", place / "data" / "labelsTr", device="cpu")
+
+
+def test_channels_in_another_order_do_not_belong_together():
+    first, other, renamed = (
+        a_plan(a_configuration()).model_copy(update={"channels": channels})
+        for channels in (("T1", "T2"), ("t2", "FLAIR"), ("t1w", "T2"))
+    )
+    assert same_plans([first, renamed], ["a", "b"]) is first
+    with pytest.raises(UserError, match="a and b have different channels: T1, T2 against t2, FLAIR"):
+        same_plans([first, other], ["a", "b"])
 
 
 # ------------------------------------------------------------------------------------------------ selection
