@@ -19,7 +19,7 @@ from autoseg.cases import exchange
 from autoseg.cases.predicted import Predicted
 from autoseg.errors import UserError
 from autoseg.events import Event, Said, Warned
-from autoseg.layout import Layout, prediction_record
+from autoseg.layout import Layout, flagged_file, prediction_record
 from autoseg.records import AugmentSpec, Plan, Run, TrainSpec
 from autoseg.steps import predict as step
 from autoseg.steps.predict import Predictor, predict
@@ -66,9 +66,11 @@ def test_a_truncated_image_among_ten_is_named_and_the_others_are_done_with_skip(
     options = {"device": "cpu", "workers": workers}
     with pytest.raises(UserError, match=rf"1 of 10 cases failed: {CUT}.*The others are done"):
         predict(
-            place / "run", place / "data" / "imagesTs", tmp_path, on_error="skip", report=said.append, **options
-        )
+            place / "run", place / "data" / "imagesTs", tmp_path, on_error="skip", save_uncertainty=True,
+            report=said.append, **options,
+        )  # fmt: skip
     assert maps(tmp_path) == ALL - {CUT}
+    assert {line.split(",")[0] for line in flagged_file(tmp_path).read_text().splitlines()[1:]} == ALL - {CUT}
     assert any(isinstance(each, Warned) and CUT in each.text for each in said)
     with pytest.raises(UserError, match=CUT):
         predict(place / "run", place / "data" / "imagesTs", tmp_path / "stopped", **options)

@@ -156,10 +156,12 @@ def predict(
     remove_unfinished(output)
     paths = done_cases(cases, output, _content(predictors[0], wishes), bool(kind), report) if resume else {}
     todo = [case for case in cases if case.id not in paths]
-    written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
+    try:
+        written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
+    finally:
+        if save_uncertainty:  # also of the cases that are done where another one failed
+            flag(output, report)
     paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
-    if save_uncertainty:
-        flag(output, report)
     return tuple(paths[case.id] for case in cases)
 
 
