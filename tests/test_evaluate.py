@@ -186,7 +186,8 @@ def test_labels_come_from_a_dataset_file_in_or_beside_the_references(folders, be
 def test_a_dataset_file_is_read_as_in_training(tmp_path: Path, named, labels, ignored) -> None:
     Layout(tmp_path).dataset.write_text(json.dumps({"labels": named}))
     known = dataset_near(tmp_path)
-    assert known is not None and known.ignore_value == ignored
+    assert known is not None
+    assert known.ignore_value == ignored
     assert tuple((label.name, label.value) for label in known.labels) == labels
 
 
@@ -194,7 +195,8 @@ def test_without_a_dataset_file_the_values_found_are_the_labels(folders):
     assert evaluate(*folders, workers=1).labels == ("10", "20")
     save(folders[0], "c", cube(2, 7))  # invented: it counts, too
     scores = evaluate(*folders, workers=1)
-    assert scores.labels == ("7", "10", "20") and scores.mean["dice"][0] == 0
+    assert scores.labels == ("7", "10", "20")
+    assert scores.mean["dice"][0] == 0
     with pytest.raises(UserError, match="no foreground"):
         labels_found([folders[1] / "c.nii.gz"])
 

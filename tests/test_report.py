@@ -329,7 +329,8 @@ def test_the_newer_scores_of_a_case_are_shown(run: Path, newer: bool) -> None:
     when = layout.model("3d", "0").scores.stat().st_mtime
     os.utime(together, (when, when + (1 if newer else -1)))
     found = validated(run, "3d")
-    assert found is not None and len(found.cases) == CASES
+    assert found is not None
+    assert len(found.cases) == CASES
     changed = {case.id for case in found.cases if case.values["dice"] == (0.125,) * 2}
     assert changed == ({case.id for case in low} if newer else set())
 

@@ -12,12 +12,12 @@ import torch
 from planned import a_configuration, a_network, a_plan, a_planned_run
 from synthetic import write_dataset
 from typer.testing import CliRunner
+from whole_probabilities import read_whole
 
 from autoseg import cli, store
 from autoseg.errors import UserError
 from autoseg.image.formats import read_labels, write_labels
 from autoseg.image.labels import label_maps
-from autoseg.image.probabilities import read_probabilities
 from autoseg.layout import Layout, ModelLayout, agreement_file, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
 from autoseg.records import CaseScore, Configuration, Dataset, Label, Plan, Postprocessing, Rule, Run
@@ -96,15 +96,11 @@ def test_a_2d_and_a_3d_network_of_one_run_are_averaged_on_the_images_grid(place,
     written = ensemble_runs([place / "a"], images, tmp_path / "out", save_probabilities=True, device="cpu")
     assert len(written) == 2
     for name in ("2d", "3d"):
-        predict(
-            place / "a", images, tmp_path / name, configuration=name, save_probabilities=True, device="cpu"
-        )
+        predict(place / "a", images, tmp_path / name, configuration=name, save_probabilities=True, device="cpu")
     ensemble([tmp_path / "2d", tmp_path / "3d"], tmp_path / "folders", save_probabilities=True)
     assert same(tmp_path / "out", tmp_path / "folders")
     case = next(iter(maps_in(tmp_path / "out")))
-    own, of_folders = (
-        read_probabilities(probabilities_file(tmp_path / name, case))[0] for name in ("out", "folders")
-    )
+    own, of_folders = (read_whole(probabilities_file(tmp_path / name, case))[0] for name in ("out", "folders"))
     assert np.array_equal(own, of_folders)
     agreement = store.load(agreement_file(tmp_path / "out"), Agreement)
     assert agreement.members == (f"{place / 'a'}:2d", f"{place / 'a'}:3d")
@@ -119,13 +115,13 @@ def test_every_weight_is_that_of_its_run_and_configuration(place, tmp_path, weig
     for number, ((run, name), weight) in enumerate(zip(members, weights, strict=True)):
         out = tmp_path / str(number)
         predict(run, image, out, configuration=name, save_probabilities=True, device="cpu")
-        mean += weight / sum(weights) * read_probabilities(probabilities_file(out, "case_04"))[0].astype(np.float32)
+        mean += weight / sum(weights) * read_whole(probabilities_file(out, "case_04"))[0].astype(np.float32)
     four = (*weights[:2], 0, weights[2])
     ensemble_runs(
         [place / "a", place / "b"], image, tmp_path / "out", configurations=("2d", "3d"), weights=four,
         save_probabilities=True, device="cpu",
     )  # fmt: skip
-    found = read_probabilities(probabilities_file(tmp_path / "out", "case_04"))[0]
+    found = read_whole(probabilities_file(tmp_path / "out", "case_04"))[0]
     np.testing.assert_allclose(found, mean, atol=2e-3)
 
 

@@ -81,7 +81,8 @@ def test_bands_of_labels_become_one_file_with_the_resolution_of_the_image(tmp_pa
 @pytest.mark.parametrize("rows", [0, 5, 2 * BAND_ROWS, 2 * BAND_ROWS + 1])
 def test_a_margin_comes_in_bands(rows: int) -> None:
     bands = list(empty_bands(rows, 3, 7, np.dtype(np.uint8)))
-    assert sum(map(len, bands)) == rows and all(len(band) <= BAND_ROWS and (band == 7).all() for band in bands)
+    assert sum(map(len, bands)) == rows
+    assert all(len(band) <= BAND_ROWS and (band == 7).all() for band in bands)
 
 
 def in_memory_and_in_bands(

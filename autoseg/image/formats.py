@@ -1,4 +1,4 @@
-"""Reading images and label maps of any format, and writing label maps and probabilities so that geometry survives.
+"""Reading images and label maps of any format, and writing label maps so that geometry survives.
 
 Axes: C channel, K class, Z Y X voxels. SimpleITK reads what it reads well. NIfTI voxels are read here, because ITK
 fills a truncated NIfTI file with zeros and says nothing. What only one format needs lies in `nifti.py`, `nrrd.py` and
@@ -19,8 +19,6 @@ import SimpleITK as sitk
 from autoseg.errors import UserError
 from autoseg.image import nifti, nrrd, tiff
 from autoseg.image.disk import failed_write
-from autoseg.image.probabilities import read_probabilities as read_probabilities
-from autoseg.image.probabilities import write_probabilities as write_probabilities
 from autoseg.image.tiff import DAMAGED
 from autoseg.image.volume import FileHeader, Geometry, Volume, displacement_mm
 from autoseg.store import replacing
