@@ -3,7 +3,7 @@
 Run: python bench/nnunet_weights.py --peer PEER/bin/python [--steps 5] [--record tests/nnunet_outputs.json]
 The peer's interpreter runs this file too (`--write`): its own trainer builds plain and residual networks in 2D and 3D
 from plans, takes a few training steps on made-up images, saves its checkpoint, and predicts one image. Then autoseg
-loads the model folders (`load_nnunet`) and predicts the same image. Prints one JSON line per network with the largest
+loads the model folders and predicts the same image. Prints one JSON line per network with the largest
 difference of any logit on any level, and ends with an error where one is above 1e-5 (both in fp32 on the CPU).
 `--record` has the peer write what the tests compare with: see `tests/test_nnunet.py`.
 """
@@ -182,13 +182,22 @@ def compare(work: Path) -> float:
     """Load what the peer left behind; the largest difference of any logit."""
     import torch
 
-    from autoseg.network.nnunet import load_nnunet
+    from autoseg.network.nnunet import (
+        architecture_of,
+        read_checkpoint,
+        read_json,
+        spec_from_nnunet,
+        weights_from_nnunet,
+    )
+    from autoseg.network.unet import UNet
 
     worst = 0.0
     for name in large():
         folder = work / "res" / "Dataset001_Any" / f"nnUNetTrainer__nnUNetPlans__{name}"
         theirs = torch.load(folder / "logits.pt", weights_only=True)
-        network = load_nnunet(folder)
+        spec = spec_from_nnunet(architecture_of(read_json(folder / "plans.json"), name), in_channels=2, classes=3)
+        network, checkpoint = UNet(spec).eval(), folder / "fold_0" / "checkpoint_final.pth"
+        network.load_state_dict(weights_from_nnunet(read_checkpoint(checkpoint).weights, spec))
         network.training = True  # puts out every level; the norms inside do not differ
         with torch.no_grad():
             levels = network(theirs["image"])

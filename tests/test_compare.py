@@ -211,6 +211,17 @@ def test_what_is_not_paired_is_refused_by_name(tmp_path):
         compare(a, tmp_path / "e")
     with pytest.raises(UserError, match=r"by beauty\. Metrics in all of them: dice, hd95_mm"):
         compare(a, save(tmp_path / "f", drawn(2)), metrics=["beauty"])
+    for folder, tolerances_mm in ((a, (2.0, 2.0)), (tmp_path / "f", (5.0, 2.0))):
+        scores = store.load(scores_file(folder), Scores)
+        cases = tuple(
+            case.model_copy(update={"values": case.values | {"surface_dice_at_tolerance": case.values["dice"]}})
+            for case in scores.cases
+        )
+        changed = {"mean": scores.mean | {"surface_dice_at_tolerance": (0.0, 0.0)}, "tolerances_mm": tolerances_mm}
+        store.save(scores_file(folder), scores.model_copy(update=changed | {"cases": cases}))
+    with pytest.raises(UserError, match=r"at different tolerances, in mm: 2, 2 against 5, 2\."):
+        compare(a, tmp_path / "f", metrics=["dice", "surface_dice_at_tolerance"])
+    compare(a, tmp_path / "f", metrics=["dice"])
 
 
 def test_cases_that_only_one_method_has_are_named_in_a_warning_and_left_out(tmp_path):

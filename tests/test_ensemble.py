@@ -2,11 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from whole_probabilities import read_whole, write_whole
 
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.image.formats import read_labels, write_labels
-from autoseg.image.probabilities import read_classes, read_header, read_probabilities, write_probabilities
+from autoseg.image.probabilities import read_header
 from autoseg.image.volume import Geometry, plain_geometry
 from autoseg.layout import agreement_file, prediction_file, probabilities_file
 from autoseg.scoring.comparison import Agreement
@@ -26,7 +27,7 @@ def random_probabilities(seed: int) -> np.ndarray:
 
 def save(folder: Path, case: str, probabilities_KZYX: np.ndarray, geometry: Geometry = GEOMETRY, **about) -> None:
     about = {"label_names": NAMES, "label_values": VALUES} | about
-    write_probabilities(probabilities_file(folder, case), probabilities_KZYX, geometry, **about)
+    write_whole(probabilities_file(folder, case), probabilities_KZYX, geometry, **about)
 
 
 def save_map(folder: Path, case: str, labels_ZYX: np.ndarray, geometry: Geometry = GEOMETRY) -> None:
@@ -55,7 +56,7 @@ def test_the_ensemble_is_the_largest_mean_probability_in_the_users_values(folder
     assert np.array_equal(labels, np.array(VALUES)[mean.argmax(0)])
     assert geometry.spacing_mm == pytest.approx(GEOMETRY.spacing_mm)
     assert geometry.origin == GEOMETRY.origin
-    saved, names, _ = read_probabilities(probabilities_file(tmp_path / "out", "b"))
+    saved, names, _ = read_whole(probabilities_file(tmp_path / "out", "b"))
     assert names == NAMES
     assert np.allclose(saved, mean, atol=1e-3)
 
@@ -74,7 +75,7 @@ def test_weights_move_the_mean(folders, tmp_path):
 def test_every_weight_is_that_of_its_folder(folders, tmp_path, weights):
     ensemble(folders, tmp_path / "out", weights=weights, save_probabilities=True)
     mean = sum(weight * half(seed) for weight, seed in zip(weights, (0, 10, 20), strict=True)) / sum(weights)
-    found, _, _ = read_probabilities(probabilities_file(tmp_path / "out", "a"))
+    found, _, _ = read_whole(probabilities_file(tmp_path / "out", "a"))
     np.testing.assert_allclose(found, mean, atol=1e-3)
     assert np.array_equal(read_labels(tmp_path / "out" / "a.nii.gz")[0], np.array(VALUES)[mean.argmax(0)])
 
@@ -87,7 +88,7 @@ def test_the_result_does_not_depend_on_the_slabs(folders, tmp_path, monkeypatch)
     for case in ("a", "b"):
         whole, slices = (read_labels(tmp_path / name / f"{case}.nii.gz")[0] for name in ("whole", "slices"))
         assert np.array_equal(whole, slices)
-        whole, slices = (read_probabilities(probabilities_file(tmp_path / n, case))[0] for n in ("whole", "slices"))
+        whole, slices = (read_whole(probabilities_file(tmp_path / n, case))[0] for n in ("whole", "slices"))
         assert np.array_equal(whole, slices)
     both = [store.load(agreement_file(tmp_path / name), Agreement) for name in ("whole", "slices")]
     assert both[0] == both[1]
@@ -230,19 +231,6 @@ def test_one_folder_or_probabilities_without_values_are_refused(folders, tmp_pat
     for folder in folders:
         save(folder, "a", random_probabilities(1), label_values=None)
     refused(folders, tmp_path / "out", "does not say which values")
-
-
-def test_probabilities_come_back_class_by_class(tmp_path):
-    path = tmp_path / "x.probabilities.b2nd"
-    probabilities = random_probabilities(0)
-    write_probabilities(path, iter(probabilities), GEOMETRY, NAMES, VALUES)
-    header = read_header(path)
-    assert (header.names, header.values, header.geometry) == (NAMES, VALUES, GEOMETRY)
-    for one, expected in zip(read_classes(path), probabilities, strict=True):
-        assert one.dtype == np.float32
-        assert np.allclose(one, expected, atol=1e-3)
-    with pytest.raises(ValueError, match="3 names for 2 classes"):
-        write_probabilities(path, iter(probabilities[:2]), GEOMETRY, NAMES)
 
 
 def test_label_maps_and_probabilities_alone_do_not_mix(folders, tmp_path):

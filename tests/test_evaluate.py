@@ -19,7 +19,7 @@ from autoseg.layout import Layout, scores_csv, scores_file
 from autoseg.records import Case, Dataset, Fold, Label, Run, Scores, Splits
 from autoseg.steps import evaluate as step
 from autoseg.steps.evaluate import evaluate, evaluate_all, evaluate_run, score_case
-from autoseg.steps.predicting.pairs import validated_folds
+from autoseg.steps.predicting.pairs import dataset_near, validated_folds
 
 SPACING_MM = (3.0, 1.0, 0.5)
 LABELS = (Label(name="background", value=0), Label(name="liver", value=10), Label(name="tumour", value=20))
@@ -175,8 +175,28 @@ def test_labels_come_from_a_dataset_file_in_or_beside_the_references(folders, be
     assert evaluate(predictions, references, workers=1).labels == ("leber", "tumor")
 
 
+@pytest.mark.parametrize(
+    ("named", "labels", "ignored"),
+    [
+        ({"background": 0, "liver": 10, "Ignore": 20}, (("background", 0), ("liver", 10)), 20),
+        ({"background": 20, "liver": 10, "air": 0}, (("background", 20), ("air", 0), ("liver", 10)), None),
+        ({"background": 0, "liver": [10], "x": 20}, (("background", 0), ("liver", 10), ("x", 20)), None),
+    ],
+)
+def test_a_dataset_file_is_read_as_in_training(tmp_path: Path, named, labels, ignored) -> None:
+    Layout(tmp_path).dataset.write_text(json.dumps({"labels": named}))
+    known = dataset_near(tmp_path)
+    assert known is not None
+    assert known.ignore_value == ignored
+    assert tuple((label.name, label.value) for label in known.labels) == labels
+
+
 def test_without_a_dataset_file_the_values_found_are_the_labels(folders):
     assert evaluate(*folders, workers=1).labels == ("10", "20")
+    save(folders[0], "c", cube(2, 7))  # invented: it counts, too
+    scores = evaluate(*folders, workers=1)
+    assert scores.labels == ("7", "10", "20")
+    assert scores.mean["dice"][0] == 0
     with pytest.raises(UserError, match="no foreground"):
         labels_found([folders[1] / "c.nii.gz"])
 

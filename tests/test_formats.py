@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
+from whole_probabilities import read_whole, write_whole
 
 from autoseg.errors import UserError
 from autoseg.image import formats
@@ -421,15 +422,15 @@ def test_probabilities_come_back_with_names_and_geometry(tmp_path: Path) -> None
     geometry = read_geometry(tmp_path / "a.nii.gz")
     probabilities = np.random.default_rng(0).random((2, 3, 4, 5)).astype(np.float32)
     path = tmp_path / "a.probabilities.b2nd"
-    formats.write_probabilities(path, probabilities, geometry, ("background", "Läsion"))
-    read, names, where = formats.read_probabilities(path)
+    write_whole(path, probabilities, geometry, ("background", "Läsion"))
+    read, names, where = read_whole(path)
     assert read.dtype == np.float32
     assert np.abs(read - probabilities).max() < 1e-3
     assert names == ("background", "Läsion")
     assert where == geometry
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=r"a.probabilities.b2nd"):
-        formats.read_probabilities(path)
+        read_whole(path)
 
 
 def test_endings_are_found_in_any_case_and_stems_keep_their_dots() -> None:

@@ -205,16 +205,7 @@ def a_model_folder(folder: Path, configuration: str = "3d_fullres", **more: Any)
     return model
 
 
-def test_a_model_folder_becomes_a_network_that_predicts_what_the_peer_predicts(tmp_path: Path) -> None:
-    network = nnunet.load_nnunet(a_model_folder(tmp_path))
-    with torch.no_grad():
-        logits = network(filled(tuple(PLAIN["image"]), 5, "image.values"))
-    expected = PLAIN["logits"][0]
-    found = logits.flatten()[:: expected["every"]]
-    torch.testing.assert_close(found, torch.tensor(expected["values"]), rtol=0, atol=1e-5)
-
-
-def test_an_imported_model_predicts_with_its_own_weights_grid_and_mirroring(tmp_path: Path) -> None:
+def test_an_imported_model_predicts_what_the_peer_predicts_with_its_own_grid_and_mirroring(tmp_path: Path) -> None:
     folder = a_model_folder(tmp_path, inference_allowed_mirroring_axes=(0, 2))
     made = import_nnunet(folder, tmp_path / "run")
     planned = made.configurations[0]
@@ -224,10 +215,10 @@ def test_an_imported_model_predicts_with_its_own_weights_grid_and_mirroring(tmp_
     assert [(label.name, label.value) for label in made.labels] == [("background", 0), ("class 1", 1), ("class 2", 2)]
     assert made.intensities[0].percentile_99_5 == 99.5
     predictor = Predictor(tmp_path / "run", device="cpu", mirroring=False)
-    theirs = nnunet.load_nnunet(folder)
-    image = filled(tuple(PLAIN["image"]), 5, "image.values")
+    image, expected = filled(tuple(PLAIN["image"]), 5, "image.values"), PLAIN["logits"][0]
     with torch.no_grad():
-        assert torch.equal(predictor._networks[0](image), theirs(image))
+        found = predictor._networks[0](image).flatten()[:: expected["every"]]
+    torch.testing.assert_close(found, torch.tensor(expected["values"]), rtol=0, atol=1e-5)
     assert predictor(image[0].numpy(), (1.0, 2.0, 0.5)).shape == (8, 16, 16)
 
 
@@ -241,9 +232,9 @@ def test_regions_are_imported_with_what_they_paint(tmp_path: Path) -> None:
         ("whole", (1, 2, 3), 1), ("core", (2, 3), 2), ("inner", (3,), 3),
     ]  # fmt: skip
     image = filled(tuple(PLAIN["image"]), 5, "image.values")
-    with torch.no_grad():
-        logits_KZYX = nnunet.load_nnunet(folder)(image)[0]
     predictor = Predictor(tmp_path / "run", device="cpu", mirroring=False)
+    with torch.no_grad():
+        logits_KZYX = predictor._networks[0](image)[0]
     painted = np.zeros((8, 16, 16), int)
     for value, logits_ZYX in enumerate(logits_KZYX, 1):
         painted[logits_ZYX.numpy() > 0] = value
@@ -282,9 +273,10 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
             import_nnunet(folder, tmp_path / "run")
         (folder / file).write_text(original)
     plans = json.loads((folder / "plans.json").read_text())
-    (folder / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": "NibabelIOWithReorient"}))
-    with pytest.raises(UserError, match="turned its images to RAS"):
-        import_nnunet(folder, tmp_path / "run")
+    for reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient", "Tiff3DIO", "Own"):
+        (folder / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": reader}))
+        with pytest.raises(UserError, match=rf"images by {reader}, which.* Known are SimpleITKIO, NibabelIO, Natural"):
+            import_nnunet(folder, tmp_path / "run")
     (folder / "plans.json").write_text(json.dumps(plans))
     made = import_nnunet(folder, tmp_path / "run")
     store.save(tmp_path / "run" / "plan.json", made.model_copy(update={"preset": "standard"}))
@@ -321,7 +313,7 @@ def test_a_checkpoint_that_would_run_something_is_refused_and_nothing_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="could run code when it is read"):
-        nnunet.load_nnunet(a_model_folder(tmp_path, trainer=_Harmful()))
+        import_nnunet(a_model_folder(tmp_path, trainer=_Harmful()), tmp_path / "run")
     assert not Path("ran").exists()
 
 
@@ -337,7 +329,7 @@ def test_a_missing_file_and_one_without_weights_are_named(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="no such file"):
         nnunet.read_checkpoint(tmp_path / "checkpoint_best.pth")
     with pytest.raises(UserError, match=r"plans\.json: no such file"):
-        nnunet.load_nnunet(tmp_path)
+        import_nnunet(tmp_path, tmp_path / "run")
     buffer = io.BytesIO()
     torch.save({"state_dict": {}}, buffer)
     (tmp_path / "other.pth").write_bytes(buffer.getvalue())

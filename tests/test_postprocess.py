@@ -189,6 +189,11 @@ def test_a_gain_in_one_case_is_chance_and_in_all_is_not(tmp_path):
     once = make_run(tmp_path / "once", [(with_crumbs(organ_map(), 0), organ_map())] + [(organ_map(), organ_map())] * 7)
     assert postprocess_learn(once, significance=None, workers=1).rules
     assert postprocess_learn(once, workers=1).rules == ()
+    maps = [(with_crumbs(organ_map(), n) if n < 5 else organ_map(), organ_map()) for n in range(8)]
+    five = make_run(tmp_path / "five", maps)  # p = 1 / 32, for the joined foreground and for the organ
+    for level, kept in ((0.05, False), (0.07, True)):  # which the two rounds share
+        learned = postprocess_learn(five, actions=("keep_largest",), significance=level, workers=1)
+        assert bool(learned.rules) == kept
     often = make_run(tmp_path / "often", [(with_crumbs(organ_map(), n, (3, 5, 3 + n)), organ_map()) for n in range(8)])
     learned = postprocess_learn(often, workers=1)
     assert learned.rules

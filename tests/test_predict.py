@@ -9,12 +9,12 @@ import SimpleITK as sitk
 import torch
 from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
+from whole_probabilities import read_whole
 
 from autoseg.cases.prepare import prepare
 from autoseg.errors import UserError
 from autoseg.events import Event, Warned
 from autoseg.image.formats import read_image
-from autoseg.image.probabilities import read_probabilities
 from autoseg.image.resample import resample_image
 from autoseg.layout import Layout, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
@@ -97,13 +97,13 @@ def test_what_was_cropped_away_is_background(place: Path) -> None:
     assert values_ZYX.any()
     assert not values_ZYX[:3].any()
     assert not values_ZYX[:, :, -4:].any()
-    probabilities_KZYX, _, _ = read_probabilities(probabilities_file(place / "out", "dark"))
+    probabilities_KZYX, _, _ = read_whole(probabilities_file(place / "out", "dark"))
     assert (probabilities_KZYX[0, :3] == 1).all()
 
 
 @pytest.mark.parametrize("case", ["plain", "oblique", "dark"])
 def test_probabilities_sum_to_one_and_their_largest_is_the_label(place: Path, case: str) -> None:
-    probabilities_KZYX, names, geometry = read_probabilities(probabilities_file(place / "out", case))
+    probabilities_KZYX, names, geometry = read_whole(probabilities_file(place / "out", case))
     values_ZYX = values_in(prediction_file(place / "out", case, ".nii.gz"))
     assert names == ("background", "large", "small")
     assert geometry.size_voxels == values_ZYX.shape

@@ -15,9 +15,11 @@ from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 from test_predict import write_network
 
+from autoseg.cases import exchange
+from autoseg.cases.predicted import Predicted
 from autoseg.errors import UserError
 from autoseg.events import Event, Said, Warned
-from autoseg.layout import Layout, prediction_record
+from autoseg.layout import Layout, flagged_file, prediction_record
 from autoseg.records import AugmentSpec, Plan, Run, TrainSpec
 from autoseg.steps import predict as step
 from autoseg.steps.predict import Predictor, predict
@@ -64,9 +66,11 @@ def test_a_truncated_image_among_ten_is_named_and_the_others_are_done_with_skip(
     options = {"device": "cpu", "workers": workers}
     with pytest.raises(UserError, match=rf"1 of 10 cases failed: {CUT}.*The others are done"):
         predict(
-            place / "run", place / "data" / "imagesTs", tmp_path, on_error="skip", report=said.append, **options
-        )
+            place / "run", place / "data" / "imagesTs", tmp_path, on_error="skip", save_uncertainty=True,
+            report=said.append, **options,
+        )  # fmt: skip
     assert maps(tmp_path) == ALL - {CUT}
+    assert {line.split(",")[0] for line in flagged_file(tmp_path).read_text().splitlines()[1:]} == ALL - {CUT}
     assert any(isinstance(each, Warned) and CUT in each.text for each in said)
     with pytest.raises(UserError, match=CUT):
         predict(place / "run", place / "data" / "imagesTs", tmp_path / "stopped", **options)
@@ -144,11 +148,20 @@ def test_resume_leaves_out_what_is_done_and_unchanged(place: Path, tmp_path: Pat
     os.utime(images / "case_00.nii.gz")  # another time, the same content
     shutil.copy(images / "case_01.nii.gz", images / "case_02.nii.gz")
     (out / "case_04.nii.gz").unlink()
-    shutil.copy(out / "case_08.nii.gz", out / "case_06.nii.gz")  # what another command left there
+    for changed in ("case_06.nii.gz", "case_07.nii.gz"):  # one corrected by hand, one drawn by hand: not autoseg's
+        kept = (out / changed).read_bytes() if (out / changed).is_file() else b""
+        shutil.copy(out / "case_08.nii.gz", out / changed)
+        with pytest.raises(
+            UserError, match=rf"out: {changed} would be replaced, which .* or somebody has changed since"
+        ):
+            predict(place / "run", images, out, device="cpu", resume=True)
+        (out / changed).unlink()
+        if kept:
+            (out / changed).write_bytes(kept)
     said: list[Event] = []
     written = predict(place / "run", images, out, device="cpu", resume=True, report=said.append)
     assert [path.name for path in written] == sorted(f"{each}.nii.gz" for each in ALL)
-    assert any(isinstance(each, Said) and each.text == "2 of 10 cases are done already." for each in said)
+    assert any(isinstance(each, Said) and each.text == "3 of 10 cases are done already." for each in said)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
     kept = {name for name, when in before.items() if after[name] == when}
     assert kept == {"case_00.nii.gz", "case_08.nii.gz"}
@@ -160,11 +173,12 @@ def test_resume_leaves_out_what_is_done_and_unchanged(place: Path, tmp_path: Pat
 def test_a_case_that_is_being_written_anew_is_not_done(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between a label map and its record, the old record would vouch for the new map."""
+    """Killed between a label map and its record, the old record would vouch for the new map; it is autoseg's still."""
     [image] = [place / "whole" / "case_00.nii.gz"]
     predict(place / "run", image, tmp_path, device="cpu", workers=0)
     record = prediction_record(tmp_path, "case_00")
-    assert record.is_file()
+    assert load(record, Predicted).model
+    after = tmp_path / "after"
 
     def killed(*_: object) -> None:
         raise MemoryError("no more")
@@ -172,7 +186,18 @@ def test_a_case_that_is_being_written_anew_is_not_done(
     monkeypatch.setattr(Predictor, "compute", killed)
     with pytest.raises(UserError, match="memory ran out"):
         predict(place / "run", image, tmp_path, device="cpu", workers=0, speed="fast")
-    assert not record.exists()
+    assert not load(record, Predicted).model
+    monkeypatch.undo()
+    monkeypatch.setattr(exchange, "keep_record", killed)
+    for output in (tmp_path, after):
+        with pytest.raises(UserError, match="memory ran out"):
+            predict(place / "run", image, output, device="cpu", workers=0)
+        assert (output / image.name).is_file()
+        assert not load(prediction_record(output, "case_00"), Predicted).model
+    monkeypatch.undo()
+    for output in (tmp_path, after):
+        predict(place / "run", image, output, device="cpu", workers=0, resume=True)
+        assert load(prediction_record(output, "case_00"), Predicted).model
 
 
 def test_networks_of_another_plan_are_refused(place: Path, tmp_path: Path) -> None:

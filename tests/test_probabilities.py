@@ -5,20 +5,17 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from whole_probabilities import read_whole, write_whole
 
 from autoseg.errors import UserError
 from autoseg.image.disk import failed_write
 from autoseg.image.probabilities import (
     open_probabilities,
-    read_classes,
     read_header,
-    read_probabilities,
-    write_probabilities,
     writing_probabilities,
 )
 from autoseg.image.volume import plain_geometry
@@ -48,8 +45,8 @@ def test_what_is_written_in_slabs_along_any_axis_is_read_in_slabs_along_z(
     part = opened.slab(3, 8)
     assert part.dtype == np.float32
     assert np.abs(part - probabilities[:, 3:8]).max() <= tolerance == pytest.approx(opened.header.rounding, abs=1e-5)
-    for one_ZYX, expected_ZYX in zip(opened.classes(), probabilities, strict=True):
-        assert np.abs(one_ZYX - expected_ZYX).max() <= tolerance
+    for k in range(3):
+        assert np.abs(opened.part((slice(k, k + 1),))[0] - probabilities[k]).max() <= tolerance
 
 
 def test_some_of_the_classes_may_be_saved(tmp_path: Path) -> None:
@@ -67,11 +64,19 @@ def test_chunks_are_as_thick_as_the_slabs_so_that_each_is_compressed_once(tmp_pa
 
 
 def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="class 0 has shape"):
-        write_probabilities(tmp_path / "a.b2nd", some()[:, :2], GEOMETRY, NAMES)
+
+    def broken() -> None:
+        with writing_probabilities(tmp_path / "a.b2nd", GEOMETRY, NAMES) as put:
+            put((slice(None),), some())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"'int4'.*uint8, float16"):
-        write_probabilities(tmp_path / "a.b2nd", some(), GEOMETRY, NAMES, kind="int4")
+        write_whole(tmp_path / "a.b2nd", some(), GEOMETRY, NAMES, kind="int4")
+    with pytest.raises(ValueError, match="3 names for 2 values"):
+        write_whole(tmp_path / "a.b2nd", some(), GEOMETRY, NAMES, (0, 1))
 
 
 def write_as_npz(path: Path, probabilities_KZYX: np.ndarray) -> None:
@@ -80,14 +85,12 @@ def write_as_npz(path: Path, probabilities_KZYX: np.ndarray) -> None:
     np.savez_compressed(path, about=np.array(about), probabilities_KZYX=probabilities_KZYX.astype(np.float16))
 
 
-def test_files_of_earlier_versions_are_read_whole_by_class_and_by_slab(tmp_path: Path) -> None:
+def test_files_of_earlier_versions_are_read_whole_and_by_slab(tmp_path: Path) -> None:
     path, probabilities = tmp_path / "a.probabilities.npz", some()
     write_as_npz(path, probabilities)
-    read_KZYX, names, geometry = read_probabilities(path)
+    read_KZYX, names, geometry = read_whole(path)
     assert (names, geometry, read_header(path).values) == (NAMES, GEOMETRY, VALUES)
     np.testing.assert_allclose(read_KZYX, probabilities, atol=1e-3)
-    for class_ZYX, expected_ZYX in zip(read_classes(path), read_KZYX, strict=True):
-        np.testing.assert_array_equal(class_ZYX, expected_ZYX)
     np.testing.assert_array_equal(open_probabilities(path).slab(2, 5), read_KZYX[:, 2:5])
 
 
@@ -134,11 +137,12 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     whole = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: whole._replace(free=0))
 
-    def classes() -> Iterator[np.ndarray]:
-        [unfinished] = tmp_path.iterdir()
-        os.truncate(unfinished, 10)  # blosc2 fails on what it finds there
-        yield from some()
+    def write() -> None:
+        with writing_probabilities(tmp_path / "a.b2nd", GEOMETRY, NAMES) as put:
+            [unfinished] = tmp_path.iterdir()
+            os.truncate(unfinished, 10)  # blosc2 fails on what it finds there
+            put((slice(None),), some())
 
     with pytest.raises(UserError, match=r"a\.b2nd: the disk is full"):
-        write_probabilities(tmp_path / "a.b2nd", classes(), GEOMETRY, NAMES)
+        write()
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The page that `autoseg report` writes: every section, what is missing, whose slices are drawn, and hostile names."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from autoseg.errors import UserError
 from autoseg.events import Advanced, Event, Finished, Started, Warned
 from autoseg.image.formats import read_labels, write_labels
 from autoseg.image.volume import plain_geometry
-from autoseg.layout import Layout, ModelLayout, prediction_file
+from autoseg.layout import Layout, ModelLayout, prediction_file, scores_file
 from autoseg.pages import markup
 from autoseg.pages.overlay import differing_voxels, draw, labelled_part, upright, window, worst_slice
 from autoseg.records import Choice, Dataset, Fingerprint, Fold, Label, Plan, Postprocessing, Region, Rule, Run, Scores
@@ -314,6 +315,24 @@ def test_mean_median_and_spread_are_over_cases(run: Path) -> None:
     figures = (np.mean(large), np.median(large), np.std(large, ddof=1), np.min(large))
     cells = "".join(f"<td class=number>{each:.4f}</td>" for each in figures)
     assert f"<th scope=row>large</th><td class=number>{CASES}</td>{cells}" in text
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_the_newer_scores_of_a_case_are_shown(run: Path, newer: bool) -> None:
+    """Of the training of its fold, or of `evaluate RUN`, which also scored a fold that is trained anew now."""
+    layout = Layout(run)
+    own = store.load(layout.model("3d", "0").scores, Scores)
+    low = tuple(case.model_copy(update={"values": case.values | {"dice": (0.125,) * 2}}) for case in own.cases)
+    gone = low[0].model_copy(update={"id": "of_another_fold"})
+    together = scores_file(layout.cross_validation("3d"))
+    store.save(together, own.model_copy(update={"cases": (*low, gone)}))
+    when = layout.model("3d", "0").scores.stat().st_mtime
+    os.utime(together, (when, when + (1 if newer else -1)))
+    found = validated(run, "3d")
+    assert found is not None
+    assert len(found.cases) == CASES
+    changed = {case.id for case in found.cases if case.values["dice"] == (0.125,) * 2}
+    assert changed == ({case.id for case in low} if newer else set())
 
 
 def test_a_pair_has_the_scores_that_evaluate_wrote_and_its_own_maps(run: Path) -> None:

@@ -3,20 +3,21 @@
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from planned import a_configuration, a_network, a_planned_run
+from planned import a_configuration, a_network, a_plan, a_planned_run
 from synthetic import write_dataset
 from typer.testing import CliRunner
+from whole_probabilities import read_whole
 
 from autoseg import cli, store
 from autoseg.errors import UserError
 from autoseg.image.formats import read_labels, write_labels
 from autoseg.image.labels import label_maps
-from autoseg.image.probabilities import read_probabilities
 from autoseg.layout import Layout, ModelLayout, agreement_file, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
 from autoseg.records import CaseScore, Configuration, Dataset, Label, Plan, Postprocessing, Rule, Run
@@ -26,7 +27,7 @@ from autoseg.steps.ensemble import ensemble, ensemble_runs
 from autoseg.steps.evaluate import Scoring, evaluate_all
 from autoseg.steps.predict import predict
 from autoseg.steps.predicting.combine import mean_of_probabilities
-from autoseg.steps.predicting.members import members_of_runs
+from autoseg.steps.predicting.members import members_of_runs, same_plans
 from autoseg.steps.predicting.pairs import predicted_names
 from autoseg.steps.select import choose, select
 
@@ -95,15 +96,11 @@ def test_a_2d_and_a_3d_network_of_one_run_are_averaged_on_the_images_grid(place,
     written = ensemble_runs([place / "a"], images, tmp_path / "out", save_probabilities=True, device="cpu")
     assert len(written) == 2
     for name in ("2d", "3d"):
-        predict(
-            place / "a", images, tmp_path / name, configuration=name, save_probabilities=True, device="cpu"
-        )
+        predict(place / "a", images, tmp_path / name, configuration=name, save_probabilities=True, device="cpu")
     ensemble([tmp_path / "2d", tmp_path / "3d"], tmp_path / "folders", save_probabilities=True)
     assert same(tmp_path / "out", tmp_path / "folders")
     case = next(iter(maps_in(tmp_path / "out")))
-    own, of_folders = (
-        read_probabilities(probabilities_file(tmp_path / name, case))[0] for name in ("out", "folders")
-    )
+    own, of_folders = (read_whole(probabilities_file(tmp_path / name, case))[0] for name in ("out", "folders"))
     assert np.array_equal(own, of_folders)
     agreement = store.load(agreement_file(tmp_path / "out"), Agreement)
     assert agreement.members == (f"{place / 'a'}:2d", f"{place / 'a'}:3d")
@@ -118,13 +115,13 @@ def test_every_weight_is_that_of_its_run_and_configuration(place, tmp_path, weig
     for number, ((run, name), weight) in enumerate(zip(members, weights, strict=True)):
         out = tmp_path / str(number)
         predict(run, image, out, configuration=name, save_probabilities=True, device="cpu")
-        mean += weight / sum(weights) * read_probabilities(probabilities_file(out, "case_04"))[0].astype(np.float32)
+        mean += weight / sum(weights) * read_whole(probabilities_file(out, "case_04"))[0].astype(np.float32)
     four = (*weights[:2], 0, weights[2])
     ensemble_runs(
         [place / "a", place / "b"], image, tmp_path / "out", configurations=("2d", "3d"), weights=four,
         save_probabilities=True, device="cpu",
     )  # fmt: skip
-    found = read_probabilities(probabilities_file(tmp_path / "out", "case_04"))[0]
+    found = read_whole(probabilities_file(tmp_path / "out", "case_04"))[0]
     np.testing.assert_allclose(found, mean, atol=2e-3)
 
 
@@ -163,6 +160,16 @@ def test_runs_that_do_not_belong_together_are_named_and_nothing_is_written(place
     refused([place / "a"], "Unknown method", method="median")
     with pytest.raises(UserError, match="an image or label map of the data"):
         ensemble_runs([place / "a"], place / "data" / "imagesTs", place / "data" / "labelsTr", device="cpu")
+
+
+def test_channels_in_another_order_do_not_belong_together():
+    first, other, renamed = (
+        a_plan(a_configuration()).model_copy(update={"channels": channels})
+        for channels in (("T1", "T2"), ("t2", "FLAIR"), ("t1w", "T2"))
+    )
+    assert same_plans([first, renamed], ["a", "b"]) is first
+    with pytest.raises(UserError, match="a and b have different channels: T1, T2 against t2, FLAIR"):
+        same_plans([first, other], ["a", "b"])
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -218,7 +225,7 @@ def test_the_best_pair_is_found_and_predict_uses_it(place, tmp_path):
     layout.selection.unlink()
 
 
-def test_pairs_are_combined_by_the_networks_that_have_not_seen_the_case_and_not_twice(place, tmp_path):
+def test_pairs_are_combined_by_the_networks_that_have_not_seen_the_case_and_not_twice(place, tmp_path, monkeypatch):
     run, layout = place / "a", Layout(place / "a")
     select(run, device="cpu", workers=1)
     folder = ModelLayout(layout.cross_validation("2d+3d") / "fold_1").validation
@@ -230,7 +237,11 @@ def test_pairs_are_combined_by_the_networks_that_have_not_seen_the_case_and_not_
     assert np.array_equal(maps_in(folder)[case], maps_in(tmp_path / "fold_1")[case])
     before = {path: path.stat().st_mtime_ns for path in layout.ensembles.rglob("*.nii.gz")}
     assert len(before) == 4
-    select(run, device="cpu", workers=1)
+    listed: Counter[Path] = Counter()
+    with monkeypatch.context() as patched:
+        patched.setattr("autoseg.steps.select.label_maps", lambda folder: listed.update([folder]) or label_maps(folder))
+        select(run, device="cpu", workers=1)
+    assert max(listed.values()) <= 4  # however many cases there are
     assert {path: path.stat().st_mtime_ns for path in layout.ensembles.rglob("*.nii.gz")} == before
     newest = max(before.values()) + 10**10
     os.utime(layout.model("2d", "1").weights, ns=(newest, newest))
@@ -282,23 +293,6 @@ def test_what_is_no_label_map_is_no_prediction(place, tmp_path):
             (folder / junk).touch()
     assert predicted_names(run) == ("x",)
     assert set(evaluate_all(run, workers=1)) == {"x"}
-
-
-def test_saved_probabilities_are_used_instead_of_predicting_again(place, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    a_run(run, place / "data")
-    layout = Layout(run)
-    for configuration in ("2d", "3d"):
-        for fold in ("0", "1"):
-            folder = layout.model(configuration, fold).validation
-            for case in maps_in(folder):
-                predict(
-                    run, place / "data" / "imagesTr" / f"{case}.nii.gz", folder, configuration=configuration,
-                    folds=[fold], save_probabilities=True, device="cpu",
-                )  # fmt: skip
-    monkeypatch.setattr("autoseg.steps.predict.Predictor", None)
-    assert select(run, workers=1).cases == 4
-    assert len(list(layout.ensembles.rglob("*.nii.gz"))) == 4
 
 
 def test_select_evaluate_and_postprocess_work_from_the_command_line(place):

@@ -13,10 +13,11 @@ from test_predict import write_network
 from autoseg.errors import UserError
 from autoseg.image import slides
 from autoseg.image.formats import read_image, read_labels
-from autoseg.image.slides import channels_of, is_slide, nonzero_box, open_slide, write_slide
+from autoseg.image.slides import BAND_ROWS, channels_of, is_slide, nonzero_box, open_slide, write_slide
 from autoseg.layout import Layout
 from autoseg.records import AugmentSpec, Plan, TrainSpec
 from autoseg.steps.predict import predict
+from autoseg.steps.predicting.slides import empty_bands
 from autoseg.store import load, save
 
 
@@ -75,6 +76,13 @@ def test_bands_of_labels_become_one_file_with_the_resolution_of_the_image(tmp_pa
     with tifffile.TiffFile(tmp_path / "a.tif") as before, tifffile.TiffFile(tmp_path / "out.tif") as after:
         for tag in ("XResolution", "YResolution", "ResolutionUnit"):
             assert after.pages[0].tags[tag].value == before.pages[0].tags[tag].value
+
+
+@pytest.mark.parametrize("rows", [0, 5, 2 * BAND_ROWS, 2 * BAND_ROWS + 1])
+def test_a_margin_comes_in_bands(rows: int) -> None:
+    bands = list(empty_bands(rows, 3, 7, np.dtype(np.uint8)))
+    assert sum(map(len, bands)) == rows
+    assert all(len(band) <= BAND_ROWS and (band == 7).all() for band in bands)
 
 
 def in_memory_and_in_bands(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoseg.errors import UserError
 from autoseg.network import accumulators, unet
 from autoseg.network.accumulators import (
     Place,
@@ -176,6 +177,19 @@ def test_how_many_tiles_share_a_pass_and_where_sums_lie_does_not_matter(
     torch.testing.assert_close(torch.cat(blocks, 1), one)
     assert 4 <= max(len(seen) for seen in network.seen) <= 11 * min(shape[0], 8)
     assert len(network.seen) < 4 * len(blocks) * 30
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("patch", [(4, 4, 4), (4, 4)])
+def test_scores_that_are_no_numbers_are_refused_before_they_become_background(
+    patch: tuple[int, ...], value: float
+) -> None:
+    network = Stub(lambda x: torch.cat((x, x.masked_fill(x > 2, value)), 1))
+    image = an_image(1, 12, 8, 8).clamp(max=1)
+    assert len(predict_logits(network, image, patch, 2, CPU)) == 2
+    image[0, 11, 6, 6] = 3
+    with pytest.raises(UserError, match=r"scores are NaN or infinite, computed in fp32\. .* train it anew"):
+        predict_logits(network, image, patch, 2, CPU)
 
 
 def test_only_as_many_slices_are_held_as_a_patch_is_thick() -> None:

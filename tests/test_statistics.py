@@ -34,6 +34,7 @@ def test_the_t_test_equals_scipy(alternative):
         ([0.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 / 32),
         ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 / 64),
         ([-1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 * 7 / 64),
+        ([1 / 3 - 2 / 3, *[1 - 2 / 3, 2 / 3 - 1 / 3] * 4, 1e-17], 2 * 10 / 512),  # equal gaps but for rounding
     ],
 )
 def test_wilcoxon_is_exact_in_few_cases_also_with_zeros_and_ties(differences: list[float], two_sided: float) -> None:
@@ -47,6 +48,7 @@ def test_the_rank_correlation_is_the_share_of_ranks_for_less_that_against():
     assert rank_correlation(np.array([1.0, -2.0, 3.0, 4.0])) == pytest.approx(0.6)
     assert rank_correlation(np.array([1.0, 0.0, 2.0])) == 1.0
     assert rank_correlation(np.zeros(6)) == 0.0
+    assert rank_correlation(np.array([1 / 3 - 2 / 3, 1 - 2 / 3, 1e-17])) == 0.0
     few = np.append(np.linspace(0.1, 0.2, 19), -9.0)
     assert rank_correlation(few) > 0 > few.mean()
 

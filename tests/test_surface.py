@@ -3,11 +3,13 @@ import pytest
 from scipy import ndimage
 
 from autoseg.scoring.surface import (
+    _areas,
+    _cut_cubes,
+    _places_mm,
     average_mm,
     distances,
     hausdorff_mm,
     surface_dice,
-    surface_elements,
     surface_scores,
 )
 
@@ -34,6 +36,14 @@ def blobs(seed: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]
     if seed % 10 in (0, 5):
         prediction[tuple(n // 2 for n in shape)] = seed % 20 != 0
     return prediction, reference, spacing_mm
+
+
+def surface_elements(
+    mask: np.ndarray, spacing_mm: tuple[float, float, float], flat: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places (mm from the centre of the first voxel) and areas (mm2, or mm) of the surface elements of a mask."""
+    elements, codes, shape = _cut_cubes(mask, flat)
+    return _places_mm(elements, shape, spacing_mm, flat), _areas(codes, spacing_mm, flat)
 
 
 def test_distances_equal_an_exact_distance_map_of_the_volume():

@@ -16,7 +16,7 @@ from autoseg.cases.prepare import Prepared, prepare, restore
 from autoseg.errors import UserError
 from autoseg.image.companions import files_of, hash_into
 from autoseg.image.crop import insert
-from autoseg.image.formats import READABLE, TIFF, read_image, write_labels
+from autoseg.image.formats import READABLE, TIFF, read_image, stem_of, write_labels
 from autoseg.image.labels import some
 from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
@@ -97,13 +97,15 @@ def write_case(ending: Ending, case: Case, found: Found) -> Path:
         written = slide_file(ending.output, case.id, planned)
     else:
         written = prediction_file(ending.output, case.id, planned)
+        if ending.model:
+            begin_record(ending.output, case.id)
         write_labels(written, finished(found.indices_ZYX, prepared, ending), prepared.geometry)
     for values_ZYX, name in ((found.entropy_ZYX, entropy_file), (found.mutual_ZYX, mutual_file)):
         if values_ZYX is not None and prepared is not None:
             path = name(ending.output, case.id, ".png" if planned == ".bmp" else planned)  # BMP ends at 255
             write_labels(path, on_file_grid(values_ZYX, prepared, axes), prepared.geometry)
     if ending.model:
-        keep_record(ending.output, case, ending.model, found.inputs, written, found.uncertainty)
+        keep_record(ending.output, case.id, ending.model, found.inputs, written, found.uncertainty)
     return written
 
 
@@ -115,24 +117,32 @@ def slide_file(folder: Path, case: str, planned: str) -> Path:
 # ------------------------------------------------------------------------------------------------ what is done
 
 
+def begin_record(output: Path, case: str) -> None:
+    """Write down that the label map of a case is about to be written: that of a killed process is autoseg's, too."""
+    save(prediction_record(output, case), Predicted(case=case, inputs=(), model="", written=""), durable=False)
+
+
 def keep_record(
-    output: Path, case: Case, model: str, inputs: tuple[InputFile, ...], written: Path,
+    output: Path, case: str, model: str, inputs: tuple[InputFile, ...], written: Path,
     uncertainty: float | None = None,
 ) -> None:  # fmt: skip
     """Write down what the label map `written` was made from; `forget` it before another one takes its place."""
     record = Predicted(
-        case=case.id, inputs=inputs, model=model, written=written.name, result=input_file(written),
+        case=case, inputs=inputs, model=model, written=written.name, result=input_file(written),
         uncertainty=uncertainty,
     )  # fmt: skip
-    save(prediction_record(output, case.id), record, durable=False)
+    save(prediction_record(output, case), record, durable=False)
 
 
 def forget(output: Path, case: str) -> None:
-    """Remove what lies beside the label map of a case that is about to be written anew, the record first.
+    """Remove what lies beside the label map of a case that is about to be written anew.
 
     Probabilities and images of uncertainty that are not written again would be taken for those of the new label map.
+    The record goes on saying that the old one is autoseg's, but not of which network.
     """
-    prediction_record(output, case).unlink(missing_ok=True)
+    if (known := _recorded(output, case)) is not None:
+        kept = known.model_copy(update={"model": "", "uncertainty": None})
+        save(prediction_record(output, case), kept, durable=False)
     for path in all_probabilities_files(output, case):
         path.unlink(missing_ok=True)
     for ending in READABLE:
@@ -142,12 +152,8 @@ def forget(output: Path, case: str) -> None:
 
 def done_before(case: Case, output: Path, model: str, probabilities: bool) -> Path | None:
     """The label map of a case that lies there as it would be made now, from the same files; None otherwise."""
-    path = prediction_record(output, case.id)
-    if not path.is_file() or (probabilities and not probabilities_file(output, case.id).is_file()):
-        return None
-    try:
-        record = load(path, Predicted)
-    except UserError:
+    record = _recorded(output, case.id)
+    if record is None or (probabilities and not probabilities_file(output, case.id).is_file()):
         return None
     written = output / record.written
     known = len(record.inputs) == len(case.images) and record.model == model and written.is_file()
@@ -155,6 +161,15 @@ def done_before(case: Case, output: Path, model: str, probabilities: bool) -> Pa
         return None
     same = all(is_unchanged(Path(name), known) for name, known in zip(case.images, record.inputs, strict=True))
     return written if same else None
+
+
+def _recorded(output: Path, case: str) -> Predicted | None:
+    """The record of a case, an empty one where it cannot be read; None where there is none."""
+    path = prediction_record(output, case)
+    try:
+        return load(path, Predicted) if path.is_file() else None
+    except UserError:
+        return Predicted(case=case, inputs=(), model="", written="")
 
 
 def finished(indices_ZYX: np.ndarray, prepared: Prepared, ending: Ending) -> np.ndarray:
@@ -202,16 +217,26 @@ def refuse_loss(output: Path, targets: Iterable[Path], originals: Iterable[Path 
     """Raise UserError where writing `targets` into `output` would replace what autoseg has not written.
 
     Args:
-        targets: label maps to be written; one that is there, in a folder without records, is somebody else's.
+        targets: label maps to be written; one that is there, without a record or not as its record says, is somebody
+            else's, or was corrected by hand.
         originals: files of which none may lie in `output`, also where links lead there.
     """
     folder = output.resolve()
     for path in (Path(each).resolve() for each in originals):
         if path.parent == folder and path.exists():
             raise UserError(f"{output}: {path.name} lies there, an image or label map of the data.", fix=ELSEWHERE)
-    there = sorted({path.name for path in targets if path.exists()})
-    if there and not prediction_record(output, "").parent.is_dir():
-        raise UserError(f"{output}: {some(there)} would be replaced, which autoseg has not written.", fix=ELSEWHERE)
+    there = sorted({path.name for path in targets if path.exists() and not _is_own(output, path)})
+    if there:
+        raise UserError(
+            f"{output}: {some(there)} would be replaced, which autoseg has not written, or somebody has changed since.",
+            fix=f"Move {'it' if len(there) == 1 else 'them'} away, or choose another folder.",
+        )
+
+
+def _is_own(output: Path, path: Path) -> bool:
+    """Whether a label map is what autoseg wrote; also where a process was killed, or an earlier version did not say."""
+    record = _recorded(output, stem_of(path))
+    return record is not None and (record.result is None or is_unchanged(path, record.result))
 
 
 def files_of_cases(cases: Iterable[Case]) -> Iterator[str]:
@@ -223,7 +248,7 @@ def files_of_cases(cases: Iterable[Case]) -> Iterator[str]:
 
 
 def begin_output(output: Path) -> None:
-    """Make a folder for label maps with one for their records, which says that the maps are autoseg's."""
+    """Make a folder for label maps with one for their records."""
     make_folder(prediction_record(output, "").parent)
 
 

@@ -19,8 +19,6 @@ import SimpleITK as sitk
 from autoseg.errors import UserError
 from autoseg.image import nifti, nrrd, tiff
 from autoseg.image.disk import failed_write
-from autoseg.image.probabilities import read_probabilities as read_probabilities
-from autoseg.image.probabilities import write_probabilities as write_probabilities
 from autoseg.image.tiff import DAMAGED
 from autoseg.image.volume import FileHeader, Geometry, Volume, displacement_mm
 from autoseg.store import replacing

@@ -62,7 +62,7 @@ def labels_found(paths: Sequence[Path], ignore_value: int | None = None) -> tupl
     foreground = sorted(values - {0, ignore_value})
     if not foreground:
         raise UserError(
-            f"The {len(paths)} references hold no foreground, so there is nothing to score.",
+            f"The {len(paths)} label maps hold no foreground, so there is nothing to score.",
             fix="Give the labels, or other references.",
         )
     return (Label(name="background", value=0), *(Label(name=str(value), value=value) for value in foreground))

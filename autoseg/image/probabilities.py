@@ -9,7 +9,7 @@ versions, a zip of .npy members, are read too (`probabilities_npz.py`). Nothing 
 import errno
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class ProbabilityHeader:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """An open file of probabilities; `slab` and `classes` read parts of it as float32."""
+    """An open file of probabilities; `slab` and `part` read parts of it as float32."""
 
     path: Path
     header: ProbabilityHeader
@@ -90,11 +90,6 @@ class Probabilities:
             found = np.asarray(self.array_KZYX[window])
         wide = found.astype(np.float32)
         return np.divide(wide, np.float32(255), out=wide) if found.dtype == np.uint8 else wide
-
-    def classes(self) -> Iterator[np.ndarray]:
-        """One class after the other: (Z, Y, X) float32 each."""
-        for k in range(len(self.header.names)):
-            yield self.part((slice(k, k + 1),))[0]
 
 
 @contextmanager
@@ -147,35 +142,6 @@ def writing_probabilities(
         yield put
 
 
-def write_probabilities(
-    path: Path | str,
-    probabilities_KZYX: np.ndarray | Iterable[np.ndarray],
-    geometry: Geometry,
-    label_names: Sequence[str],
-    label_values: Sequence[int] | None = None,
-    kind: str = "float16",
-    background: int | None = None,
-) -> None:
-    """Write all classes of an image, as a whole or not at all; arguments as for `writing_probabilities`.
-
-    Args:
-        probabilities_KZYX: the array, or an iterable that gives one (Z, Y, X) array per class.
-    """
-    classes = len(label_names)
-    if isinstance(probabilities_KZYX, np.ndarray) and len(probabilities_KZYX) != classes:
-        raise ValueError(f"{classes} names for {len(probabilities_KZYX)} classes")
-    with writing_probabilities(path, geometry, label_names, label_values, kind=kind, background=background) as put:
-        written = 0
-        for class_ZYX in probabilities_KZYX:
-            if class_ZYX.shape != geometry.size_voxels:
-                raise ValueError(f"class {written} has shape {class_ZYX.shape}, not {geometry.size_voxels}")
-            if written < classes:
-                put((slice(written, written + 1),), class_ZYX[None])
-            written += 1
-        if written != classes:
-            raise ValueError(f"{classes} names for {written} classes")
-
-
 def open_probabilities(path: Path | str) -> Probabilities:
     """Open a file of probabilities to read parts of it. Raises UserError when it is none, or damaged."""
     path = _existing(path)
@@ -199,29 +165,6 @@ def read_header(path: Path | str) -> ProbabilityHeader:
         with _naming(path):
             return _header(probabilities_npz.about(path))
     return open_probabilities(path).header
-
-
-def read_classes(path: Path | str) -> Iterator[np.ndarray]:
-    """The probabilities of a file, one class after the other: (Z, Y, X) float32 each.
-
-    Raises UserError when the file is damaged, possibly only when the damaged part is reached.
-    """
-    path = _existing(path)
-    if not probabilities_npz.is_npz(path):
-        yield from open_probabilities(path).classes()
-        return
-    header = read_header(path)
-    with _naming(path):
-        yield from probabilities_npz.classes(path, (len(header.names), *header.geometry.size_voxels))
-
-
-def read_probabilities(path: Path | str) -> tuple[np.ndarray, tuple[str, ...], Geometry]:
-    """What was written, all classes at once: (K, Z, Y, X) float32, label names, geometry."""
-    header = read_header(path)
-    probabilities_KZYX = np.empty((len(header.names), *header.geometry.size_voxels), np.float32)
-    for k, class_ZYX in enumerate(read_classes(path)):
-        probabilities_KZYX[k] = class_ZYX
-    return probabilities_KZYX, header.names, header.geometry
 
 
 def _header(about: dict[str, Any]) -> ProbabilityHeader:

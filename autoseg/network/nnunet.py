@@ -46,26 +46,6 @@ class Checkpoint:
     mirror_axes: tuple[int, ...] = ()
 
 
-def load_nnunet(folder: Path, fold: str = "0", checkpoint: str = "checkpoint_final.pth") -> UNet:
-    """The trained network of a model folder (`<trainer>__<plans>__<configuration>`), in eval mode on the CPU.
-
-    Raises UserError when a file is missing or unreadable, or the architecture is none of `KINDS`.
-    """
-    plans, dataset = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
-    configuration = folder.name.rsplit("__", 1)[-1]
-    channels = len(dataset.get("channel_names", dataset.get("modality", {})))
-    labels = [value for name, value in dataset["labels"].items() if name != "ignore"]
-    values = {value for each in labels for value in _each(each, 1)} - {0}
-    if inherited(plans, configuration).get("previous_stage"):
-        channels += len(values)
-    regions = any(isinstance(each, list) and len(each) > 1 for each in labels)
-    classes = len(labels) - regions  # regions have no output for the background
-    spec = spec_from_nnunet(architecture_of(plans, configuration), channels, classes)
-    network = UNet(spec)
-    network.load_state_dict(weights_from_nnunet(read_checkpoint(folder / f"fold_{fold}" / checkpoint).weights, spec))
-    return network.eval()
-
-
 def architecture_of(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """`network_class_name` and `arch_kwargs` of a configuration in nnU-Net's plans, also those written before 2.5."""
     entry = inherited(plans, configuration)

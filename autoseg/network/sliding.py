@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoseg.errors import UserError
 from autoseg.network.accumulators import Place, zeros
 from autoseg.network.device import Device
 from autoseg.network.export import activated, entropy_nats
@@ -187,6 +188,9 @@ def row_blocks(
         tile_of: window of the patch axes -> (N, C, *patch) float32 on the host.
         size: of the patch axes; no axis is shorter than the patch.
         slices: N.
+
+    Raises:
+        UserError: scores are not finite.
     """
     patch, device = tiling.patch_voxels, scorer.device.torch_device
     starts = [tile_starts(length, edge, tiling.overlap) for length, edge in zip(size, patch, strict=True)]
@@ -208,10 +212,21 @@ def row_blocks(
                 progress(done, len(corners) * len(starts[0]))
         rows = following - top
         total[:, :, :rows] /= norm[:rows]
+        _refuse_not_finite(total[:, :, :rows], scorer.device)
         yield top, total[:, :, :rows]
         for sums in (total.unbind(0) if following < size[0] else ()):
             _shift(sums.transpose(0, 1), rows)
         _shift(norm, rows)
+
+
+def _refuse_not_finite(block: Tensor, device: Device) -> None:
+    """Raise UserError where a score is NaN or infinite: no class would win, which looks like background."""
+    if not bool(block.sum().isfinite()):  # as every sum with such a score; a block is waited for, not a tile
+        elsewhere = "" if device.precision == "fp32" else ", or another device (--device cpu)"
+        raise UserError(
+            f"the network's scores are NaN or infinite, computed in {device.precision}.",
+            fix=f"Try an image without extreme values{elsewhere}; else the network is broken: train it anew.",
+        )
 
 
 def _shift(sums: Tensor, rows: int) -> None:

@@ -13,6 +13,8 @@ from autoseg.errors import UserError
 
 FEWEST = 6
 EXACT_CASES = 13
+DECIMALS = 9
+"""Of differences that are ranked or flipped: 1 - 2/3 and 2/3 - 1/3 are the same gain, and 1e-17 is none."""
 Alternative = Literal["two-sided", "greater"]
 
 
@@ -52,7 +54,7 @@ def wilcoxon(differences: np.ndarray, alternative: Alternative = "two-sided") ->
         UserError: fewer than six cases.
     """
     enough(differences.size)
-    moved = differences[differences != 0]
+    moved = _moved(differences)
     if not moved.size:
         return 1.0
     ranks = stats.rankdata(np.abs(moved))
@@ -82,7 +84,7 @@ def rank_correlation(differences: np.ndarray) -> float:
     (W+ - W-) / (W+ + W-), the sums of ranks of positive and negative differences; 0 when all are 0. Its sign may be
     another one than the mean's, where a few cases are far worse and most a little better.
     """
-    moved = differences[differences != 0]
+    moved = _moved(differences)
     ranks = stats.rankdata(np.abs(moved))
     return float((ranks * np.sign(moved)).sum() / ranks.sum()) if moved.size else 0.0
 
@@ -104,6 +106,7 @@ def best_of_many(differences_CN: np.ndarray, chosen: int = 0, resamples: int = 1
     """
     cases = differences_CN.shape[1]
     enough(cases)
+    differences_CN = np.round(differences_CN, DECIMALS)
     size_C = np.sqrt((differences_CN**2).sum(axis=1))
     if size_C[chosen] == 0:
         return 1.0
@@ -192,6 +195,12 @@ def enough(cases: int) -> None:
             f"{cases} paired case{'s are' if cases != 1 else ' is'} too few for a test; it needs {FEWEST}.",
             fix="Score more cases, or look at the numbers without a test.",
         )
+
+
+def _moved(differences: np.ndarray) -> np.ndarray:
+    """The differences that are not 0, without rounding noise, which would break ties and rank what is nothing."""
+    rounded = np.round(differences, DECIMALS)
+    return rounded[rounded != 0]
 
 
 def _all_equal(differences: np.ndarray) -> bool:

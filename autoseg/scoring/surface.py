@@ -30,23 +30,6 @@ class Distances(NamedTuple):
     reference_areas: np.ndarray
 
 
-def surface_elements(
-    mask_ZYX: np.ndarray, spacing_mm: tuple[float, float, float], flat: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Places and areas of the surface elements of a mask.
-
-    Args:
-        mask_ZYX: bool. What lies beyond the array counts as outside.
-        spacing_mm: voxel size along Z Y X.
-        flat: the image is 2D: one slice, whose outline counts, not its upper and lower face.
-
-    Returns:
-        places_mm (n, 3), relative to the centre of voxel (0, 0, 0), and areas (n,): mm2, or mm where `flat`.
-    """
-    elements, codes, shape = _cut_cubes(mask_ZYX, flat)
-    return _places_mm(elements, shape, spacing_mm, flat), _areas(codes, spacing_mm, flat)
-
-
 def distances(
     prediction_ZYX: np.ndarray, reference_ZYX: np.ndarray, spacing_mm: tuple[float, float, float], flat: bool = False
 ) -> Distances | None:

@@ -22,7 +22,7 @@ from autoseg.scoring import statistics
 from autoseg.scoring.comparison import Comparison, Difference
 from autoseg.steps.predicting.pairs import dataset_near
 
-FOREGROUND, VOLUME = "foreground", "reference_mm3"
+FOREGROUND, VOLUME, AT_TOLERANCE = "foreground", "reference_mm3", "surface_dice_at_tolerance"
 DEFAULT_METRICS = ("dice", "surface_dice", "hd95_mm")
 MOST_NAMED = 12
 """Real differences that the conclusion names one by one."""
@@ -48,7 +48,7 @@ def compare(
         output: folder for `comparison.json` and `comparison.png`; None writes nothing.
 
     Raises:
-        UserError: fewer than two sets or six cases, or sets of different cases, labels or references.
+        UserError: fewer than two sets or six cases, or sets of different cases, labels, references or tolerances.
     """
     if len(scores) < 2:
         raise UserError("A comparison needs at least two sets of scores.")
@@ -56,6 +56,7 @@ def compare(
     called = _names(scores, names)
     read = _paired(read, scores, report)
     chosen = _metrics(read, metrics)
+    _refuse_tolerances(read, scores, chosen)
     _warn_of_groups(read[0], groups, report)
     rows = [
         row
@@ -326,6 +327,17 @@ def _metrics(read: Sequence[Scores], wanted: Sequence[str] | None) -> tuple[str,
     return tuple(wanted) if wanted else tuple(metric for metric in DEFAULT_METRICS if metric in there) or (there[0],)
 
 
+def _refuse_tolerances(read: Sequence[Scores], paths: Sequence[Path], chosen: Sequence[str]) -> None:
+    """Raise UserError where surface Dice at a tolerance is compared that was computed at different ones."""
+    for scores, path in zip(read, paths, strict=True):
+        if AT_TOLERANCE in chosen and scores.tolerances_mm != read[0].tolerances_mm:
+            said = (", ".join(f"{mm:g}" for mm in each.tolerances_mm) or "unknown" for each in (read[0], scores))
+            raise UserError(
+                f"{paths[0]} and {path} have {AT_TOLERANCE} at different tolerances, in mm: {' against '.join(said)}.",
+                fix="Score both with the same --tolerance.",
+            )
+
+
 def _warn_of_groups(scores: Scores, groups: Mapping[str, str] | None, report: Report) -> None:
     """Say so when several cases come from one patient: then they are no independent witnesses."""
     if groups is None:
@@ -354,7 +366,7 @@ def _ordered(scores: Scores) -> list[CaseScore]:
 BETTER: dict[str, int] = {
     "dice": 1,
     "surface_dice": 1,
-    "surface_dice_at_tolerance": 1,
+    AT_TOLERANCE: 1,
     "hd95_mm": -1,
     "asd_mm": -1,
     "iou": 1,
@@ -366,5 +378,5 @@ BETTER: dict[str, int] = {
 }
 """What can be compared, and whether more (1) or less (-1) is better."""
 
-ZERO_WHERE_WRONG = ("dice", "surface_dice", "surface_dice_at_tolerance", "iou", "lesion_f1")
+ZERO_WHERE_WRONG = ("dice", "surface_dice", AT_TOLERANCE, "iou", "lesion_f1")
 """Not defined only where a class is rightly absent; 0 where it is missed or drawn in vain (see `overlap.POLICY`)."""

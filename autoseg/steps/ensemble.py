@@ -157,7 +157,7 @@ def ensemble_runs(
             for number in range(len(predictors)):
                 shutil.rmtree(staging / str(number))
             [written[case.id]] = publish(staging / "out", output)
-            keep_record(output, case, model, inputs, written[case.id])
+            keep_record(output, case.id, model, inputs, written[case.id])
             report(Advanced(what, done, len(todo), case.id))
     report(Finished(what))
     if found:

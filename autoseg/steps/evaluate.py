@@ -105,7 +105,7 @@ def evaluate(
         predictions: folder of label maps; the file name without its ending is the case id.
         references: folder of label maps, or a run folder or its `dataset.json`, whose cases name their label maps.
         labels: the classes, background first; None takes them from a `dataset.json` in or beside `references`, else
-            the values found in the references.
+            the values found in the files of both sides.
         ignore_value: value in the references that nobody annotated; None takes it from the same place as the labels.
         cases: ids to score; None scores all, and then both sides must hold the same cases.
         output: folder for `scores.json` and `scores.csv`; None takes `predictions`.
@@ -122,7 +122,8 @@ def evaluate(
     pairs = pair_up(predictions, references, known, cases)
     check_grids(pairs)
     if labels is None:
-        labels = known.labels if known else labels_found([pair.reference for pair in pairs], ignore_value)
+        files = [path for pair in pairs for path in (pair.reference, pair.prediction)]
+        labels = known.labels if known else labels_found(files, ignore_value)
     if ignore_value is None and known is not None:
         ignore_value = known.ignore_value
     regions = known.regions if known is not None and labels == known.labels else ()

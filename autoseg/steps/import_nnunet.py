@@ -34,6 +34,8 @@ THEIRS = {"minimum": "min", "maximum": "max"}
 USUAL_RESAMPLING, LINEAR_RESAMPLING = "resample_data_or_seg_to_shape", "resample_torch_fornnunet"
 NEVER = 1e9
 """Anisotropy that no image has: its thick axis is resampled like the others."""
+READERS = ("SimpleITKIO", "NibabelIO", "NaturalImage2DIO")
+"""Their readers that give the array and the spacing that autoseg reads; others turn images or take sizes elsewhere."""
 NORMALIZATIONS = {
     "ZScoreNormalization": "zscore", "CTNormalization": "ct", "NoNormalization": "none",
     "RescaleTo01Normalization": "rescale_0_1", "RGBTo01Normalization": "rgb_0_1",
@@ -98,8 +100,11 @@ def _configuration(
     if unknown:
         known = ", ".join(NORMALIZATIONS)
         raise UserError(f"{folder}: the normalization {unknown[0]} is not known here.", fix=f"Known are {known}.")
-    if plans.get("image_reader_writer") == "NibabelIOWithReorient":
-        raise UserError(f"{folder}: nnU-Net turned its images to RAS (NibabelIOWithReorient), which is not done here.")
+    if (reader := plans.get("image_reader_writer", READERS[0])) not in READERS:
+        raise UserError(
+            f"{folder}: nnU-Net read its images by {reader}, which gives other axes, values or voxel sizes than here.",
+            fix=f"Known are {', '.join(READERS)}.",
+        )
     network = nnunet.spec_from_nnunet(nnunet.architecture_of(plans, theirs), channels, classes)
     dimension = network.dimension
     spacing, shape = entry["spacing"], [round(n) for n in entry["median_image_size_in_voxels"]]

@@ -87,13 +87,14 @@ def postprocess_learn(
         fraction: for `drop_small`, of the largest component.
         connectivity: 1 faces, 2 edges, 3 corners.
         significance: keep a rule only if a paired sign-flip test over cases, for the best of the candidates tried and
-            corrected over classes by Holm, says that it helps at this level; None asks only for a higher mean.
+            corrected over classes by Holm, says that it helps; this is the level of all rounds together (joined
+            foreground, classes, holes), which share it. None asks only for a higher mean.
         output: where to save; None is `postprocess.json` of the run. workers: processes; None takes all cores.
 
     Raises:
         UserError: no predictions, a prediction without a reference, or differing grids; nothing is written then.
     """
-    candidates = _candidates(actions, fraction, connectivity)
+    candidates, level = _candidates(actions, fraction, connectivity), _level_of_a_round(significance, actions)
     dataset = store.load(Layout(run).dataset, Dataset)
     name, pairs = validation_pairs(run, dataset, configuration)
     check_grids(pairs)
@@ -106,10 +107,10 @@ def postprocess_learn(
     else:
         read = partial(_read_parts, labels=dataset.labels, ignore_value=dataset.ignore_value, connectivity=connectivity)
         parts = _over(pairs, read, "Components", workers, report)
-        judged = search(parts, dataset.labels, candidates, significance)
+        judged = search(parts, dataset.labels, candidates, level)
         if "fill_holes" in actions:
             count = partial(_count_filled, dataset=dataset, rules=judged.rules)
-            judged = _with_holes(judged, _over(pairs, count, "Holes", workers, report), dataset.labels, significance)
+            judged = _with_holes(judged, _over(pairs, count, "Holes", workers, report), dataset.labels, level)
         if not judged.rules:
             report(Said(f"Post-processing: nothing helps on {len(pairs)} validation cases, so nothing is applied."))
     for rule in judged.rules:
@@ -224,6 +225,13 @@ def _candidates(actions: Sequence[str], fraction: float, connectivity: int) -> t
     largest = small.model_copy(update={"action": "keep_largest"})
     volumes = [small.model_copy(update={"action": "drop_volume", "minimum_mm3": volume}) for volume in VOLUMES_MM3]
     return tuple(rule for rule in (small, largest, *volumes) if rule.action in actions)
+
+
+def _level_of_a_round(significance: float | None, actions: Sequence[str]) -> float | None:
+    """An equal share of the level for each family of tests: for the joined foreground, for the classes, for holes."""
+    sizes = set(actions) - {"fill_holes"}
+    rounds = bool(sizes & set(ACTIONS)) + bool(sizes) + ("fill_holes" in actions)
+    return None if significance is None else significance / max(1, rounds)
 
 
 def _target(values_NK: np.ndarray, k: int | None) -> np.ndarray:

@@ -14,6 +14,7 @@ from autoseg.cases.exchange import (
     Found,
     Ready,
     begin_output,
+    begin_record,
     done_before,
     files_of_cases,
     forget,
@@ -155,10 +156,12 @@ def predict(
     remove_unfinished(output)
     paths = done_cases(cases, output, _content(predictors[0], wishes), bool(kind), report) if resume else {}
     todo = [case for case in cases if case.id not in paths]
-    written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
+    try:
+        written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
+    finally:
+        if save_uncertainty:  # also of the cases that are done where another one failed
+            flag(output, report)
     paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
-    if save_uncertainty:
-        flag(output, report)
     return tuple(paths[case.id] for case in cases)
 
 
@@ -294,6 +297,8 @@ def _computed(
     """What the networks find in one case; a slide's label map, and probabilities, are written on the way."""
     if not ready.stages:
         target = slide_file(output, case.id, predictor.plan.file_ending)
+        if wishes.records:
+            begin_record(output, case.id)
         segment_slide(predictor, Path(case.images[0]), target, progress)
         return Found(np.zeros((0, 0, 0), np.int16), None, ready.inputs)
     if not wishes.probabilities:

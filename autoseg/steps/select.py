@@ -1,8 +1,7 @@
 """`autoseg select`: which configuration or pair is best; `predict` uses it.
 
-A pair's probabilities are averaged. Those saved beside the validation predictions are used where they are, else the
-networks of each fold segment its validation cases again; the pairs' label maps stay in `RUN/ensembles`, so that
-post-processing can be learned from them and scores can be compared.
+A pair's probabilities are averaged: the networks of each fold segment its validation cases again. The pairs' label maps
+stay in `RUN/ensembles`, so that post-processing can be learned from them and scores can be compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,8 +48,8 @@ def select(
         run: run folder with validation predictions of at least one configuration.
         configurations: which to try; None takes all that have validation predictions, but no students: these are often
             trained for fewer folds, and their teachers may have seen the cases.
-        pairs: also try every two of them together, which segments the validation cases again where no probabilities
-            were saved. What was combined before is kept while the networks are older.
+        pairs: also try every two of them together, which segments the validation cases again. What was combined before
+            is kept while the networks are older.
         device: for segmenting. workers: processes that score; None takes all allowed cores.
 
     Raises:
@@ -64,7 +63,8 @@ def select(
     if not common:
         raise UserError(f"{run}: no validation case is predicted by all of {', '.join(names)}.")
     if pairs and len(names) > 1:
-        held_out = {fold: [case for case in common if case in _maps(layout, names[0], [fold])] for fold in folds}
+        validated = {fold: _maps(layout, names[0], [fold]) for fold in folds}
+        held_out = {fold: [case for case in common if case in files] for fold, files in validated.items()}
         for fold in folds:
             drop_older(layout, names, fold, held_out[fold])
         for fold in folds:
@@ -135,10 +135,9 @@ def choose(
 
 def drop_older(layout: Layout, names: Sequence[str], fold: str, cases: Sequence[str]) -> None:
     """Remove the pairs' label maps that older networks made: a fold that lacks cases is not scored in the meantime."""
-    for pair in combinations(names, 2):
-        for case in cases:
-            if not _is_current(layout, pair, fold, case):
-                _target(layout, pair, fold, case).unlink(missing_ok=True)
+    for targets in _missing(layout, names, fold, cases).values():
+        for target in targets.values():
+            target.unlink(missing_ok=True)
 
 
 def combine_fold(
@@ -146,9 +145,7 @@ def combine_fold(
 ) -> None:
     """Write the label maps of every pair of configurations for the validation cases of one fold."""
     layout = Layout(run)
-    missing = {
-        pair: [case for case in cases if not _is_current(layout, pair, fold, case)] for pair in combinations(names, 2)
-    }
+    missing = _missing(layout, names, fold, tuple(cases))
     wanted = [case for case in cases if any(case in each for each in missing.values())]
     predictors: dict[str, Predictor] = {}
     what = f"pairs of {fold}"
@@ -159,8 +156,7 @@ def combine_fold(
             files = {name: _probabilities(run, name, fold, cases[case], staging, predictors, device) for name in used}
             for pair, waiting in missing.items():
                 if case in waiting:
-                    target = _target(layout, pair, fold, case)
-                    mean_of_probabilities([files[name] for name in pair], (0.5, 0.5), target)
+                    mean_of_probabilities([files[name] for name in pair], (0.5, 0.5), waiting[case])
         report(Advanced(what, done, len(wanted), case))
     report(Finished(what))
 
@@ -192,10 +188,7 @@ def _comparable(
 def _probabilities(
     run: Path, name: str, fold: str, case: Case, staging: Path, predictors: "dict[str, Predictor]", device: str | None
 ) -> Path:
-    """The saved probabilities of a validation case, or those that its fold's network gives now."""
-    saved = probabilities_file(_validation(Layout(run), name, fold), case.id)
-    if saved.is_file():
-        return saved
+    """The probabilities of a validation case that its fold's network gives."""
     from autoseg.steps.predict import Predictor, segment_cases
 
     if name not in predictors:
@@ -214,19 +207,26 @@ def _maps(layout: Layout, name: str, folds: Sequence[str]) -> Files:
     return {case: path for fold in folds for case, path in label_maps(_validation(layout, name, fold)).items()}
 
 
-def _target(layout: Layout, pair: Sequence[str], fold: str, case: str) -> Path:
-    """The label map of a pair, with the ending of its first configuration's."""
-    ending = label_maps(_validation(layout, pair[0], fold))[case].name.removeprefix(case)
-    return prediction_file(_validation(layout, "+".join(pair), fold), case, ending)
+def _missing(
+    layout: Layout, names: Sequence[str], fold: str, cases: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Path]]:
+    """By pair and case, the label maps that are not there or older than the networks that would make them.
 
-
-def _is_current(layout: Layout, pair: Sequence[str], fold: str, case: str) -> bool:
-    """Whether this pair's label map is there and newer than the networks that would make it."""
-    target = _target(layout, pair, fold, case)
-    weights = [ModelLayout(layout.configuration(name) / fold).weights for name in pair]
-    if not target.is_file() or not all(path.is_file() for path in weights):
-        return False
-    return target.stat().st_mtime >= max(path.stat().st_mtime for path in weights)
+    A map has the ending of the one of the pair's first configuration.
+    """
+    maps = {name: _maps(layout, name, [fold]) for name in names}
+    found: dict[tuple[str, str], dict[str, Path]] = {}
+    for pair in combinations(names, 2):
+        folder = _validation(layout, "+".join(pair), fold)
+        weights = [ModelLayout(layout.configuration(name) / fold).weights for name in pair]
+        newest = max(path.stat().st_mtime if path.is_file() else float("inf") for path in weights)
+        targets = {
+            case: prediction_file(folder, case, maps[pair[0]][case].name.removeprefix(case)) for case in cases
+        }
+        found[pair] = {
+            case: path for case, path in targets.items() if not path.is_file() or path.stat().st_mtime < newest
+        }
+    return found
 
 
 def _foreground(cases: Sequence[CaseScore]) -> np.ndarray:

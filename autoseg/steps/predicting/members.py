@@ -143,7 +143,7 @@ def default_members(run: Path) -> tuple[str, ...]:
 
 
 def same_plans(plans: Sequence[Plan], names: Sequence[str]) -> Plan:
-    """The first of the plans. Raises UserError that names two with other channels or labels."""
+    """The first of the plans. Raises UserError that names two with other channels, another order, or labels."""
     first = plans[0]
     for plan, name in zip(plans[1:], names[1:], strict=True):
         if (plan.labels, getattr(plan, "regions", ())) != (first.labels, getattr(first, "regions", ())):
@@ -152,13 +152,19 @@ def same_plans(plans: Sequence[Plan], names: Sequence[str]) -> Plan:
                 f"{names[0]} and {name} have different labels: {mine} against {other}.",
                 fix="Only networks of the same labels can be combined.",
             )
-        if len(plan.channels) != len(first.channels):
+        if len(plan.channels) != len(first.channels) or _are_moved(first.channels, plan.channels):
             raise UserError(
                 f"{names[0]} and {name} have different channels: {', '.join(first.channels)} against "
                 f"{', '.join(plan.channels)}.",
                 fix="Only networks of the same images can be combined.",
             )
     return first
+
+
+def _are_moved(first: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether a channel of the first lies at another place in the other; one of another name may be the same."""
+    mine, theirs = ([name.casefold() for name in names] for names in (first, other))
+    return any(name in mine and mine[c] != name for c, name in enumerate(theirs))
 
 
 def ending_for(members: Sequence[Member], case: str) -> str:

@@ -14,7 +14,7 @@ from autoseg.errors import UserError
 from autoseg.image.formats import read_geometry, stem_of
 from autoseg.image.labels import grid_difference, is_label_map, label_maps, some
 from autoseg.layout import Layout, ModelLayout
-from autoseg.records import Case, Dataset, Label, Run
+from autoseg.records import Case, Dataset, Run
 from autoseg.scoring.selection import selected
 
 
@@ -147,8 +147,8 @@ def check_grids(pairs: Sequence[Pair]) -> None:
 def dataset_near(references: Path) -> Dataset | None:
     """The labels of a data set: of a run, or of a `dataset.json` in or beside the folder of references.
 
-    Reads autoseg's own file and those of the Decathlon and of nnU-Net (of which only labels are taken). None when there
-    is no such file.
+    Reads autoseg's own file and, as training does, those of the Decathlon and of nnU-Net (of which only labels are
+    taken). None when there is no such file.
     """
     places = [references] if references.is_file() else [Layout(references).dataset, Layout(references.parent).dataset]
     for path in places:
@@ -161,25 +161,7 @@ def dataset_near(references: Path) -> Dataset | None:
         if isinstance(content, dict) and "autoseg" in content:
             return store.parse(content, Dataset, str(path))
         if isinstance(content, dict) and isinstance(content.get("labels"), dict):
-            if regions := read_regions(content, str(path)):
-                labels, ignore = read_label_names(content, str(path))
-                name = path.parent.name
-                return Dataset(
-                    name=name, dimension=3, channels=("",), labels=labels, regions=regions, ignore_value=ignore
-                )
-            return _foreign(content["labels"], path)
+            labels, ignore = read_label_names(content, str(path))
+            regions, name = read_regions(content, str(path)), path.parent.name
+            return Dataset(name=name, dimension=3, channels=("",), labels=labels, regions=regions, ignore_value=ignore)
     return None
-
-
-def _foreign(named: dict, path: Path) -> Dataset | None:
-    """Labels of a Decathlon ({"1": "liver"}) or nnU-Net ({"liver": 1}) file as a data set without cases."""
-    try:
-        pairs = [(str(b), int(a)) if str(a).lstrip("-").isdigit() else (str(a), int(b)) for a, b in named.items()]
-    except (TypeError, ValueError):
-        return None
-    ignore = next((value for name, value in pairs if name == "ignore"), None)
-    kept = sorted(((value, name) for name, value in pairs if name != "ignore"))
-    if len(kept) < 2 or kept[0][0] != 0:
-        raise UserError(f"{path}: its labels need a background with value 0 and at least one more.")
-    labels = tuple(Label(name=name, value=value) for value, name in kept)
-    return Dataset(name=path.parent.name, dimension=3, channels=("",), labels=labels, ignore_value=ignore)

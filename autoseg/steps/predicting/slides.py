@@ -12,7 +12,7 @@ import torch
 
 from autoseg.cases.prepare import to_values
 from autoseg.errors import UserError
-from autoseg.image.slides import Box2, Slide, channels_of, nonzero_box, normalizers, open_slide, write_slide
+from autoseg.image.slides import BAND_ROWS, Box2, Slide, channels_of, nonzero_box, normalizers, open_slide, write_slide
 from autoseg.network.accumulators import accumulator_bytes
 from autoseg.network.export import Wanted, slabs
 from autoseg.network.less_memory import until_it_fits
@@ -116,11 +116,15 @@ def _on_whole(
     (y0, y1), (x0, x1) = box
     plan = predictor.plan
     _, height, width = slide.shape
-    if y0:
-        yield np.full((y0, width), empty, dtype)
+    yield from empty_bands(y0, width, empty, dtype)
     for indices_YX in rows:
         whole = np.full((len(indices_YX), width), empty, dtype)
         whole[:, x0:x1] = to_values(indices_YX, plan.labels, plan.ignore_value)
         yield whole
-    if y1 < height:
-        yield np.full((height - y1, width), empty, dtype)
+    yield from empty_bands(height - y1, width, empty, dtype)
+
+
+def empty_bands(rows: int, width: int, value: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """So many rows of one value, in bands that fit into memory: a margin may be most of a slide."""
+    for start in range(0, rows, BAND_ROWS):
+        yield np.full((min(BAND_ROWS, rows - start), width), value, dtype)

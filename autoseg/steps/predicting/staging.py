@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autoseg import store
-from autoseg.cases.exchange import begin_output, forget
+from autoseg.cases.exchange import begin_output, begin_record, forget, keep_record
 from autoseg.image.formats import ending_of, stem_of
 
 
@@ -35,14 +35,19 @@ def staged(output: Path) -> Iterator[Path]:
 def publish(staging: Path, output: Path) -> tuple[Path, ...]:
     """Move every file from `staging` into `output`, each as a whole; returns the label maps among them.
 
-    What lies in `output` beside a label map that is replaced goes: it belongs to the old one.
+    What lies in `output` beside a label map that is replaced goes: it belongs to the old one. Records say that the new
+    ones are autoseg's.
     """
     begin_output(output)
     written, found = [], sorted(staging.iterdir())
     for path in found:
         if ending_of(path):
             forget(output, stem_of(path))
+            begin_record(output, stem_of(path))
     for path in found:
         os.replace(path, output / path.name)
         written.append(output / path.name)
-    return tuple(path for path in written if ending_of(path))
+    maps = tuple(path for path in written if ending_of(path))
+    for path in maps:
+        keep_record(output, stem_of(path), "", (), path)
+    return maps

@@ -47,7 +47,8 @@ class Validated:
 def validated(run: Path, name: str) -> Validated | None:
     """The scores of all folds (unnamed seed) whose training has ended; None where there are none.
 
-    Each fold has its own from its training; a pair has those of `autoseg evaluate RUN`.
+    Each fold has its own from its training, of which `autoseg evaluate RUN` may have made newer ones; a pair has only
+    the latter.
     """
     layout = Layout(run)
     found = [each for each in sorted(layout.cross_validation(name).glob("fold_*")) if each.is_dir()]
@@ -55,15 +56,18 @@ def validated(run: Path, name: str) -> Validated | None:
     models = [model for model in unnamed if _has_ended(model)]
     scored = [model for model in models if model.scores.is_file()]
     together = scores_file(layout.cross_validation(name))
-    files = [model.scores for model in scored] or [path for path in (together,) if path.is_file()]
-    read = [store.load(path, Scores) for path in files]
+    files = sorted((p for p in (together, *(m.scores for m in scored)) if p.is_file()), key=lambda p: p.stat().st_mtime)
+    read = [(path, store.load(path, Scores)) for path in files]
     if not read:
         return None
-    same = [each for each in read if each.labels == read[-1].labels]
-    cases = {case.id: case for each in same for case in each.cases}
+    labels = read[-1][1].labels
+    cases = {case.id: case for _, each in read if each.labels == labels for case in each.cases}  # the newest of each
+    if scored:  # what was scored together may be of folds that are trained anew
+        own = {case.id for path, each in read if path != together for case in each.cases}
+        cases = {case: score for case, score in cases.items() if case in own}
     folds = tuple(model.root.name.removeprefix("fold_") for model in scored or models)
     folders = tuple(model.validation for model in scored or models)
-    return Validated(name, folds, read[-1].labels, tuple(cases[each] for each in sorted(cases)), folders)
+    return Validated(name, folds, labels, tuple(cases[each] for each in sorted(cases)), folders)
 
 
 def names_of(run: Path) -> tuple[str, ...]:
