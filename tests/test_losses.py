@@ -266,6 +266,19 @@ def test_gradients_stay_finite_in_half_precision_at_extreme_logits(name: str, dt
                 assert value.item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in losses.LOSSES if "smooth" in losses.options_of(name)])
+def test_without_smoothing_values_and_gradients_stay_finite(name: str) -> None:
+    torch.manual_seed(0)
+    background = ",background=no" if "background" in losses.options_of(name) else ""
+    for what, target in hard_targets((4, 6, 5)).items():
+        logits = torch.randn(2, 3, 4, 6, 5, requires_grad=True)
+        value = losses.build(f"{name}:smooth=0{background}", batch_dice=False)(logits, target)
+        value.backward()
+        assert value.isfinite(), what
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all(), what
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_twenty_steps_of_descent_reach_the_target(name: str) -> None:
     _, target = sample((4, 6, 5), ignored=0.0)
