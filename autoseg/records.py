@@ -190,7 +190,7 @@ class TrainSpec(Record):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    momentum: float = 0.99
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
     schedule: Literal["polynomial", "cosine", "constant"] = "polynomial"
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     epochs: Positive = 1000
