@@ -139,6 +139,7 @@ def batches_of(work: Work, record: Run, compiled: bool = False) -> Batches:
         configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers,
         work.team, class_rates(configuration.train, plan), teachers=work.lesson is not None,
         regions=plan.region_indices, annotated=annotated_outputs(work.dataset, plan), compiled=compiled,
+        ignores=plan.ignore_value is not None,
     )  # fmt: skip
 
 
