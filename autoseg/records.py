@@ -42,6 +42,11 @@ class Region(Record):
     paint: int
 
 
+def _region_indices(labels: tuple[Label, ...], regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
+    index = {label.value: k for k, label in enumerate(labels)}
+    return tuple(tuple(index[value] for value in region.labels) for region in regions)
+
+
 class Case(Record):
     """One patient image: one file per channel (or one file with all channels), and its label map if there is one.
 
@@ -136,6 +141,11 @@ class Fingerprint(Saved):
     cases: Annotated[tuple[CaseStats, ...], Field(min_length=1)]
     intensities: tuple[Intensities, ...]
     source: str = ""
+
+    @property
+    def region_indices(self) -> tuple[tuple[int, ...], ...]:
+        """Label indices of each region."""
+        return _region_indices(self.labels, self.regions)
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -283,8 +293,7 @@ class Plan(Saved):
     @property
     def region_indices(self) -> tuple[tuple[int, ...], ...]:
         """Label indices of each region."""
-        index = {label.value: k for k, label in enumerate(self.labels)}
-        return tuple(tuple(index[value] for value in region.labels) for region in self.regions)
+        return _region_indices(self.labels, self.regions)
 
 
 # ------------------------------------------------------------------------------------------------ training and scores

@@ -29,6 +29,7 @@ from autoseg.network.losses_combined import (
 from autoseg.network.losses_pixel import CLASS_WEIGHTS, ce, focal, topk_ce, weighted_ce
 from autoseg.network.losses_region import boundary, cldice, dice, focal_tversky, generalized_dice, tversky
 from autoseg.network.losses_sums import Reduce, alone
+from autoseg.records import Configuration
 
 Value = float | int | bool | str | tuple[float, ...]
 Supervised = Callable[..., Tensor]
@@ -187,6 +188,14 @@ def build(
         return total
 
     return supervised
+
+
+def loss_of(
+    configuration: Configuration, regions: Sequence[Sequence[int]] = (), reduce: Reduce = alone
+) -> Supervised:
+    """What the network of a configuration is trained with; see `build`."""
+    spec, batch_dice = configuration.train.loss, configuration.batch_dice
+    return build(spec, batch_dice=batch_dice, reduce=reduce, regions=regions)
 
 
 def _one(
