@@ -42,7 +42,8 @@ class Region(Record):
     paint: int
 
 
-def _region_indices(labels: tuple[Label, ...], regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
+def indices_in(regions: tuple[Region, ...], labels: tuple[Label, ...]) -> tuple[tuple[int, ...], ...]:
+    """Label indices of each region."""
     index = {label.value: k for k, label in enumerate(labels)}
     return tuple(tuple(index[value] for value in region.labels) for region in regions)
 
@@ -141,11 +142,6 @@ class Fingerprint(Saved):
     cases: Annotated[tuple[CaseStats, ...], Field(min_length=1)]
     intensities: tuple[Intensities, ...]
     source: str = ""
-
-    @property
-    def region_indices(self) -> tuple[tuple[int, ...], ...]:
-        """Label indices of each region."""
-        return _region_indices(self.labels, self.regions)
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -293,7 +289,7 @@ class Plan(Saved):
     @property
     def region_indices(self) -> tuple[tuple[int, ...], ...]:
         """Label indices of each region."""
-        return _region_indices(self.labels, self.regions)
+        return indices_in(self.regions, self.labels)
 
 
 # ------------------------------------------------------------------------------------------------ training and scores

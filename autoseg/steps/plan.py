@@ -20,7 +20,7 @@ from autoseg.planning.explain import long_trainings
 from autoseg.planning.plan import make_plan
 from autoseg.planning.search import SMALLEST_BATCH
 from autoseg.planning.wording import GIGABYTE, gigabytes
-from autoseg.records import Budget, Choice, Configuration, Dataset, Fingerprint, Memory, Plan
+from autoseg.records import Budget, Choice, Configuration, Dataset, Fingerprint, Memory, Plan, indices_in
 from autoseg.store import load, record_name, remove_unfinished, save, save_together
 
 if TYPE_CHECKING:  # brings torch
@@ -133,7 +133,7 @@ def labelling_of(described: Plan | Fingerprint, dataset: Dataset | None) -> "Lab
     from autoseg.network.label_kinds import Labelling
 
     in_part = dataset is not None and any(case.annotated is not None for case in dataset.cases)
-    return Labelling(described.region_indices, in_part)
+    return Labelling(indices_in(described.regions, described.labels), in_part)
 
 
 def _read_again(
