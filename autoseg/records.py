@@ -42,6 +42,12 @@ class Region(Record):
     paint: int
 
 
+def indices_in(regions: tuple[Region, ...], labels: tuple[Label, ...]) -> tuple[tuple[int, ...], ...]:
+    """Label indices of each region."""
+    index = {label.value: k for k, label in enumerate(labels)}
+    return tuple(tuple(index[value] for value in region.labels) for region in regions)
+
+
 class Case(Record):
     """One patient image: one file per channel (or one file with all channels), and its label map if there is one.
 
@@ -190,7 +196,7 @@ class TrainSpec(Record):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    momentum: float = 0.99
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
     schedule: Literal["polynomial", "cosine", "constant"] = "polynomial"
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     epochs: Positive = 1000
@@ -283,8 +289,7 @@ class Plan(Saved):
     @property
     def region_indices(self) -> tuple[tuple[int, ...], ...]:
         """Label indices of each region."""
-        index = {label.value: k for k, label in enumerate(self.labels)}
-        return tuple(tuple(index[value] for value in region.labels) for region in self.regions)
+        return indices_in(self.regions, self.labels)
 
 
 # ------------------------------------------------------------------------------------------------ training and scores

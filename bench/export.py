@@ -47,7 +47,7 @@ def export(
     import torch
 
     from autoseg.image.resample import operators
-    from autoseg.network.export import labels_of
+    from autoseg.network.export import Wanted, slabs
     from autoseg.parallel import allowed_cores
 
     torch.set_num_threads(allowed_cores())
@@ -56,7 +56,9 @@ def export(
     matrices = [None if m is None else torch.from_numpy(m.copy()) for m in operators(source, target, spacing, 1)]
     peak_of = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731
     before, start, own = peak_of(), time.perf_counter(), time.process_time()
-    labels = labels_of(scores, tuple(matrices))
+    labels = torch.empty(target, dtype=torch.int16)
+    for slab in slabs([scores], source, tuple(matrices), Wanted(are_logits=True)):
+        labels[slab.window] = slab.labels_ZYX
     seconds, cpu = time.perf_counter() - start, time.process_time() - own
     figures = {"export_s": round(seconds, 2), "cpu_s": round(cpu, 2), "before_gb": before, "peak_gb": peak_of()}
     return figures | ({"agreement": agreement(scores, labels.numpy(), target)} if check else {})

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from autoseg import store
 from autoseg.network.device import pick, set_up
+from autoseg.network.label_kinds import Labelling
 from autoseg.network.simulate import make_step
 from autoseg.network.timing import matmul_rate
 from autoseg.planning.cost import training_operations
@@ -35,12 +36,13 @@ def main() -> int:
     parser.add_argument("--device", default=None)
     parser.add_argument("--precision", default=None)
     options = parser.parse_args()
-    configuration = configuration_named(store.load(options.plan, Plan), options.configuration)
+    plan = store.load(options.plan, Plan)
+    configuration = configuration_named(plan, options.configuration)
     if options.batch_size:
         configuration = configuration.model_copy(update={"batch_size": options.batch_size})
     device = pick(options.device, options.precision)
     set_up(device)
-    one = make_step(configuration, device)
+    one = make_step(configuration, device, Labelling(plan.region_indices))
     float(one.run())
     seconds = []
     for _ in range(options.steps):

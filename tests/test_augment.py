@@ -218,6 +218,8 @@ def test_labels_move_with_the_image(patch: tuple[int, ...], in_plane: bool, clas
         assert (sure & inside).sum() / inside.sum() > 0.4
     flat = (moved[:, 0] < 0.02) | (moved[:, 0] > 1.98)
     assert torch.equal(moved_labels[flat].float(), moved[:, 0][flat].round())
+    ignoring = apply(image, labels, draw(spec, 4, 1, patch, seeded(9)), patch, classes, -1)[1]
+    assert (ignoring == moved_labels)[ignoring >= 0].float().mean() > 0.999  # where two are as near either may win
 
 
 def test_a_quarter_turn_is_rot90_and_lies_in_the_plane_of_its_axis() -> None:
@@ -315,12 +317,13 @@ def test_outside_is_zero_and_background_while_ignored_voxels_move_along() -> Non
     patch = (16, 16)
     matrix = 2.0 * torch.eye(2)[None]
     drawn = replace(still(patch, 1, 1), matrix_BDD=matrix, moved_B=torch.tensor([True]))
-    labels = torch.full((1, *patch), -1, dtype=torch.int16)
-    for classes in (3, None):
-        image, moved = apply(torch.ones(1, 1, *patch), labels, drawn, patch, classes)
-        assert torch.equal(moved[0, 4:12, 4:12], torch.full((8, 8), -1, dtype=torch.int16))
-        assert moved[0, :3].abs().max() == 0
-        assert image[0, 0, :3].abs().max() == 0
+    for classes, label in ((3, -1), (None, -1), (3, 0), (None, 0), (3, 2), (None, 2)):
+        labels = torch.full((1, *patch), label, dtype=torch.int16)
+        for outside in (0, -1):  # the latter where the data has an ignore label
+            image, moved = apply(torch.ones(1, 1, *patch), labels, drawn, patch, classes, outside)
+            assert torch.equal(moved[0, 4:12, 4:12], torch.full((8, 8), label, dtype=torch.int16))
+            assert set(moved[0, :3].flatten().tolist()) == {outside}
+            assert image[0, 0, :3].abs().max() == 0
 
 
 def test_turning_in_the_plane_never_mixes_slices() -> None:

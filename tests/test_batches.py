@@ -53,6 +53,19 @@ def test_drawn_shares_are_those_of_the_batches_that_were_used_since_the_last_tim
         assert set(coming.drawn_shares().values()) == {0.0}
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_with_an_ignore_label_nothing_is_learned_outside_the_image(moves: bool) -> None:
+    augment = AugmentSpec(rotation_rad=(0.5,) * 3, rotation_chance=float(moves), scale_chance=0)
+    configuration = a_configuration(network=a_network(), train=TrainSpec(augment=augment))
+    labels = np.full((6, 8, 8), -1, np.int16)
+    labels[2:6, 3, 2:6] = 1
+    cases, counted = [InMemory(np.ones((1, *labels.shape), np.float32), labels, {})], []
+    for ignores in (True, False):
+        with Batches(configuration, 0, 1, 3, Device(torch.device("cpu"), "fp32"), 1, ignores=ignores) as coming:
+            counted.append(set(coming.draw(cases, "a", 0).labels.unique().tolist()))
+    assert counted == [{-1, 1}, {-1, 0, 1}]
+
+
 def test_hard_sampling_draws_the_same_however_far_it_reads_ahead_and_wherever_it_resumes() -> None:
     rows = [{"step": 20.0, "dice_1": 0.99, "dice_2": 0.2}, {"step": 40.0, "dice_1": 0.3, "dice_2": 0.9}]
 

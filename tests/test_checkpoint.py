@@ -14,7 +14,8 @@ from autoseg.errors import UserError
 from autoseg.network import checkpoint, losses, unet
 from autoseg.network.checkpoint import load_state, load_weights, read_mirror_axes, save_state, save_weights
 from autoseg.network.device import Device, lay_out
-from autoseg.network.loop import Batch, Length, TrainState, fit, make_optimizer, make_scaler
+from autoseg.network.loop import Batch, Length, TrainState, fit
+from autoseg.network.step import make_optimizer, make_scaler
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
 CPU = Device(torch.device("cpu"), "fp32")

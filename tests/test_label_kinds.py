@@ -17,10 +17,11 @@ from autoseg.errors import UserError
 from autoseg.image.formats import read_labels
 from autoseg.layout import Layout, ModelLayout, probabilities_file
 from autoseg.network import losses
-from autoseg.network.label_kinds import Outputs
+from autoseg.network.label_kinds import Labelling, Outputs
 from autoseg.records import AugmentSpec, NetworkSpec, Scores, TrainSpec
 from autoseg.steps.distill import distill
 from autoseg.steps.evaluate import score_case
+from autoseg.steps.plan import edited, plan
 from autoseg.steps.predict import predict
 from autoseg.steps.study import study
 from autoseg.steps.train import train
@@ -252,6 +253,30 @@ def test_a_study_of_regions_names_and_scores_regions(tmp_path: Path) -> None:
         scores = load(folder / "scores.json", Scores)
         assert scores.labels == ("whole", "core", "inner")
         assert all(len(case.values["dice"]) == 3 for case in scores.cases)
+
+
+def test_plans_and_timings_are_of_steps_with_the_regions_and_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Labelling] = []
+
+    def measurer(budget: object, labelling: Labelling) -> tuple[Callable[[object], int], str]:
+        told.append(labelling)
+        return lambda _: 1, "simulated"
+
+    def timed(configuration: object, device: object, labelling: Labelling) -> float:
+        told.append(labelling)
+        raise UserError("That is enough.")
+
+    monkeypatch.setattr("autoseg.network.memory.measurer", measurer)
+    monkeypatch.setattr("autoseg.steps.training.begin.seconds_per_sample", timed)
+    description = {"labels": LABELS, "regions_class_order": [1, 2, 3], "annotated": {"c0": ["core"]}}
+    data, run = write(tmp_path / "data", description, lambda case, labels: labels), tmp_path / "run"
+    plan(data, run, memory="2GB", workers=1)
+    edited(run, ["2d.batch_size=7"])
+    with pytest.raises(UserError, match="enough"):
+        train(run, device="cpu", workers=1, max_seconds=60.0)
+    assert told == [Labelling(REGIONS, True)] * 3
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for

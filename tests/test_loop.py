@@ -8,14 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from autoseg.errors import UserError
 from autoseg.events import Event, Trained, Warned
 from autoseg.network import loop, losses, unet
 from autoseg.network.device import Device
-from autoseg.network.loop import Batch, Length, TrainState, fit, learning_rate, make_optimizer, make_scaler, step
-from autoseg.network.step import BETAS, follow_layout, gradient_signal, learn_mode
+from autoseg.network.loop import Batch, Length, TrainState, fit
+from autoseg.network.step import (
+    BETAS,
+    follow_layout,
+    gradient_signal,
+    learn_mode,
+    learning_rate,
+    make_optimizer,
+    make_scaler,
+    step,
+)
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -49,6 +59,19 @@ def a_batch(number: int = 0) -> Batch:
 def bad_batch() -> Batch:
     batch = a_batch()
     return Batch(batch.image * math.nan, batch.labels, ("broken", "two"), 0.0, 0.0)
+
+
+def running_out(times: int) -> Callable[[int], Batch]:
+    """Batches of which the second runs out of memory so many times while it is augmented."""
+    left = [times]
+
+    def draw(number: int) -> Batch:
+        if number == 1 and left[0] > 0:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return a_batch(number)
+
+    return draw
 
 
 def weights_of(network: nn.Module) -> Tensor:
@@ -164,6 +187,17 @@ def test_sgd_is_that_of_the_plan_with_nesterov() -> None:
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 3e-5, True)
 
 
+def test_sgd_without_momentum_is_plain_and_impossible_momentum_is_refused() -> None:
+    network, batch = a_network(), a_batch()
+    before = weights_of(network)
+    train = a_train(optimizer="sgd", momentum=0.0, weight_decay=0.0, learning_rate=0.5)
+    step(network, make_optimizer(network, train, CPU), lambda x, y: 1e6 * LOSS(x, y), batch.image, batch.labels, CPU, 2)
+    assert (weights_of(network) - before).norm().item() == pytest.approx(0.5 * 2.0, rel=1e-3)
+    for momentum in (-0.1, 1.0):
+        with pytest.raises(ValidationError):
+            a_train(momentum=momentum)
+
+
 @pytest.mark.parametrize(("precision", "scales"), [("fp32", False), ("bf16", False), ("fp16", True)])
 def test_only_fp16_scales_the_loss(precision: str, scales: bool) -> None:
     assert make_scaler(Device(torch.device("cpu"), precision)).is_enabled() == scales
@@ -212,6 +246,7 @@ class Training:
     clock: Clock = field(default_factory=Clock)
     step_seconds: float = 1.0
     validation_seconds: float = 0.0
+    save_seconds: float = 0.0
     batch: Callable[[int], Batch] = a_batch
     dice: Callable[[int], list[float]] = lambda epoch: [0.5]
     stop_at: int | None = None
@@ -232,7 +267,7 @@ class Training:
     def run(self, length: Length) -> bool:
         return fit(
             self.state, self.train, length, self.device, self._loss, self._draw, self._validate,
-            lambda state, best: self.saved.append((state.step, best)),
+            self._save,
             lambda: self.state.step == self.stop_at, self.events.append,
         )  # fmt: skip
 
@@ -245,6 +280,10 @@ class Training:
         self.rates.append(self.state.optimizer.param_groups[0]["lr"])
         self.clock.now += self.step_seconds
         return self.batch(number)
+
+    def _save(self, state: TrainState, best: bool) -> None:
+        self.clock.now += self.save_seconds
+        self.saved.append((state.step, best))
 
     def _validate(self, epoch: int) -> list[float]:
         self.clock.now += self.validation_seconds
@@ -313,9 +352,20 @@ def test_a_stop_at_the_end_of_an_epoch_keeps_the_epoch(clock: Clock, stop_at: in
 
 
 def test_a_long_epoch_is_saved_in_between(clock: Clock) -> None:
-    training = Training(a_train(steps_per_epoch=5), clock=clock, step_seconds=31.0)
+    """And what the saves take is time of the training, whose schedule goes by it."""
+    training = Training(a_train(steps_per_epoch=5), clock=clock, step_seconds=31.0, save_seconds=2.0)
     training.run(Length(epochs=1))
     assert training.saved == [(2, False), (4, False), (5, True)]
+    assert training.state.seconds == clock.now == 5 * 31.0 + 3 * 2.0
+    assert training.state.history[-1]["images_per_second"] == pytest.approx(2 / 31.0)
+
+
+def test_a_batch_for_which_memory_ran_out_is_drawn_once_more() -> None:
+    training = Training(batch=running_out(1))
+    assert training.run(Length(epochs=1))
+    assert training.drawn == [0, 1, 1]
+    with pytest.raises(UserError, match=r"^cpu has too little memory for a batch of patches \(CUDA out of memory"):
+        Training(batch=running_out(2)).run(Length(epochs=1))
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 7])
@@ -414,6 +464,13 @@ def test_in_full_precision_repeated_trouble_ends_the_training_before_it_is_saved
     with pytest.raises(UserError, match=r"No step of epoch 3 had a finite loss.*broken, two.*--resume --lr"):
         training.run(Length(epochs=9))
     assert [number for number, _ in training.saved] == [2, 4]
+
+
+def test_in_full_precision_a_training_goes_on_while_some_steps_are_good() -> None:
+    training = Training(batch=lambda number: bad_batch() if number % 2 else a_batch())
+    assert training.run(Length(epochs=4))
+    warnings = [event.text for event in training.events if isinstance(event, Warned)]
+    assert [("1 of 2 steps" in text, "broken" in text) for text in warnings] == [(True, True)] * 4
 
 
 def test_weights_that_are_not_finite_are_never_saved() -> None:
@@ -575,6 +632,19 @@ def test_the_gradient_signal_is_what_batches_agree_on(noise: float) -> None:
             weight.grad = scale * (1.0 + noise * torch.randn(20_000, generator=chance))
             optimizer.step()
         assert gradient_signal(optimizer) == pytest.approx(1 / (1 + noise**2), abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_after_few_steps_the_gradient_signal_is_that_of_few(steps: int) -> None:
+    chance = torch.Generator().manual_seed(1)
+    for mean in (0.0, 1.0):
+        weight = torch.nn.Parameter(torch.zeros(100_000))
+        optimizer = torch.optim.AdamW([weight], 1e-3, betas=BETAS)
+        for number in range(steps):
+            weight.grad = mean + torch.randn(100_000, generator=chance)
+            optimizer.step()
+            assert math.isnan(gradient_signal(optimizer)) == (number == 0)
+        assert gradient_signal(optimizer) == pytest.approx(mean / 2, abs=0.02)
 
 
 def test_an_optimizer_without_moments_has_no_gradient_signal() -> None:

@@ -266,6 +266,19 @@ def test_gradients_stay_finite_in_half_precision_at_extreme_logits(name: str, dt
                 assert value.item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in losses.LOSSES if "smooth" in losses.options_of(name)])
+def test_without_smoothing_values_and_gradients_stay_finite(name: str) -> None:
+    torch.manual_seed(0)
+    background = ",background=no" if "background" in losses.options_of(name) else ""
+    for what, target in hard_targets((4, 6, 5)).items():
+        logits = torch.randn(2, 3, 4, 6, 5, requires_grad=True)
+        value = losses.build(f"{name}:smooth=0{background}", batch_dice=False)(logits, target)
+        value.backward()
+        assert value.isfinite(), what
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all(), what
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_twenty_steps_of_descent_reach_the_target(name: str) -> None:
     _, target = sample((4, 6, 5), ignored=0.0)
@@ -323,10 +336,9 @@ def test_supervision_weights_halve_and_drop_the_lowest_only_when_there_are_three
     assert losses.supervision_weights(1) == (1.0,)
     assert losses.supervision_weights(2) == pytest.approx((2 / 3, 1 / 3))
     assert losses.supervision_weights(4) == pytest.approx((4 / 7, 2 / 7, 1 / 7, 0))
-    assert losses.supervision_weights(3, 0.01)[2] > 0
 
 
-@pytest.mark.parametrize("small", [(4, 6, 5), (2, 3, 5), (4, 2, 1), (3, 4, 2)])
+@pytest.mark.parametrize("small", [(4, 6, 5), (2, 3, 5), (4, 2, 1), (1, 1, 1)])
 def test_targets_shrink_like_nearest_exact(small: tuple[int, ...]) -> None:
     target = torch.randint(-1, 3, (2, 4, 6, 5)).short()
     expected = F.interpolate(target[:, None].float(), small, mode="nearest-exact")[:, 0].short()
@@ -462,9 +474,9 @@ def test_every_option_of_every_loss_has_a_range() -> None:
                 assert low <= default <= high, (name, option)
 
 
-def test_class_weights_must_match_the_classes_and_the_spec_goes_before_the_plan() -> None:
+def test_class_weights_must_match_the_classes() -> None:
     logits, target = sample((6, 7))
     with pytest.raises(UserError, match=r"2 numbers.*3 classes"):
-        losses.build("weighted_ce", batch_dice=False, class_weights=(1, 2))(logits, target)
-    spec = losses.build("weighted_ce:class_weights=1/2/3", batch_dice=False, class_weights=(1, 1, 1))(logits, target)
+        losses.build("weighted_ce:class_weights=1/2", batch_dice=False)(logits, target)
+    spec = losses.build("weighted_ce:class_weights=1/2/3", batch_dice=False)(logits, target)
     assert spec.item() == pytest.approx(losses.LOSSES["weighted_ce"](logits, target, class_weights=(1, 2, 3)).item())

@@ -13,6 +13,7 @@ from autoseg.errors import UserError
 from autoseg.network import losses_sums, memory, simulate, unet
 from autoseg.network.accumulators import free_ram_bytes
 from autoseg.network.device import Device, cpu_convolves_bf16
+from autoseg.network.label_kinds import Labelling
 from autoseg.records import AugmentSpec, Budget, Configuration, Memory, NetworkSpec, TrainSpec
 
 GIB = 2**30
@@ -99,13 +100,30 @@ def test_the_simulated_peak_is_within_two_percent_of_what_torch_allocates(
 ) -> None:
     if precision == "bf16" and not cpu_convolves_bf16():
         pytest.skip("this CPU has no convolutions in bf16, and nobody trains with torch's own")
-    simulated = simulate.simulate(planned, precision, "cpu")
+    simulated = simulate.replay(planned, precision, "cpu").peak_with_copies_bytes
     real = simulate.real_cpu_peak(planned, precision)
     if real < 0.98 * simulated:  # torch's profiler may lose an allocation on a busy machine; it never invents one
         real = max(real, simulate.real_cpu_peak(planned, precision))
     # what oneDNN copies was read off CPUs with AVX-512, with and without instructions of its own for bf16
     unread = computes_in_tiles() if precision == "bf16" else not cpu_convolves_bf16()
     assert simulated == pytest.approx(real, rel=0.1 if unread else 0.02)
+
+
+def test_regions_and_a_table_of_what_was_annotated_are_counted() -> None:
+    planned = configuration((48, 48), features=(8, 16), classes=8, encoder_blocks=(1, 1), decoder_blocks=(1,))
+    regions, in_part, found = Labelling(tuple((k,) for k in range(1, 9))), Labelling((), True), []
+    for labelling in (regions, in_part):
+        found.append(simulate.replay(planned, "fp32", "cpu", labelling).peak_with_copies_bytes)
+        real = simulate.real_cpu_peak(planned, "fp32", labelling)
+        assert found[-1] == pytest.approx(real, rel=0.02 if cpu_convolves_bf16() else 0.1)
+    assert found[1] > 1.2 * found[0]  # regions have losses one after the other
+
+
+@pytest.mark.parametrize("loss", ["dice_cldice", "tversky", "dice_ce"])
+def test_a_step_of_one_region_has_a_loss(loss: str) -> None:
+    planned = configuration((16, 16), features=(4, 8), classes=1, loss=loss)
+    step = simulate.make_step(planned, Device(torch.device("cpu"), "fp32"), Labelling(((1, 2),)))
+    assert torch.isfinite(step.run())
 
 
 def computes_in_tiles() -> bool:
@@ -154,15 +172,17 @@ def test_the_tracker_counts_a_storage_once_and_forgets_it_when_it_dies() -> None
 def test_an_average_of_the_weights_is_counted() -> None:
     planned = configuration((16, 16))
     train = planned.train.model_copy(update={"average_decay": 0.99})
-    averaged = simulate.simulate(planned.model_copy(update={"train": train}), "fp32")
+    averaged, plain = (
+        simulate.replay(each, "fp32").peak_bytes for each in (planned.model_copy(update={"train": train}), planned)
+    )
     weights = sum(weight.numel() for weight in unet.build(planned.network).parameters())
-    assert averaged - simulate.simulate(planned, "fp32") == 4 * weights
+    assert averaged - plain == 4 * weights
 
 
 def test_a_simulation_changes_nothing_outside_itself() -> None:
     torch.manual_seed(3)
     before, pieces, sizes = torch.get_rng_state(), losses_sums._pieces, dict(losses_sums.PIECE)
-    simulate.simulate(configuration((16, 16)), "bf16")
+    simulate.replay(configuration((16, 16)), "bf16")
     assert torch.equal(torch.get_rng_state(), before)
     assert losses_sums._pieces is pieces
     assert sizes == losses_sums.PIECE
@@ -177,20 +197,20 @@ def test_a_replay_for_a_card_does_nothing_that_only_cpus_do(monkeypatch: pytest.
     planned = configuration((32, 32), batch=12, norm="batch")
     for device, expected in (("cuda", []), ("cpu", ["bias apart", "bias apart"])):
         calls.clear()
-        simulate.simulate(planned, "bf16", device)
+        simulate.replay(planned, "bf16", device)
         assert calls == expected
 
 
 def test_memory_grows_linearly_with_the_batch() -> None:
     one, two, four = (
-        simulate.simulate(configuration((32, 32, 32), batch=b, features=(16, 32)), "bf16") for b in (1, 2, 4)
+        simulate.replay(configuration((32, 32, 32), batch=b, features=(16, 32)), "bf16").peak_bytes for b in (1, 2, 4)
     )
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 
 def test_large_patches_and_many_classes_are_simulated_in_seconds_without_memory() -> None:
     planned = configuration((128, 128, 128), classes=105, features=(32, 64, 128, 256, 320, 320))
-    assert simulate.simulate(planned, "bf16") > 5 * GIB
+    assert simulate.replay(planned, "bf16").peak_bytes > 5 * GIB
 
 
 def test_group_norm_needs_more_on_cuda_where_autocast_computes_it_in_fp32() -> None:

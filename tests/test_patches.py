@@ -215,10 +215,12 @@ def test_cases_on_the_device_give_the_same_patches(patch: tuple[int, ...], moved
     places = [Place(0, (-2, 3, 1), None), Place(1, (0, -1, 20), 1), Place(0, (5, 4, 3), None)]
     enlarged = tuple(size + 6 for size in patch)
     held = [OnDevice(torch.from_numpy(c.image_CZYX), torch.from_numpy(c.labels_ZYX), c.locations) for c in cases]
-    image, labels = gather(cases, places, patch, enlarged, moved)
-    device_image, device_labels = gather_on_device(held, places, patch, enlarged, moved)
-    np.testing.assert_array_equal(device_image.numpy(), image)
-    np.testing.assert_array_equal(device_labels.numpy(), labels)
+    for outside in (-1, 0):
+        image, labels = gather(cases, places, patch, enlarged, moved, outside)
+        device_image, device_labels = gather_on_device(held, places, patch, enlarged, moved, outside)
+        np.testing.assert_array_equal(device_image.numpy(), image)
+        np.testing.assert_array_equal(device_labels.numpy(), labels)
+        assert set(labels[image[:, 0] == 0].tolist()) == {outside}
     assert (device_image.dtype, device_labels.dtype) == (torch.float32, torch.int16)
     for one, other in zip(cases[0].read(((1, 3), (2, 9), (0, 4))), held[0].read(((1, 3), (2, 9), (0, 4))), strict=True):
         np.testing.assert_array_equal(one, other)

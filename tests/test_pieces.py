@@ -10,9 +10,9 @@ from autoseg.events import Event, Warned
 from autoseg.network import losses, unet
 from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE
-from autoseg.network.loop import Batch, Length, TrainState, fit, make_optimizer, make_scaler
+from autoseg.network.loop import Batch, Length, TrainState, fit
 from autoseg.network.pieces import Pieces
-from autoseg.network.step import running_statistics, step
+from autoseg.network.step import make_optimizer, make_scaler, running_statistics, step
 from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
@@ -77,6 +77,12 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(loss: str, batch_dice: 
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
 
 
+def test_the_hardest_voxels_are_those_of_each_piece() -> None:
+    """The exception: with a threshold of its own in every piece the gradient is not that of the whole."""
+    whole, found = (stepped(a_network(), "topk_ce", False, Pieces(count=count)) for count in (1, 3))
+    assert 0.02 < (found - whole).norm() / whole.norm() < 1
+
+
 def test_dropout_is_the_same_in_both_passes() -> None:
     pieces = Pieces(count=3)
     torch.manual_seed(1)
@@ -94,11 +100,12 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)  # every piece sees the loss of the same whole
 
 
-def test_a_convolution_without_room_for_its_workspace_splits_the_batch_and_other_errors_do_not() -> None:
-    small, pieces = Small(a_network(), holds=1), Pieces()
-    small.error = RuntimeError("FIND was unable to find an engine to execute this computation")
-    stepped(small, "dice_ce", True, pieces)
-    assert pieces.count == 3
+def test_a_convolution_without_room_for_its_workspace_or_result_splits_the_batch_and_other_errors_do_not() -> None:
+    for words in ("FIND was unable to find an engine", "[enforce fail] DefaultCPUAllocator: can't allocate memory"):
+        small, pieces = Small(a_network(), holds=1), Pieces()
+        small.error = RuntimeError(words)
+        stepped(small, "dice_ce", True, pieces)
+        assert pieces.count == 3
     small.error = RuntimeError("CUDA error: device-side assert triggered")
     with pytest.raises(RuntimeError, match="assert"):
         stepped(small, "dice_ce", True, Pieces())
@@ -142,14 +149,21 @@ def test_running_statistics_see_every_sample_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "gradient"), [("instance", "with the same gradient"), ("batch", "each with its own batch statistics")]
+    ("norm", "spec", "gradient"),
+    [
+        ("instance", "dice_ce", "with the same gradient"),
+        ("batch", "dice_ce", "each with its own batch statistics"),
+        ("instance", "dice_topk:k=0.2", "each with its own hardest voxels"),
+    ],
 )
-def test_a_training_that_ran_out_of_memory_goes_on_in_pieces_and_says_so_once(norm: str, gradient: str) -> None:
-    train = TrainSpec(warmup_steps=0, steps_per_epoch=2, augment=AugmentSpec(rotation_rad=(0.0,)))
+def test_a_training_that_ran_out_of_memory_goes_on_in_pieces_and_says_so_once(
+    norm: str, spec: str, gradient: str
+) -> None:
+    train = TrainSpec(warmup_steps=0, steps_per_epoch=2, loss=spec, augment=AugmentSpec(rotation_rad=(0.0,)))
     network = Small(a_network(norm=norm), holds=2)
     state = TrainState(network, make_optimizer(network, train, CPU), make_scaler(CPU), steps_per_epoch=2)
     pieces, events = Pieces(), list[Event]()
-    loss = losses.build("dice_ce", batch_dice=True, reduce=pieces)
+    loss = losses.build(spec, batch_dice=True, reduce=pieces)
     image, labels = batch()
     fit(
         state, train, Length(2), CPU, loss, lambda number: Batch(image, labels, ("a", "b", "c"), 0.0, 0.0),

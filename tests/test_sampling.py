@@ -166,6 +166,8 @@ def test_a_spec_names_mode_rates_and_share() -> None:
     assert sampling.rates_of(train, ["liver", "tumour", "cyst"]) == pytest.approx((0.25, 0.5, 0.25))
     assert sampling.rates_of(a_train("hard"), ["liver", "tumour"]) == (0.5, 0.5)
     assert sampling.rates_of(a_train("case_balanced:a=0.1,b=0.3"), ["a", "b"]) == pytest.approx((0.25, 0.75))
+    whole = a_train("class_balanced:a=0.2,b=0.4,c=0.3,d=0.1")  # in floating point a little more than 1
+    assert sampling.rates_of(whole, list("abcde"))[4] == 0.0
 
 
 def test_asking_for_another_mode_forgets_the_rates_of_the_last() -> None:

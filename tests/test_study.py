@@ -270,7 +270,7 @@ def test_a_study_of_the_same_name_with_another_length_is_refused(studied: tuple[
 def test_under_a_time_limit_all_settings_have_the_same_batch(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[str] = []
     monkeypatch.setattr(step, "set_up", lambda device: prepared.append(device.name))
-    monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device: float(prepared == ["cpu"]))
+    monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device, _: float(prepared == ["cpu"]))
     plan = json.loads(Layout(run).plan.read_text())
     plan["configurations"][0]["batch_size"] = 8
     Layout(run).plan.write_text(json.dumps(plan))
@@ -284,8 +284,8 @@ def test_under_a_time_limit_all_trainings_have_epochs_of_the_same_length(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = iter((0.001, 0.004, 0.002))
-    monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device: next(timed))
-    monkeypatch.setattr("autoseg.steps.training.begin.seconds_per_sample", lambda configuration, device: next(timed))
+    monkeypatch.setattr(step, "seconds_per_sample", lambda configuration, device, _: next(timed))
+    monkeypatch.setattr("autoseg.steps.training.begin.seconds_per_sample", lambda configuration, device, _: next(timed))
     plan = json.loads(Layout(run).plan.read_text())
     plan["configurations"][0]["train"]["steps_per_epoch"] = 250
     Layout(run).plan.write_text(json.dumps(plan))

@@ -421,7 +421,7 @@ def test_a_step_is_timed_with_as_many_samples_as_fit(monkeypatch: pytest.MonkeyP
         def run(self) -> float:
             return 0.0
 
-    def make(configuration: Configuration, device: Device) -> Step:
+    def make(configuration: Configuration, device: Device, labelling: object) -> Step:
         tried.append(configuration.batch_size)
         if configuration.batch_size > holds:
             raise error

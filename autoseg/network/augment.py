@@ -208,18 +208,20 @@ def _bending(patch_voxels: Sequence[int], batch: int, generator: torch.Generator
 
 
 def apply(
-    image: Tensor, labels: Tensor, drawn: Drawn, patch_voxels: Sequence[int], classes: int | None = None
+    image: Tensor, labels: Tensor, drawn: Drawn, patch_voxels: Sequence[int], classes: int | None = None,
+    outside: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Do what was drawn. Nothing random is left: equal input and `drawn` give equal output on the same device.
 
     Moved samples are read through one map, the image linearly with 0 outside, the others are centre-cropped.
-    Labels outside are 0 (background); ignored voxels (-1) move along.
+    Ignored voxels (-1) move along.
 
     Args:
         image: (B, C, Z, Y, X) or (B, C, Y, X), the patch or larger.
         labels: (B, Z, Y, X) or (B, Y, X) int16, as large as the image.
         classes: number of classes, background included. Labels of moved samples are interpolated linearly per class if
             there are at most `movement.LINEAR_LABELS`; nearest if there are more or `classes` is None.
+        outside: label of what lies outside the image: background, or -1 (ignored).
     Returns image (B, C, *patch) float32 and labels (B, *patch) int16; the inputs stay as they are.
     """
     patch = tuple(patch_voxels)
@@ -234,7 +236,7 @@ def apply(
         moved_image = _centre_fixed(image[moved], patch, drawn)
         moved_labels = _centre_fixed(labels[moved].unsqueeze(1), patch, drawn)
         result[moved], result_labels[moved] = movement.read_with_labels(
-            moved_image, moved_labels, grid, drawn.in_plane_only, classes
+            moved_image, moved_labels, grid, drawn.in_plane_only, classes, outside
         )
     _add_noise(result, drawn)
     rows_RN = result.flatten(0, 1)  # a view: one row per sample and channel

@@ -68,31 +68,6 @@ class Slab:
     mutual_ZYX: Tensor | None = None
 
 
-def labels_of(scores_KZYX: Tensor, matrices: Matrices) -> Tensor:
-    """Index of the largest score on the new grid, (Z, Y, X) int16; the same as resampling everything and argmax.
-
-    Args:
-        scores_KZYX: logits or probabilities; half precision is widened tile by tile.
-        matrices: linear or nearest operators of the axes.
-    """
-    result = torch.empty(new_shape(scores_KZYX.shape[1:], matrices), dtype=torch.int16)
-    for slab in slabs([scores_KZYX], scores_KZYX.shape[1:], matrices, Wanted(are_logits=True)):
-        result[slab.window] = slab.labels_ZYX
-    return result
-
-
-def probabilities_of(scores_KZYX: Tensor, matrices: Matrices, are_logits: bool) -> Tensor:
-    """Probabilities of all classes on the new grid, (K, Z, Y, X) float16 on the host.
-
-    This does hold (classes x image), in half precision; `slabs` does not.
-    """
-    result = torch.empty((len(scores_KZYX), *new_shape(scores_KZYX.shape[1:], matrices)), dtype=torch.float16)
-    for slab in slabs([scores_KZYX], scores_KZYX.shape[1:], matrices, Wanted(are_logits, probabilities=True)):
-        if slab.probabilities_KZYX is not None:
-            result[:, slab.window] = slab.probabilities_KZYX
-    return result
-
-
 def slabs(
     blocks: Iterable[Tensor], old_shape: Sequence[int], matrices: Matrices, wanted: Wanted, first_height: int = 0
 ) -> Iterator[Slab]:

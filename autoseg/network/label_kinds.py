@@ -59,6 +59,15 @@ class Outputs:
             yield found & counted, inside(target, members) & counted
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """What a loss has to know of label maps: the label indices of each region, where outputs are regions, and whether
+    a table of what was annotated comes with every batch."""
+
+    regions: tuple[tuple[int, ...], ...] = ()
+    in_part: bool = False
+
+
 def of_classes(loss: One, logits: Tensor, target: Tensor, annotated_BK: Tensor | None) -> Tensor:
     """The loss of classes that exclude each other; voxels of a class that the table denies are ignored."""
     if annotated_BK is None:
@@ -77,8 +86,7 @@ def of_regions(
 ) -> Tensor:  # fmt: skip
     """The mean over regions of the loss of each, which `loss_of` gives by the region's number."""
     total = torch.zeros((), device=logits.device)
-    for number, members in enumerate(regions):
-        z = logits[:, number]
+    for number, (members, z) in enumerate(zip(regions, logits.unbind(1), strict=True)):  # one gradient for all
         own = torch.where(target >= 0, inside(target, members).to(target.dtype), IGNORED)
         if annotated_BK is not None:
             own = torch.where(_per_sample(annotated_BK[:, number], target.ndim), own, IGNORED)

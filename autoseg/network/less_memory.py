@@ -14,7 +14,7 @@ from autoseg.errors import UserError
 from autoseg.events import Report, Warned
 from autoseg.network.accumulators import Room, accumulator_bytes, choose_place, samples_that_fit
 from autoseg.network.device import Device
-from autoseg.network.pieces import ran_out
+from autoseg.network.pieces import ON_THE_HOST, ran_out
 from autoseg.network.sliding import SLICES_PER_PASS, Tiling
 
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ def until_it_fits(
         try:
             return compute(tiling)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if "DefaultCPUAllocator" in str(error):
+            if ON_THE_HOST in str(error):
                 raise MemoryError(str(error)) from error
             if not ran_out(error):
                 raise

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,20 +18,17 @@ from autoseg.events import Report, Trained, Warned
 from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE, Team, agreed
 from autoseg.network.losses import Supervised
-from autoseg.network.pieces import Pieces
+from autoseg.network.pieces import Pieces, once_more
 from autoseg.network.step import (
     gradient_signal,
     learn_mode,
     learning_rate,
-    make_optimizer,
     make_scaler,
     running_statistics,
     step,
 )
 from autoseg.network.timing import PARTS, Capacity, Stopwatch
 from autoseg.records import TrainSpec
-
-__all__ = ["Batch", "Length", "TrainState", "fit", "learning_rate", "make_optimizer", "make_scaler", "step"]
 
 SMOOTHING = 0.9
 """Weight of the past in the running validation Dice that decides about the best checkpoint (nnU-Net's rule)."""
@@ -39,7 +37,7 @@ SAVE_SECONDS = 60.0
 BAD_SHARE = 0.1
 """An epoch of which more steps than this share are not finite is in trouble."""
 TROUBLED_EPOCHS = 2
-"""After so many such epochs in a row mixed precision ends, and in full precision the training does."""
+"""After so many such epochs in a row mixed precision ends; in full precision the training does, if no step was good."""
 
 
 SHOWN = (
@@ -152,26 +150,28 @@ def fit(
         team: the processes that share this training; each draws its share of the batch.
         capacity: what steps are measured against in the history.
         about_epoch: further figures of an epoch that has ended, for its row of the history.
-    Raises UserError when steps are not finite epoch after epoch, also in full precision.
+    Raises UserError when epochs are in trouble one after the other in full precision, too, and the last of them had no
+    finite step; where it had some the training goes on, and the cases of the others are named.
     """
     learn_mode(state.network)
-    sums, saved_at = _Sums(device), time.perf_counter()
+    sums, saved_at, counted_to = _Sums(device), time.perf_counter(), time.perf_counter()
     while length.done(state) < 1.0:
         start = time.perf_counter()
         sums.watch.start()
         rate = learning_rate(train, length.done(state), state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        batch = draw_batch(state.step)
+        batch = once_more(partial(draw_batch, state.step), device.torch_device, "a batch of patches")
         value = _learn(state, train, device_of(state, device), loss, batch, compiled, pieces, team, sums, report)
         sums.add(value, batch, time.perf_counter() - start)
         compiled = _while_it_serves(compiled, state, go_eager)
-        asked, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - start)
+        asked, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - counted_to)
+        counted_to = time.perf_counter()  # from here on: also a save inside the epoch is training time
         epoch_ends = state.step % state.steps_per_epoch == 0 or length.done(state) >= 1.0
         if epoch_ends:
-            began = time.perf_counter()
             _end_epoch(state, sums, rate, length, device, validate, save, report, capacity, about_epoch)
-            asked_now, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - began)
+            asked_now, state.seconds = agreed(team, stop(), state.seconds + time.perf_counter() - counted_to)
+            counted_to = time.perf_counter()
             asked, compiled = asked or asked_now, _while_it_serves(compiled, state, go_eager)
             sums, saved_at = _Sums(device), time.perf_counter()
         else:
@@ -217,7 +217,7 @@ def _learn(
         state.pieces = pieces.count
         report(Warned(
             f"{device.name} ran out of memory: batches go through the network in {state.pieces} pieces from now on, "
-            f"{_in_pieces(state.network)}, more slowly."
+            f"{_in_pieces(state.network, train.loss)}, more slowly."
         ))  # fmt: skip
     if train.average_decay > 0:
         update_average(state, train.average_decay)
@@ -226,8 +226,10 @@ def _learn(
     return value
 
 
-def _in_pieces(network: nn.Module) -> str:
+def _in_pieces(network: nn.Module, loss: str) -> str:
     """What splitting a batch does to its gradient."""
+    if "topk" in loss.partition(":")[0]:
+        return "each with its own hardest voxels"
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
     return "each with its own batch statistics" if normed else "with the same gradient"
 

@@ -29,6 +29,7 @@ from autoseg.network.losses_combined import (
 from autoseg.network.losses_pixel import CLASS_WEIGHTS, ce, focal, topk_ce, weighted_ce
 from autoseg.network.losses_region import boundary, cldice, dice, focal_tversky, generalized_dice, tversky
 from autoseg.network.losses_sums import Reduce, alone
+from autoseg.records import Configuration
 
 Value = float | int | bool | str | tuple[float, ...]
 Supervised = Callable[..., Tensor]
@@ -146,9 +147,7 @@ def build(
     spec: str,
     *,
     batch_dice: bool,
-    class_weights: Sequence[float] | None = None,
     reduce: Reduce = alone,
-    lowest_weight: float = 0.0,
     regions: Sequence[Sequence[int]] = (),
 ) -> Supervised:
     """The loss of all outputs of a network: sum_i w_i loss(logits_i, target_i), computed in full precision.
@@ -159,10 +158,7 @@ def build(
     Args:
         spec: see `parse`.
         batch_dice: overlap is summed over the batch before it is divided; for losses that know it.
-        class_weights: one per class, for losses that know them and whose spec names none.
         reduce: adds a tensor over the processes that share a batch, with gradient.
-        lowest_weight: share of the lowest output before scaling, as a factor of its weight; distributed training that
-            needs a gradient for every parameter gives a tiny positive number.
         regions: label indices that each output is made of, where outputs are regions that may overlap; class weights
             are then one per region. See network/label_kinds.py.
     Returns a function of (logits: list, highest resolution first, or one tensor; target (B, Z, Y, X) or (B, Y, X);
@@ -172,7 +168,7 @@ def build(
     parsed = parse(spec)
     function = LOSSES[parsed.name]
     known = inspect.signature(function).parameters
-    plan = {"batch_dice": batch_dice, "class_weights": class_weights, "reduce": reduce}
+    plan = {"batch_dice": batch_dice, "reduce": reduce}
     given = {name: value for name, value in parsed.options.items() if not isinstance(value, str)}
     options: dict[str, object] = {**{name: value for name, value in plan.items() if name in known}, **given}
     one = _one(function, options, regions)
@@ -181,12 +177,20 @@ def build(
         outputs = [logits] if isinstance(logits, Tensor) else logits
         total = torch.zeros((), device=target.device)
         with torch.autocast(target.device.type, enabled=False):
-            for output, weight in zip(outputs, supervision_weights(len(outputs), lowest_weight), strict=True):
+            for output, weight in zip(outputs, supervision_weights(len(outputs)), strict=True):
                 if weight > 0:
                     total = total + weight * one(output, shrunk(target, tuple(output.shape[2:])), annotated_BK)
         return total
 
     return supervised
+
+
+def loss_of(
+    configuration: Configuration, regions: Sequence[Sequence[int]] = (), reduce: Reduce = alone
+) -> Supervised:
+    """What the network of a configuration is trained with; see `build`."""
+    spec, batch_dice = configuration.train.loss, configuration.batch_dice
+    return build(spec, batch_dice=batch_dice, reduce=reduce, regions=regions)
 
 
 def _one(
@@ -206,27 +210,23 @@ def _one(
     return partial(of_regions, loss_of, regions)
 
 
-def supervision_weights(outputs: int, lowest_weight: float = 0.0) -> tuple[float, ...]:
+def supervision_weights(outputs: int) -> tuple[float, ...]:
     """1, 1/2, 1/4, ... of the outputs from the highest resolution down, scaled to a sum of 1.
 
-    With three or more outputs the lowest counts `lowest_weight` of its share (Isensee et al. 2021 drop it).
+    With three or more outputs the lowest counts nothing (Isensee et al. 2021).
     """
     weights = [0.5**i for i in range(outputs)]
     if outputs > 2:
-        weights[-1] *= lowest_weight
+        weights[-1] = 0.0
     return tuple(w / sum(weights) for w in weights)
 
 
 def shrunk(target: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The target (B, ...) at the lower resolution `shape`: of each cell the voxel at or just after its middle."""
-    for axis, (old, new) in enumerate(zip(target.shape[1:], shape, strict=True), start=1):
-        if old % new == 0:
-            step = old // new
-            target = target[(slice(None),) * axis + (slice(step // 2, None, step),)]
-        else:
-            middles = (2 * torch.arange(new, device=target.device) + 1) * old // (2 * new)
-            target = target.index_select(axis, middles.clamp(max=old - 1))
-    return target
+    """The target (B, ...) at the lower resolution `shape`, which divides its own: of each cell the voxel at or just
+    after its middle.
+    """
+    steps = [old // new for old, new in zip(target.shape[1:], shape, strict=True)]
+    return target[(slice(None), *(slice(step // 2, None, step) for step in steps))]
 
 
 WEIGHTED = ("weighted_ce", "dice_weighted_ce")

@@ -60,7 +60,7 @@ def generalized_dice(
     weight = torch.where(true > 0, 1 / true.clamp(min=1) ** 2, 0.0)
     weight = weight / (weight * true).amax(1, keepdim=True).clamp(min=1e-20)
     top, bottom = (weight * inter).sum(1), (weight * (predicted + true)).sum(1)
-    return mean_of(1 - (2 * top + smooth) / (bottom + smooth), batch_dice, reduce)
+    return mean_of(1 - (2 * top + smooth) / (bottom + smooth).clamp(min=1e-8), batch_dice, reduce)
 
 
 def tversky(
@@ -130,8 +130,8 @@ def cldice(logits: Tensor, target: Tensor, *, steps: int = 3, smooth: float = 1e
     labels = torch.arange(1, logits.shape[1], device=target.device, dtype=target.dtype)
     g = (target.unsqueeze(1) == labels.view(1, -1, *[1] * (target.ndim - 1))).to(p.dtype)
     spine_p, spine_g = soft_skeleton(p, steps), soft_skeleton(g, steps)
-    precision = ((spine_p * g).flatten(2).sum(-1) + smooth) / (spine_p.flatten(2).sum(-1) + smooth)
-    recall = ((spine_g * p).flatten(2).sum(-1) + smooth) / (spine_g.flatten(2).sum(-1) + smooth)
+    precision = ((spine_p * g).flatten(2).sum(-1) + smooth) / (spine_p.flatten(2).sum(-1) + smooth).clamp(min=1e-8)
+    recall = ((spine_g * p).flatten(2).sum(-1) + smooth) / (spine_g.flatten(2).sum(-1) + smooth).clamp(min=1e-8)
     return mean_of(1 - 2 * precision * recall / (precision + recall).clamp(min=1e-8), False, reduce)
 
 

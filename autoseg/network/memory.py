@@ -18,6 +18,7 @@ import torch
 from autoseg.errors import UserError
 from autoseg.network import simulate as simulation
 from autoseg.network.device import Device, native_precision, pick, set_up
+from autoseg.network.label_kinds import Labelling
 from autoseg.network.pieces import ran_out
 from autoseg.network.simulate import Reading
 from autoseg.records import Budget, Configuration
@@ -156,7 +157,9 @@ def _text(size: int) -> str:
 # ------------------------------------------------------------------------------------------------ bytes of a step
 
 
-def measurer(budget: Budget) -> tuple[Callable[[Configuration], int], Source]:
+def measurer(
+    budget: Budget, labelling: Labelling = Labelling()
+) -> tuple[Callable[[Configuration], int], Source]:
     """The function that says how many bytes of `budget` one training step needs, and where its figures come from.
 
     A numbered CUDA device ("cuda:0") is measured; the CPU and a card that is not there ("cuda") are simulated.
@@ -164,10 +167,10 @@ def measurer(budget: Budget) -> tuple[Callable[[Configuration], int], Source]:
     kind, _, number = budget.device.partition(":")
     if kind == "cuda" and number:
         device = pick(budget.device)
-        return lambda configuration: measure_on_device(configuration, device), "measured"
+        return lambda configuration: measure_on_device(configuration, device, labelling), "measured"
     device_type = "cuda" if kind == "cuda" else "cpu"
     precision = "bf16" if kind == "cuda" else native_precision(torch.device(kind))
-    return lambda c: needed_bytes(simulation.replay(c, precision, device_type), device_type), "simulated"
+    return lambda c: needed_bytes(simulation.replay(c, precision, device_type, labelling), device_type), "simulated"
 
 
 def needed_bytes(simulated: Reading, device_type: str = "cuda") -> int:
@@ -181,19 +184,19 @@ def needed_bytes(simulated: Reading, device_type: str = "cuda") -> int:
     return int((simulated.reserved_bytes + CUBLAS_BYTES) * (1 + MARGIN)) + CONTEXT_BYTES
 
 
-def compare(configuration: Configuration, device: Device) -> tuple[int, int]:
+def compare(configuration: Configuration, device: Device, labelling: Labelling = Labelling()) -> tuple[int, int]:
     """(simulated, measured) bytes of one training step on a device that is there.
 
     CUDA: what the card must hold in all. CPU: torch's own count of live bytes; takes two real steps of this size.
     """
     device_type = device.torch_device.type
-    reading = simulation.replay(configuration, device.precision, device_type)
+    reading = simulation.replay(configuration, device.precision, device_type, labelling)
     if device.is_cuda:
-        return needed_bytes(reading, device_type), measure_on_device(configuration, device)
-    return reading.peak_with_copies_bytes, simulation.real_cpu_peak(configuration, device.precision)
+        return needed_bytes(reading, device_type), measure_on_device(configuration, device, labelling)
+    return reading.peak_with_copies_bytes, simulation.real_cpu_peak(configuration, device.precision, labelling)
 
 
-def measure_on_device(configuration: Configuration, device: Device) -> int:
+def measure_on_device(configuration: Configuration, device: Device, labelling: Labelling = Labelling()) -> int:
     """Bytes this process holds on a CUDA card while it trains: what its allocator reserves at most, and the context.
 
     A step that does not fit gives what the simulation says it needs, and in any case more than the card has: searches
@@ -202,16 +205,18 @@ def measure_on_device(configuration: Configuration, device: Device) -> int:
     """
     card = device.torch_device
     try:
-        return device_peaks(configuration, device)[1] + context_bytes(card)
+        return device_peaks(configuration, device, labelling=labelling)[1] + context_bytes(card)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not ran_out(error):
             raise
     _clean(card)  # until here the error held what the step had got
     beyond = torch.cuda.mem_get_info(card)[1] + CONTEXT_BYTES
-    return max(beyond, needed_bytes(simulation.replay(configuration, device.precision, "cuda")))
+    return max(beyond, needed_bytes(simulation.replay(configuration, device.precision, "cuda", labelling)))
 
 
-def device_peaks(configuration: Configuration, device: Device, steps: int = MEASURED_STEPS) -> tuple[int, int]:
+def device_peaks(
+    configuration: Configuration, device: Device, steps: int = MEASURED_STEPS, labelling: Labelling = Labelling()
+) -> tuple[int, int]:
     """(allocated, reserved) bytes at the peak of `steps` warm training steps on a CUDA card, workspaces included.
 
     Warm-up steps search for algorithms and make the optimizer's state; their peak is forgotten. No memory stays.
@@ -222,7 +227,7 @@ def device_peaks(configuration: Configuration, device: Device, steps: int = MEAS
     _clean(card)
     step = None
     try:
-        step = simulation.make_step(configuration, device)
+        step = simulation.make_step(configuration, device, labelling)
         for _ in range(WARM_STEPS):
             step.run()
         torch.cuda.synchronize(card)

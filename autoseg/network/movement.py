@@ -66,26 +66,24 @@ def between_points(values: Tensor, there: Mapping[str, Tensor]) -> Tensor:
 
 
 def read_with_labels(
-    image: Tensor, labels: Tensor, grid: Tensor, in_plane_only: bool, classes: int | None
+    image: Tensor, labels: Tensor, grid: Tensor, in_plane_only: bool, classes: int | None, outside: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(M, C, ...) image and (M, 1, ...) labels at the grid, labels (M, ...) background outside; see `augment.apply`.
+    """(M, C, ...) image and (M, 1, ...) labels at the grid, labels (M, ...) `outside` (0, -1); see `augment.apply`.
 
-    Labels that are interpolated linearly are sampled as further channels of the image: places are worked out once.
+    Labels that are interpolated linearly are sampled as further channels of the image: places are worked out once. The
+    label of outside is none of them: what the others lack is its share.
     """
     if classes is None or classes > LINEAR_LABELS:  # labels below 2^24 are exact in float32
-        found = read(labels.float(), grid, in_plane_only, "nearest")
-        return read(image, grid, in_plane_only, "bilinear"), found.squeeze(1).to(labels.dtype)
-    names = torch.arange(1, classes, device=labels.device, dtype=labels.dtype)
-    if labels.device.type != "cpu" or bool((labels < 0).any()):  # a GPU would wait for the answer
+        found = read((labels - outside).float(), grid, in_plane_only, "nearest")  # which is 0 outside
+        return read(image, grid, in_plane_only, "bilinear"), found.squeeze(1).to(labels.dtype) + outside
+    names = torch.arange(1 + outside, classes, device=labels.device, dtype=labels.dtype)
+    if outside == 0 and (labels.device.type != "cpu" or bool((labels < 0).any())):  # a GPU would wait for the answer
         names = F.pad(names, (0, 1), value=-1)
     hot = labels == names.view(1, -1, *[1] * (labels.ndim - 2))
     sampled = read(torch.cat((image, hot.float()), 1), grid, in_plane_only, "bilinear")
     image, shares = sampled.split((image.shape[1], len(names)), 1)
     best, place = shares.max(1)
-    label = place.to(labels.dtype).add_(1)
-    if len(names) == classes:
-        label.masked_fill_(label == classes, -1)
-    return image, label.masked_fill_(1 - shares.sum(1) >= best, 0)
+    return image, names[place].masked_fill_(1 - shares.sum(1) >= best, outside)
 
 
 def read(values: Tensor, grid: Tensor, in_plane_only: bool, mode: str) -> Tensor:

@@ -136,9 +136,9 @@ def draw_places(
 
 def gather(
     sources: Sequence[Source], places: Sequence[Place], patch_voxels: tuple[int, ...], enlarged_voxels: tuple[int, ...],
-    moved: Sequence[bool],
+    moved: Sequence[bool], outside: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the patches: image (B, C, ...) float32 and labels (B, ...) int16, 0 outside the images.
+    """Cut the patches: image (B, C, ...) float32, 0 outside the images, and labels (B, ...) int16, `outside` there.
 
     If any sample is moved by augmentation the arrays have the enlarged size, and only the moved samples are filled
     beyond the central patch; else they have the size of the patch.
@@ -147,7 +147,7 @@ def gather(
     flat = len(patch_voxels) == 2
     lead = (1,) if flat else ()
     image_BCZYX: np.ndarray | None = None
-    labels_BZYX = np.zeros((len(places), *lead, *size), np.int16)
+    labels_BZYX = np.full((len(places), *lead, *size), outside, np.int16)
     for sample, place in enumerate(places):
         source = sources[place.case]
         box, (into_z, into_y, into_x) = window(place, source.shape, patch_voxels, size, moved[sample])

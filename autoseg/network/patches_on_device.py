@@ -29,14 +29,14 @@ class OnDevice:
 
 def gather_on_device(
     sources: Sequence[OnDevice], places: Sequence[Place], patch_voxels: tuple[int, ...],
-    enlarged_voxels: tuple[int, ...], moved: Sequence[bool],
+    enlarged_voxels: tuple[int, ...], moved: Sequence[bool], outside: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`patches.gather` for cases on the device: the same arguments and the same numbers, as tensors there."""
     size = enlarged_voxels if any(moved) else patch_voxels
     flat = len(patch_voxels) == 2
     lead = (1,) if flat else ()
     first = sources[places[0].case]
-    labels_BZYX = first.labels_ZYX.new_zeros((len(places), *lead, *size))
+    labels_BZYX = first.labels_ZYX.new_full((len(places), *lead, *size), outside)
     image_BCZYX = first.image_CZYX.new_zeros((len(places), len(first.image_CZYX), *lead, *size))
     for sample, place in enumerate(places):
         source = sources[place.case]

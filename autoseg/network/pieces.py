@@ -5,7 +5,7 @@ Dice over the batch, so the mean of the pieces' losses is not the loss of the ba
 network twice. The first time nothing is kept for a backward pass, and the sums that the loss hands to its `reduce` are
 added over the pieces; the second time every piece sees the totals, with its own part in them as what the gradient flows
 through. That costs a forward pass, a third of a step. It asks of a loss that what it reduces does not depend on what it
-reduced before.
+reduced before. The hardest voxels of topk_ce and dice_topk are those of each piece, so there the gradient is another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,10 @@ from autoseg.network.losses_sums import Reduce, alone
 Forward = Callable[..., Tensor]
 Result = TypeVar("Result")
 
+ON_THE_HOST = "DefaultCPUAllocator"
+"""How torch begins to say that RAM ran out."""
 OUT_OF_MEMORY = (
+    ON_THE_HOST,
     "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "DEVICE_ALLOCATION_FAILED",
     "unable to find an engine", "Triton Error [CUDA]: out of memory", "MPS backend out of memory",
@@ -43,7 +46,7 @@ def whole_backward(
 
 
 def ran_out(error: RuntimeError) -> bool:
-    """Whether an error of torch, cuDNN or cuBLAS says that there is too little memory."""
+    """Whether an error of torch, cuDNN or cuBLAS says that there is too little memory, on a device or in RAM."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
@@ -68,10 +71,30 @@ def by_parts(
             torch.cuda.empty_cache()
 
 
-def too_little_memory(device: str, error: Exception) -> UserError:
-    """What is said where not even one patch fits."""
+def once_more(compute: Callable[[], Result], device: torch.device, what: str) -> Result:
+    """`compute`, a second time where memory runs out, when torch has given back what it keeps for later.
+
+    Raises UserError, which says that there is too little for `what`, where it runs out again.
+    """
+    try:
+        return compute()
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not ran_out(error):
+            raise
+    if device.type == "cuda":  # here, not above: the exception holds what the attempt had got
+        torch.cuda.empty_cache()
+    try:
+        return compute()
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise too_little_memory(str(device), error, what) from error
+
+
+def too_little_memory(device: str, error: Exception, what: str = "a single patch") -> UserError:
+    """What is said where not even that fits."""
     return UserError(
-        f"{device} has too little memory for a single patch ({str(error).splitlines()[0]}).",
+        f"{device} has too little memory for {what} ({str(error).splitlines()[0]}).",
         fix="Free memory on it, or plan again with less --memory.",
     )
 

@@ -84,7 +84,7 @@ def rates_of(train: TrainSpec, classes: Sequence[str]) -> tuple[float, ...]:
     if total <= 0.0 and not others:
         raise UserError("Sampling: every rate is 0.", fix="Give at least one class a rate above 0.")
     scale = 1.0 if others else 1.0 / total
-    return tuple(given[name] * scale if name in given else (1.0 - total) / others for name in classes)
+    return tuple(given[name] * scale if name in given else max(0.0, 1.0 - total) / others for name in classes)
 
 
 def holders(sources: Sequence[HasLocations]) -> dict[int, tuple[int, ...]]:

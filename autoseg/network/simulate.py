@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoseg.network import kernels, losses, losses_sums, unet
 from autoseg.network.device import Device, layout
+from autoseg.network.label_kinds import Labelling
 from autoseg.network.step import make_optimizer, step
 from autoseg.records import Configuration
 
@@ -65,7 +66,7 @@ class Step(NamedTuple):
     run: Callable[[], Tensor]
 
 
-def make_step(configuration: Configuration, device: Device) -> Step:
+def make_step(configuration: Configuration, device: Device, labelling: Labelling = Labelling()) -> Step:
     """The training step of `configuration` on `device`, on a batch without content; nothing has run yet."""
     spec, train = configuration.network, configuration.train
     where, laid_out = device.torch_device, layout(configuration.dimension, device)
@@ -75,14 +76,15 @@ def make_step(configuration: Configuration, device: Device) -> Step:
         if isinstance(module, CONVOLUTIONS):
             module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=laid_out))
     optimizer = make_optimizer(network, train, device)
-    loss = losses.build(train.loss, batch_dice=configuration.batch_dice)
+    loss = losses.loss_of(configuration, labelling.regions)
     shape = (configuration.batch_size, *configuration.patch_voxels)
     image = torch.zeros(shape[0], spec.in_channels, *shape[1:], device=where).contiguous(memory_format=laid_out)
     labels = torch.zeros(shape, dtype=torch.int16, device=where)
+    in_part = (torch.ones(shape[0], spec.classes, dtype=torch.bool, device=where),) if labelling.in_part else ()
     average = [weight.detach().clone() for weight in network.parameters()] if train.average_decay else []
 
     def run() -> Tensor:
-        return step(network, optimizer, loss, image, labels, device, train.clip_norm)
+        return step(network, optimizer, loss, image, labels, device, train.clip_norm, extra=in_part)
 
     return Step(network, optimizer, average, run)
 
@@ -168,7 +170,9 @@ class _CudaCasts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def replay(configuration: Configuration, precision: str, device_type: str = "cuda") -> Reading:
+def replay(
+    configuration: Configuration, precision: str, device_type: str = "cuda", labelling: Labelling = Labelling()
+) -> Reading:
     """Replay one warm training step without computing it; see `Reading`. Takes about a second, no memory.
 
     Args:
@@ -187,18 +191,12 @@ def replay(configuration: Configuration, precision: str, device_type: str = "cud
         if device_type == "cuda" and precision != "fp32":
             stack.enter_context(_CudaCasts())
         live = stack.enter_context(LiveBytes())
-        step = make_step(configuration, device)
+        step = make_step(configuration, device, labelling)
         _fill_optimizer_state(step)
         live.peak_bytes = live.peak_with_copies_bytes = live.live_bytes
         step.run()
         events = list(live.events)
     return Reading(live.peak_bytes, live.peak_with_copies_bytes, live.workspace_bytes, reserved_by(events))
-
-
-def simulate(configuration: Configuration, precision: str, device_type: str = "cuda") -> int:
-    """Peak bytes of one warm training step as torch counts them, without CUDA's workspaces; see `replay`."""
-    reading = replay(configuration, precision, device_type)
-    return reading.peak_with_copies_bytes if device_type == "cpu" else reading.peak_bytes
 
 
 def _fill_optimizer_state(step: Step) -> None:
@@ -320,14 +318,14 @@ def reserved_by(events: Sequence[Event]) -> int:
 # ------------------------------------------------------------------------------------------------ the real thing
 
 
-def real_cpu_peak(configuration: Configuration, precision: str) -> int:
+def real_cpu_peak(configuration: Configuration, precision: str, labelling: Labelling = Labelling()) -> int:
     """Peak bytes that torch's CPU allocator really handed out in one warm step, read from the profiler's events.
 
     Runs two real steps, so keep the patch small. Independent of `LiveBytes`: it counts what kernels take inside too.
     """
     device = Device(torch.device("cpu"), precision)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step = make_step(configuration, device)
+        step = make_step(configuration, device, labelling)
         step.run()
         with torch.profiler.record_function("warm step"):
             step.run()

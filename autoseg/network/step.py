@@ -27,9 +27,11 @@ def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torc
     fused = device.torch_device.type in FUSED
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     if train.optimizer == "sgd":
+        nesterov = train.momentum > 0  # which torch refuses without
         sgd = torch.optim.SGD(
-            weights, train.learning_rate, train.momentum, weight_decay=train.weight_decay, nesterov=True, fused=fused
-        )
+            weights, train.learning_rate, train.momentum, weight_decay=train.weight_decay, nesterov=nesterov,
+            fused=fused,
+        )  # fmt: skip
         for weight in weights:  # else a first step that is skipped leaves them uninitialized
             sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return sgd
@@ -131,11 +133,13 @@ def step(
 
 
 def gradient_signal(optimizer: torch.optim.Optimizer) -> float:
-    """Share of the squared gradient that the batches agree on: 1 all of it, 0 nothing but noise. NaN without moments.
+    """Share of the squared gradient that the batches agree on: 1 all of it, 0 nothing but noise.
 
     Read off AdamW's moments, so it costs nothing and does not depend on the scale of the loss. With the mean gradient G
-    and its variance S over batches, E[v] = G^2 + S and E[m^2] = G^2 + cS with c = (1 - b1) / (1 + b1), summed over all
-    weights (the ratio S / G^2 is the noise scale of McCandlish et al. 2018). Both are taken to change slowly.
+    and its variance S over batches, and m and v freed of their bias, E[v] = G^2 + S and E[m^2] = G^2 + cS with
+    c = (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)) after t steps, summed over all weights (the ratio S / G^2 is the
+    noise scale of McCandlish et al. 2018). Both are taken to change slowly. NaN without moments and after one step,
+    which says nothing of the others.
     """
     states = [state for state in optimizer.state.values() if "exp_avg_sq" in state]
     if not states:
@@ -143,11 +147,12 @@ def gradient_signal(optimizer: torch.optim.Optimizer) -> float:
     squared_mean = torch.stack([state["exp_avg"].square().sum() for state in states]).sum().item()
     mean_square = torch.stack([state["exp_avg_sq"].sum() for state in states]).sum().item()
     steps = float(states[0]["step"])
-    if steps < 1 or not mean_square > 0:
+    if steps < 2 or not mean_square > 0:
         return math.nan
-    squared_mean /= (1 - BETAS[0] ** steps) ** 2
+    forgotten = 1 - BETAS[0] ** steps
+    squared_mean /= forgotten**2
     mean_square /= 1 - BETAS[1] ** steps
-    floor = (1 - BETAS[0]) / (1 + BETAS[0])
+    floor = (1 - BETAS[0]) / (1 + BETAS[0]) * (2 - forgotten) / forgotten
     return min(1.0, max(0.0, (squared_mean / mean_square - floor) / (1 - floor)))
 
 

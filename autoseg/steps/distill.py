@@ -15,7 +15,7 @@ from autoseg.network.memory import anywhere, measurer
 from autoseg.planning.student import choose_student
 from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run
 from autoseg.scoring.distillation import Distillation
-from autoseg.steps.plan import checked
+from autoseg.steps.plan import checked, labelling_of
 from autoseg.steps.predicting.models import configuration_named, default_configuration
 from autoseg.steps.preprocess import Work as Preparing
 from autoseg.steps.preprocess import keep_or_make_splits, preprocess, preprocess_case
@@ -71,7 +71,7 @@ def distill(
     cases = fold_cases(keep_or_make_splits(layout, dataset, report), dataset, fold)
     found = teachers_named(run, planned, fold, teachers)
     _check(temperature, labels_weight)
-    own, choice = choose_student(planned, student, *measurer(anywhere(plan.budget)))
+    own, choice = choose_student(planned, student, *measurer(anywhere(plan.budget), labelling_of(plan, dataset)))
     model = layout.model(own.name, fold, seed)
     alone = model.alone if baseline else None
     seen = who_saw(found, cases.validation)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autoseg.cases.discover import discover
 from autoseg.cases.inspect import fingerprint_of, inspect
@@ -19,8 +20,11 @@ from autoseg.planning.explain import long_trainings
 from autoseg.planning.plan import make_plan
 from autoseg.planning.search import SMALLEST_BATCH
 from autoseg.planning.wording import GIGABYTE, gigabytes
-from autoseg.records import Budget, Choice, Configuration, Dataset, Fingerprint, Memory, Plan
+from autoseg.records import Budget, Choice, Configuration, Dataset, Fingerprint, Memory, Plan, indices_in
 from autoseg.store import load, record_name, remove_unfinished, save, save_together
+
+if TYPE_CHECKING:  # brings torch
+    from autoseg.network.label_kinds import Labelling
 
 
 def plan(
@@ -65,7 +69,7 @@ def plan(
         report(Said("These are the cases that were planned for, in another place: the plan stays as it is."))
         save(layout.dataset, dataset)
         return checked(run)
-    planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report)
+    planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report, dataset)
     _warn_of_trained_models(layout, planned, report)
     remove_unfinished(run)
     save_together(((layout.dataset, dataset), (layout.fingerprint, fingerprint), (layout.plan, planned)))
@@ -105,11 +109,12 @@ def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
     """
     layout = Layout(run)
     before = load(layout.plan, Plan)
+    dataset = load(layout.dataset, Dataset) if layout.dataset.is_file() else None  # none where planned without data
     after = edit(before, changes)
     old = {each.name: (each.network, each.patch_voxels, each.batch_size) for each in before.configurations}
     configurations = tuple(
         each if (each.network, each.patch_voxels, each.batch_size) == old.get(each.name)
-        else _read_again(each, before.budget, report)
+        else _read_again(each, before.budget, labelling_of(after, dataset), report)
         for each in after.configurations
     )  # fmt: skip
     told = {f"{each.name}.memory": each.memory for each in configurations if each not in after.configurations}
@@ -124,11 +129,21 @@ def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
     return after
 
 
-def _read_again(configuration: Configuration, budget: Budget, report: Report) -> Configuration:
+def labelling_of(described: Plan | Fingerprint, dataset: Dataset | None) -> "Labelling":
+    """What the loss of a training has to know of this data, for the memory and time of a step."""
+    from autoseg.network.label_kinds import Labelling
+
+    in_part = dataset is not None and any(case.annotated is not None for case in dataset.cases)
+    return Labelling(indices_in(described.regions, described.labels), in_part)
+
+
+def _read_again(
+    configuration: Configuration, budget: Budget, labelling: "Labelling", report: Report
+) -> Configuration:
     """The configuration with the memory that its step needs, simulated for the device of the plan."""
     from autoseg.network.memory import anywhere, measurer
 
-    measure, source = measurer(anywhere(budget))
+    measure, source = measurer(anywhere(budget), labelling)
     peak = measure(configuration)
     if peak > budget.budget_bytes:
         needs = f"needs {gigabytes(peak)}, more than the budget of {gigabytes(budget.budget_bytes)}"
@@ -152,14 +167,15 @@ def _refuse_to_overwrite(data: Path, layout: Layout) -> None:
 
 
 def _plan_for(
-    fingerprint: Fingerprint, memory: str | None, device: str | None, preset: str, file_ending: str, report: Report
+    fingerprint: Fingerprint, memory: str | None, device: str | None, preset: str, file_ending: str, report: Report,
+    dataset: Dataset | None = None,
 ) -> Plan:
     from autoseg.network.device import pick, slow_convolutions
     from autoseg.network.memory import measurer
 
     report(Started("planning"))
-    budget = _budget(memory, device, preset)
-    measure, source = measurer(budget)
+    budget, labelling = _budget(memory, device, preset), labelling_of(fingerprint, dataset)
+    measure, source = measurer(budget, labelling)
     if source == "measured" and (warning := slow_convolutions(pick(budget.device))):
         report(Warned(warning))
     planned = make_plan(
@@ -169,7 +185,7 @@ def _plan_for(
     for sentence in long_trainings(planned):
         report(Said(sentence))
     if memory is not None and device is not None:
-        _check_simulation(planned, report)
+        _check_simulation(planned, labelling, report)
     return planned
 
 
@@ -183,7 +199,7 @@ def _budget(memory: str | None, device: str | None, preset: str) -> Budget:
     return budget
 
 
-def _check_simulation(planned: Plan, report: Report) -> None:
+def _check_simulation(planned: Plan, labelling: "Labelling", report: Report) -> None:
     """Say how far the simulation is from the measurement, for each configuration planned for a device that is here.
 
     On a CPU a batch of two is enough to tell: memory grows in step with the batch, and a full one may take minutes.
@@ -196,7 +212,7 @@ def _check_simulation(planned: Plan, report: Report) -> None:
         return
     for configuration in planned.configurations:
         batch = configuration.batch_size if device.is_cuda else min(SMALLEST_BATCH, configuration.batch_size)
-        simulated, measured = compare(configuration.model_copy(update={"batch_size": batch}), device)
+        simulated, measured = compare(configuration.model_copy(update={"batch_size": batch}), device, labelling)
         error = 100 * (simulated - measured) / measured
         text = f"simulated {gigabytes(simulated)}, measured {gigabytes(measured)}: {error:+.1f} %"
         report(Said(f"{configuration.name} at batch {batch}: {text}"))

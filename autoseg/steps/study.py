@@ -21,6 +21,7 @@ from autoseg.events import Report, Said, Warned, silent
 from autoseg.layout import Layout, ModelLayout, StudyLayout, scores_file
 from autoseg.network.device import pick, set_up
 from autoseg.network.distributed import ALONE
+from autoseg.network.label_kinds import Labelling
 from autoseg.records import CaseScore, Configuration, Dataset, Run, Scores
 from autoseg.scoring import overlap, statistics
 from autoseg.scoring import study as found
@@ -28,7 +29,7 @@ from autoseg.scoring.comparison import Difference
 from autoseg.scoring.study import Setting, Study, Trial
 from autoseg.steps.compare import FOREGROUND, compare
 from autoseg.steps.evaluate import scoring_of, summary
-from autoseg.steps.plan import checked
+from autoseg.steps.plan import checked, labelling_of
 from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.reporting.curves import draw_study
@@ -106,7 +107,11 @@ def study(
     _check(layout, planned, fold, seeds, epochs, max_seconds)
     where = [str(pick(each).torch_device) for each in devices or _all_devices()]
     files = layout.study(name or "_".join(fields_in(vary)))
-    begun = _begin(files, planned, fold, tuple(vary), tuple(fixed), seeds, epochs, max_seconds, where[0], report)
+    dataset = store.load(layout.dataset, Dataset)
+    begun = _begin(
+        files, planned, labelling_of(plan, dataset), fold, tuple(vary), tuple(fixed), seeds, epochs, max_seconds,
+        where[0], report,
+    )  # fmt: skip
     preprocess(run, configuration=planned.name, workers=workers, report=report)
     settings = settings_of(begun.configuration, vary)
     jobs = [
@@ -114,7 +119,7 @@ def study(
         for seed in range(seeds)
         for each, changed in settings.items()
     ]
-    cases = cases_of(layout, store.load(layout.dataset, Dataset), fold)
+    cases = cases_of(layout, dataset, fold)
     for job in jobs:
         check_cases(ModelLayout(job.folder), cases)
     waiting = [job for job in jobs if not _is_done(ModelLayout(job.folder))]
@@ -152,8 +157,8 @@ def _all_devices() -> tuple[str | None, ...]:
 
 
 def _begin(
-    files: StudyLayout, planned: Configuration, fold: str, vary: tuple[str, ...], fixed: tuple[str, ...], seeds: int,
-    epochs: int | None, max_seconds: float | None, device: str, report: Report,
+    files: StudyLayout, planned: Configuration, labelling: Labelling, fold: str, vary: tuple[str, ...],
+    fixed: tuple[str, ...], seeds: int, epochs: int | None, max_seconds: float | None, device: str, report: Report,
 ) -> Study:  # fmt: skip
     """The study as it was begun, with what all of its trainings share; a new one is written down first."""
     asked = with_fields(planned, fixed)
@@ -173,7 +178,7 @@ def _begin(
         limit = Options(max_seconds=max_seconds, batch_size=asked.batch_size if "batch_size" in chosen else None)
         timed_on = pick(device)
         set_up(timed_on)  # as every training does
-        asked, note = fit_to_time(asked, limit, seconds_per_sample(asked, timed_on))
+        asked, note = fit_to_time(asked, limit, seconds_per_sample(asked, timed_on, labelling))
         report(Said(note or f"Batch size {asked.batch_size}, as planned."))
     if "norm" not in chosen:
         asked, note = with_suited_norm(asked)

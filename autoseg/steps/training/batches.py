@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoseg.network import augment
 from autoseg.network.device import Device, laid_out_for_eager, layout
 from autoseg.network.distributed import ALONE, Team, add_up, share
-from autoseg.network.label_kinds import Outputs
+from autoseg.network.label_kinds import IGNORED, Outputs
 from autoseg.network.loop import Batch
 from autoseg.network.patches import Place, Sampling, Source, draw_places, gather, generator_of
 from autoseg.network.patches_on_device import OnDevice, gather_on_device
@@ -51,13 +51,14 @@ class Batches:
         regions: label indices of each output of the network, where these are regions.
         annotated: per case of which somebody drew only a part, whether that holds each output.
         compiled: the batches are for a compiled network.
+        ignores: outside an image nothing is learned, as where nobody annotated: few marks would be lost in background.
     """
 
     def __init__(
         self, configuration: Configuration, seed: int, channels: int, classes: int, device: Device,
         workers: int | None, team: Team = ALONE, class_rates: tuple[float, ...] = (), teachers: bool = False,
         regions: tuple[tuple[int, ...], ...] = (), annotated: Mapping[str, tuple[bool, ...]] | None = None,
-        compiled: bool = False,
+        compiled: bool = False, ignores: bool = False,
     ) -> None:  # fmt: skip
         train = configuration.train
         self._patch = configuration.patch_voxels
@@ -73,6 +74,7 @@ class Batches:
         self._channels, self._classes, self._cascade = channels, classes, configuration.previous is not None
         self._outputs, self._annotated = Outputs(classes, regions), annotated or {}
         self._device, self._team = device, team
+        self._outside = IGNORED if ignores else 0
         self._said = (1 + len(regions) if regions else classes) if teachers else 0
         self._format = layout(configuration.dimension, device, compiled)
         self._eager_format = layout(configuration.dimension, device)
@@ -108,7 +110,9 @@ class Batches:
             moved_image, said = moved_image[:, : -self._said], moved_image[:, -self._said :]
         if self._cascade:
             moved_image, previous = moved_image[:, :-1], moved_image[:, -1].to(torch.int16)
-        result, result_labels = augment.apply(moved_image, moved_labels, drawn, self._patch, self._classes)
+        result, result_labels = augment.apply(
+            moved_image, moved_labels, drawn, self._patch, self._classes, self._outside
+        )
         if previous is not None:
             nothing = torch.zeros_like(moved_image[:, :1])
             _, stage = augment.apply(nothing, previous, _only_moved(drawn), self._patch, self._classes)
@@ -152,7 +156,7 @@ class Batches:
             forward = laid_out_for_eager(network, len(self._patch), self._device)
         for number in share(self._team, range(max(1, round(steps * VALIDATION_SHARE)))):
             places = draw_places(sources, self._validation, number, VALIDATION)
-            image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places))
+            image, labels = gather(sources, places, self._patch, self._patch, [False] * len(places), self._outside)
             inputs, target = self._to_device(image)[:, : self._channels + self._cascade], self._to_device(labels)
             if self._cascade:
                 inputs = torch.cat((inputs[:, :-1], _one_hot(inputs[:, -1].to(torch.int16), self._classes)), 1)
@@ -229,9 +233,10 @@ class Batches:
         moved = drawn.moved_B.tolist()
         on_device = [source for source in sources if isinstance(source, OnDevice)]
         if len(on_device) == len(sources):
-            image, labels = gather_on_device(on_device, places, self._patch, self._enlarged, moved)
+            image, labels = gather_on_device(on_device, places, self._patch, self._enlarged, moved, self._outside)
             return image, labels, drawn, places, drawn_for
-        image, labels = (self._pinned(each) for each in gather(sources, places, self._patch, self._enlarged, moved))
+        both = gather(sources, places, self._patch, self._enlarged, moved, self._outside)
+        image, labels = (self._pinned(each) for each in both)
         return image, labels, drawn, places, drawn_for
 
     def _pinned(self, array: np.ndarray) -> Tensor:

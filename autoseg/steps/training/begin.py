@@ -8,6 +8,7 @@ import torch
 from autoseg import __version__, store
 from autoseg.events import Said
 from autoseg.records import Configuration, Fingerprint, Run
+from autoseg.steps.plan import labelling_of
 from autoseg.steps.preprocess import preprocess
 from autoseg.steps.training.options import (
     DECAYS,
@@ -48,7 +49,7 @@ def _fresh(work: Work, asked: Options) -> Run:
     """The record of a new training: plan values, overridden by what was asked for, fitted to the time."""
     configuration, notes, seconds = with_options(work.planned, asked), [], None
     if asked.max_seconds is not None and (configuration.train.augment.mirror_axes or not work.is_paced):
-        seconds = seconds_per_sample(configuration, work.device) / work.team.size
+        seconds = seconds_per_sample(configuration, work.device, labelling_of(work.plan, work.dataset)) / work.team.size
     if seconds is not None and not work.is_paced:
         configuration, note = fit_to_time(configuration, asked, seconds, least=work.team.size)
         notes += [note] if note else []
@@ -105,7 +106,7 @@ def _suited_anew(
         return configuration, record.notes
     seconds = None
     if asked.max_seconds is not None:
-        seconds = seconds_per_sample(configuration, work.device) / work.team.size
+        seconds = seconds_per_sample(configuration, work.device, labelling_of(work.plan, work.dataset)) / work.team.size
     before = record.planned.train
     train = configuration.train.model_copy(update={"weight_decay": before.weight_decay, "augment": before.augment})
     configuration = configuration.model_copy(update={"train": train})

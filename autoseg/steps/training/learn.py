@@ -120,9 +120,7 @@ def loss_of(
     regions: tuple[tuple[int, ...], ...] = (),
 ) -> Supervised:  # fmt: skip
     """What the network of a configuration is trained with; a lesson adds what its teachers say."""
-    loss = losses.build(
-        configuration.train.loss, batch_dice=configuration.batch_dice, reduce=reduce, regions=regions
-    )
+    loss = losses.loss_of(configuration, regions, reduce)
     if lesson is None:
         return loss
     has_dice = "dice" in losses.parse(configuration.train.loss).name
@@ -139,6 +137,7 @@ def batches_of(work: Work, record: Run, compiled: bool = False) -> Batches:
         configuration, record.seed, len(plan.channels), plan.classes, work.device, machine.workers,
         work.team, class_rates(configuration.train, plan), teachers=work.lesson is not None,
         regions=plan.region_indices, annotated=annotated_outputs(work.dataset, plan), compiled=compiled,
+        ignores=plan.ignore_value is not None,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from autoseg.errors import UserError
 from autoseg.network import losses, sampling
 from autoseg.network.device import Device
+from autoseg.network.label_kinds import Labelling
 from autoseg.network.pieces import ran_out, too_little_memory
 from autoseg.planning.batch import choose_norm
 from autoseg.records import Configuration, Dataset, Fingerprint, Plan, Run, TrainSpec
@@ -263,7 +264,7 @@ def with_drawn_shares(record: Run, history: Sequence[Mapping[str, float | None]]
     return (*notes, f"{note}.")
 
 
-def seconds_per_sample(configuration: Configuration, device: Device) -> float:
+def seconds_per_sample(configuration: Configuration, device: Device, labelling: Labelling = Labelling()) -> float:
     """Seconds of one training step per sample, timed on a network of its own.
 
     With the whole batch on a GPU, where a small one takes as long, or what of it fits (the training splits it); and
@@ -274,7 +275,7 @@ def seconds_per_sample(configuration: Configuration, device: Device) -> float:
     batch = configuration.batch_size if device.is_cuda else min(LEAST_BATCH, configuration.batch_size)
     while True:
         try:
-            return _seconds_of_step(configuration.model_copy(update={"batch_size": batch}), device) / batch
+            return _seconds_of_step(configuration.model_copy(update={"batch_size": batch}), device, labelling) / batch
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not ran_out(error):
                 raise
@@ -285,7 +286,7 @@ def seconds_per_sample(configuration: Configuration, device: Device) -> float:
             torch.cuda.empty_cache()
 
 
-def _seconds_of_step(configuration: Configuration, device: Device) -> float:
+def _seconds_of_step(configuration: Configuration, device: Device, labelling: Labelling) -> float:
     """The shortest of three training steps, whose memory is given back."""
     import torch
 
@@ -293,7 +294,7 @@ def _seconds_of_step(configuration: Configuration, device: Device) -> float:
 
     one, times = None, []
     try:
-        one = make_step(configuration, device)
+        one = make_step(configuration, device, labelling)
         for _ in range(3):
             start = time.perf_counter()
             float(one.run())
