@@ -17,11 +17,11 @@ import numpy as np
 from autoseg.cases.listing import RENAME
 from autoseg.cases.measure import fingerprint_of as fingerprint_of
 from autoseg.cases.measure import measure_case
-from autoseg.cases.prepare import to_indices
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.companions import hash_into
 from autoseg.image.formats import PHOTOGRAPHS, ending_of, read_image, read_labels
+from autoseg.image.labels import NAME_THEM, to_indices
 from autoseg.image.volume import Geometry, displacement_mm, patient_axes
 from autoseg.layout import case_stats_file
 from autoseg.parallel import allowed_cores, over_cases
@@ -156,7 +156,8 @@ def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
     geometry = image.geometry
     problems += _image_problems(case, dataset, image.array_CZYX)
     problems += _grid_problems(case, geometry, label_geometry)
-    indices_ZYX = _tried(case, to_indices, labels_ZYX, dataset.labels, dataset.ignore_value, "its label map")
+    named = (dataset.labels, dataset.ignore_value)
+    indices_ZYX = _tried(case, to_indices, labels_ZYX, *named, "its label map", NAME_THEM)
     if isinstance(indices_ZYX, Problem):
         problems.append(indices_ZYX)
     if problems or isinstance(indices_ZYX, Problem):

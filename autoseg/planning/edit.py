@@ -32,7 +32,18 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
         content["choices"] = [*others, Choice(field=path, value=text, because=because).model_dump(mode="json")]
     edited = parse({"autoseg": "plan", "schema": Plan.SCHEMA, **content}, Plan, f"--edit {' '.join(changes)}")
     check_plan(edited)
+    _check_training(edited, plan)
     return edited
+
+
+def _check_training(edited: Plan, before: Plan) -> None:
+    """Raise UserError where the loss or a class that is drawn at a rate is no such thing."""
+    known, classes = {each.train for each in before.configurations}, [label.name for label in edited.labels[1:]]
+    for train in (each.train for each in edited.configurations if each.train not in known):
+        from autoseg.network import losses, sampling  # torch takes seconds
+
+        losses.parse(train.loss)
+        sampling.rates_of(train, classes)
 
 
 def _set(configurations: list[dict[str, Any]], path: str, value: object) -> object:
