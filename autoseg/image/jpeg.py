@@ -1,4 +1,4 @@
-"""JPEG files, where ITK is not enough: it fills up files that are cut and does not notice images that lie turned."""
+"""JPEG files, where ITK is not enough: what is cut, and what is to be shown turned."""
 
 from pathlib import Path
 from typing import Literal

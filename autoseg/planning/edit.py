@@ -38,12 +38,15 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
 
 def _check_training(edited: Plan, before: Plan) -> None:
     """Raise UserError where the loss or a class that is drawn at a rate is no such thing."""
-    known, classes = {each.train for each in before.configurations}, [label.name for label in edited.labels[1:]]
-    for train in (each.train for each in edited.configurations if each.train not in known):
-        from autoseg.network import losses, sampling  # torch takes seconds
+    from autoseg.network.sampling import rates_of
 
-        losses.parse(train.loss)
-        sampling.rates_of(train, classes)
+    known = {each.train.loss for each in before.configurations}
+    for train in (each.train for each in edited.configurations):
+        rates_of(train, [label.name for label in edited.labels[1:]])
+        if train.loss not in known:
+            from autoseg.network import losses  # torch takes seconds
+
+            losses.parse(train.loss)
 
 
 def _set(configurations: list[dict[str, Any]], path: str, value: object) -> object:
