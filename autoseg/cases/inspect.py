@@ -138,14 +138,14 @@ def content_of(case: Case, labels: Sequence[Label], ignore_value: int | None) ->
 def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
     """Check and measure one case; its statistics are saved. `dataset` may come without cases."""
     problems = [
-        Problem(case.id, f"channel {number} ({_channel(dataset, number)}): {path} does not exist.", "Add the file.")
+        _absent(case, f"channel {number} ({_channel(dataset, number)}):", path, "Add the file.")
         for number, path in enumerate(case.images)
         if not Path(path).is_file()
     ]
     if case.label is None:
         problems.append(Problem(case.id, f"there is no label map for {case.images[0]}.", "Add it or remove the image."))
     elif not Path(case.label).is_file():
-        problems.append(Problem(case.id, f"its label map {case.label} does not exist.", "Add it or remove the image."))
+        problems.append(_absent(case, "its label map", case.label, "Add it or remove the image."))
     if problems or case.label is None:
         return Inspected(None, tuple(problems))
     image, label = _tried(case, read_image, case.images), _tried(case, read_labels, case.label)
@@ -218,6 +218,12 @@ def _tried(case: Case, function, *arguments):  # type: ignore[no-untyped-def]
         return function(*arguments)
     except UserError as error:
         return Problem(case.id, error.what, error.fix)
+
+
+def _absent(case: Case, what: str, path: str, fix: str) -> Problem:
+    """That a file is not there, or what it is a link to, and what to do about it."""
+    fix = "It is a link: fetch the file that it leads to." if Path(path).is_symlink() else fix
+    return Problem(case.id, f"{what} {path} does not exist.", fix)
 
 
 def _channel(dataset: Dataset, number: int) -> str:

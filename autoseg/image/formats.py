@@ -163,7 +163,7 @@ def write_labels(path: Path | str, labels_ZYX: np.ndarray, geometry: Geometry) -
 def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
     """Array (C, Z, Y, X) of `dtype` (None: as in the file) and geometry."""
     path = _existing(path)
-    if complaint := CHECKS.get(ending_of(path), _nothing_to_check)(path):
+    if (check := CHECKS.get(ending_of(path))) and (complaint := check(path)):
         raise UserError(f"{path}: {complaint}.", fix=DAMAGED)
     header = _read_header(path)
     geometry = _geometry(header, path)
@@ -213,9 +213,13 @@ def _existing(path: Path | str) -> Path:
     path = spelled(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file.", fix="Is the path right, and is the disk there?")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: you are not allowed to read this file.", fix="Ask its owner, or change its rights.")
-    if path.stat().st_size == 0:
+    try:
+        with open(path, "rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        fix = "Is the disk there, and are you allowed to read the file?"
+        raise UserError(f"{path}: this file cannot be opened ({error.strerror or error}).", fix=fix) from error
+    if empty:
         raise UserError(f"{path}: the file is empty.", fix=DAMAGED)
     return path
 
@@ -363,10 +367,6 @@ def _quiet() -> Iterator[None]:
             os.dup2(copy, descriptor)
             os.close(copy)
         os.close(nowhere)
-
-
-def _nothing_to_check(path: Path) -> str:
-    return ""
 
 
 def _bmp_is_cut(path: Path) -> str:
