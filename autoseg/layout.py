@@ -50,7 +50,7 @@ class Layout:
 
     @property
     def case_stats(self) -> Path:
-        """Folder with one file per case and content hash: an interrupted fingerprint continues from it."""
+        """Folder with a file per case, valid while its files are the same; an interrupted fingerprint goes on."""
         return self.root / "cache" / "fingerprint"
 
     def cache(self, configuration: str) -> Path:

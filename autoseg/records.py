@@ -211,7 +211,7 @@ class TrainSpec(Record):
 
 
 class Resampling(Record):
-    """Spline orders of images and labels. `thick_axis` (before transposition, or None) is resampled by nearest."""
+    """Spline orders of images and labels; an axis over `anisotropy` times thicker than the finest goes by nearest."""
 
     image_order: Literal[0, 1, 3] = 3
     label_order: Literal[0, 1] = 1

@@ -23,10 +23,10 @@ class NetworkSpec(Record):
     dimension: Literal[2, 3]
     in_channels: Positive
     classes: Positive
-    features: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
-    kernels: tuple[tuple[int, ...], ...]
-    encoder_blocks: tuple[int, ...]
+    features: tuple[Positive, ...]
+    strides: tuple[tuple[Positive, ...], ...]
+    kernels: tuple[tuple[Positive, ...], ...]
+    encoder_blocks: tuple[Positive, ...]
     decoder_blocks: tuple[int, ...]
     norm: Literal["instance", "batch", "group"] = "instance"
     deep_supervision: bool = True

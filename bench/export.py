@@ -53,7 +53,8 @@ def export(
     torch.set_num_threads(allowed_cores())
     scores = scores_of(classes, source, smooth, half)
     spacing = [3.0 if new == old else 3.0 * new / old for old, new in zip(source, target, strict=True)]
-    matrices = [None if m is None else torch.from_numpy(m.copy()) for m in operators(source, target, spacing, 1)]
+    found = operators(source, target, spacing, (3.0, 3.0, 3.0), 1)
+    matrices = [None if m is None else torch.from_numpy(m.copy()) for m in found]
     peak_of = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731
     before, start, own = peak_of(), time.perf_counter(), time.process_time()
     labels = torch.empty(target, dtype=torch.int16)

@@ -1,15 +1,20 @@
 """cases/discover.py and cases/listing.py: the accepted layouts, and what is said about others."""
 
 import json
+import os
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from skimage.transform import resize
 
 from autoseg.cases.discover import discover
 from autoseg.cases.listing import list_images
+from autoseg.cases.split import splits_for
 from autoseg.errors import UserError
+from autoseg.events import Warned
 from autoseg.records import Case, Label, Region
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -73,6 +78,41 @@ def test_an_nnunet_folder_is_read_and_a_missing_channel_keeps_its_place(tmp_path
     assert dataset.cases[1].images[1] == str(tmp_path / "imagesTr" / "b_0001.nii.gz")
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_photographs_of_nnunet_hold_all_channels_in_the_file_of_the_first(tmp_path: Path, described: bool) -> None:
+    for name in ("img-0", "img-1"):
+        save(tmp_path / f"imagesTr/{name}_0000.png", np.full((6, 7, 3), 9, np.uint8), vector=True)
+        save(tmp_path / f"labelsTr/{name}.png", np.eye(6, 7, dtype=np.uint8))
+    if described:
+        names = {"0": "R", "1": "G", "2": "B"}
+        describe(tmp_path, channel_names=names, labels={"background": 0, "road": 1}, numTraining=2, file_ending=".png")
+    trained = discover(tmp_path, workers=1)
+    assert [case.id for case in trained.cases] == ["img-0", "img-1"]
+    assert [case.images for case in trained.cases] == [
+        (str(tmp_path / "imagesTr" / f"img-{n}_0000.png"),) for n in (0, 1)
+    ]
+    found = list_images(tmp_path / "imagesTr", len(trained.channels))
+    assert [(case.id, case.images) for case in found] == [(case.id, case.images) for case in trained.cases]
+    assert list_images(tmp_path / "imagesTr" / "img-0_0000.png", 3) == found[:1]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_first_version_of_nnunet_lists_cases_without_the_number_of_their_channels(
+    tmp_path: Path, channels: int
+) -> None:
+    decathlon(tmp_path, modality={str(n): f"T{n}" for n in range(channels)})
+    for n in (1, 2):
+        (tmp_path / f"imagesTr/a{n}.nii.gz").unlink()
+        for channel in range(channels):
+            save(tmp_path / f"imagesTr/a{n}_{channel:04d}.nii.gz", volume())
+    (tmp_path / f"imagesTr/a2_{channels - 1:04d}.nii.gz").unlink()
+    first, second = discover(tmp_path, workers=1).cases
+    assert (first.id, second.id) == ("a1", "a2")
+    paths = [str(tmp_path / "imagesTr" / f"a1_{channel:04d}.nii.gz") for channel in range(channels)]
+    assert first.images == tuple(paths)
+    assert len(second.images) == channels
+
+
 @pytest.mark.parametrize("key", ["channel_names", "modality"])
 def test_channels_come_in_the_order_of_their_numbers(tmp_path: Path, key: str) -> None:
     numbers = (1, 10, 0, *range(9, 1, -1))
@@ -104,6 +144,84 @@ def test_names_that_differ_in_upper_and_lower_case_alone_are_refused(tmp_path: P
         save(tmp_path / f"images/{name}.nii.gz", volume())
         save(tmp_path / f"labels/{name}.nii.gz", labels(1))
     with pytest.raises(UserError, match="cases Scan1 and scan1 differ in upper and lower case alone"):
+        discover(tmp_path, workers=1)
+
+
+def test_names_are_the_same_however_their_accents_are_written(tmp_path: Path) -> None:
+    apart, whole = [[normalize(form, f"Müller{n}") for n in (0, 1)] for form in ("NFD", "NFC")]
+    for image, label in zip(apart, whole, strict=True):
+        save(tmp_path / f"images/{image}.nii.gz", volume())
+        save(tmp_path / f"labels/{label}.nii.gz", labels(1))
+    (tmp_path / "groups.csv").write_text(f"case,group\n{whole[0]},x\n")
+    describe(tmp_path, labels={"background": 0, "a": 1}, annotated={whole[1]: ["a"]})
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": whole[:1], "val": whole[1:]}]))
+    dataset = discover(tmp_path, workers=1)
+    assert [(case.id, case.group, case.annotated) for case in dataset.cases] == [
+        (apart[0], "x", None), (apart[1], None, ("a",))
+    ]  # fmt: skip
+    assert all(case.label for case in dataset.cases)
+    assert splits_for(dataset).folds[0].validation == (apart[1],)
+    listed = [{"image": f"images/{name}.nii.gz", "label": f"labels/{name}.nii.gz"} for name in whole]
+    describe(tmp_path, labels={"background": 0, "a": 1}, training=listed)
+    assert all(Path(path).is_file() for case in discover(tmp_path, workers=1).cases for path in case.images)
+    save(tmp_path / f"images/{whole[0]}.nii.gz", volume())
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(UserError, match="differ in how accents are written alone"):
+        discover(tmp_path, workers=1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_name_whose_bytes_are_no_text_is_refused_before_a_file_is_opened(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.nii.gz", volume())
+    save(tmp_path / "labels" / "a.nii.gz", labels(1))
+    os.rename(tmp_path / "images" / "a.nii.gz", os.fsencode(tmp_path / "images") + b"/M\xfcller.nii.gz")
+    for read in (lambda: discover(tmp_path, workers=1), lambda: list_images(tmp_path / "images", 1)):
+        with pytest.raises(UserError, match=r"M\\xfcller.*not UTF-8\. Rename it"):
+            read()
+
+
+def test_links_to_files_that_are_not_there_are_missing_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"images/{name}.nii.gz", volume())
+        save(tmp_path / f"labels/{name}.nii.gz", labels(1))
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "b.nii.gz").unlink()
+        (tmp_path / kind / "b.nii.gz").symlink_to("/nowhere/of/git-annex")
+    assert [case.id for case in discover(tmp_path, workers=1).cases] == ["a", "b"]
+    with pytest.raises(UserError, match=r"1 channel file\(s\) are missing: .*b\.nii\.gz\. They are links"):
+        list_images(tmp_path / "images", 1)
+
+
+def test_a_mask_that_was_resized_smoothly_is_noticed(tmp_path: Path) -> None:
+    disk = np.hypot(*np.mgrid[-32:32, -32:32]) < 20
+    for n, mask in enumerate((disk * 255.0, resize(disk * 255.0, (96, 96), order=3))):
+        folder, told = tmp_path / str(n), []
+        save(folder / "images" / "a.png", np.zeros(mask.shape, np.uint8))
+        save(folder / "masks" / "a.png", np.rint(mask.clip(0, 255)).astype(np.uint8))
+        discover(folder, workers=1, report=told.append)
+        assert any(isinstance(each, Warned) and "look anti-aliased" in each.text for each in told) == bool(n)
+
+
+@pytest.mark.parametrize(
+    ("table", "description", "message"),
+    [
+        ("case,group\na1,Müller\n".encode("cp1252"), {}, r"groups\.csv: its text is not in UTF-8"),
+        (b"group,case\nx,a1\ny\n", {}, ""),
+        (None, {"patients": ["a1", "a2"]}, r"dataset\.json: 'patients' must map cases to patients"),
+        (None, {"patients": {"p": ["a1", "a2"]}}, r"dataset\.json: 'patients' must map cases to patients"),
+        (None, {"labels": {"1": "tumour", "2": "tumour"}}, "two label values are called 'tumour'"),
+    ],
+)
+def test_what_stands_beside_the_images_is_refused_with_the_reason(
+    tmp_path: Path, table: bytes | None, description: dict, message: str
+) -> None:
+    decathlon(tmp_path, **description)
+    if table is not None:
+        (tmp_path / "groups.csv").write_bytes(table)
+    if not message:
+        assert [case.group for case in discover(tmp_path, workers=1).cases] == ["x", None]
+        return
+    with pytest.raises(UserError, match=message):
         discover(tmp_path, workers=1)
 
 
@@ -212,6 +330,11 @@ def test_dicom_series_are_called_so_and_the_way_out_is_named(tmp_path: Path) -> 
     for read in (discover, lambda folder: list_images(folder / "images", 1)):
         with pytest.raises(UserError, match=r"DICOM files, which are not read yet.*dcm2niix"):
             read(tmp_path)
+    with pytest.raises(UserError, match=r"IM0001: a DICOM file; DICOM is not read yet.*dcm2niix"):
+        list_images(tmp_path / "images" / "case" / "IM0001", 1)
+    (tmp_path / "a.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"a\.txt: its name has no ending that is read.*\.nii\.gz"):
+        list_images(tmp_path / "a.txt", 1)
 
 
 def test_a_broken_dataset_json_is_named(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_another_grid_is_refused_by_name_and_nothing_is_written(folders):
 def test_a_value_that_is_no_label_is_named(folders):
     predictions, references = folders
     save(predictions, "c", cube(2, 7))
-    with pytest.raises(UserError, match=r"c\.nii\.gz: values 7 are not among"):
+    with pytest.raises(UserError, match=r"c\.nii\.gz: label has values \{7\} that are not among"):
         evaluate(predictions, references, labels=LABELS, workers=1)
     assert not scores_file(predictions).exists()
 

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import os
 import resource
 import shutil
 import struct
@@ -16,6 +17,7 @@ from whole_probabilities import read_whole, write_whole
 
 from autoseg.errors import UserError
 from autoseg.image import formats
+from autoseg.image.companions import files_of
 from autoseg.image.formats import read_geometry, read_image, read_labels, write_labels
 from autoseg.image.volume import Geometry, displacement_mm, patient_axes, plain_geometry
 
@@ -417,6 +419,61 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_geometry(tmp_path / "nothing.nii.gz")
 
 
+def test_a_file_that_may_not_be_read_and_a_name_that_is_no_text_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"M\\xfcller.*not UTF-8\. Rename it"):
+        read_geometry(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.mha"))
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((8, 9), np.uint8)), str(tmp_path / "a.jpg"))
+
+    def refuse(*_: object) -> None:  # root may read everything
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(formats, "open", refuse, raising=False)
+    for read in (read_geometry, read_labels, formats.channels_held, lambda each: read_image([each])):
+        with pytest.raises(UserError, match=r"a\.jpg: this file cannot be opened \(Permission denied\)"):
+            read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.mha", "ElementSpacing = 1 -1 2"), ("a.nrrd", "spacings: 1 -1 2")])
+def test_a_spacing_below_zero_is_refused_in_every_format(tmp_path: Path, name: str, line: str) -> None:
+    nrrd = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 5 4 3\nencoding: raw\n{line}\n\n"
+    mha = (
+        "ObjectType = Image\nNDims = 3\nDimSize = 5 4 3\nElementType = MET_UCHAR\n"
+        f"{line}\nElementDataFile = LOCAL\n"
+    )
+    (tmp_path / name).write_bytes((mha if name == "a.mha" else nrrd).encode() + bytes(60))
+    with pytest.raises(UserError, match=r"a\.\w+: the voxel spacing is \(2\.0, -1\.0, 1\.0\) mm \(Z Y X\)"):
+        read_image([tmp_path / name])
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 3, 6])
+def test_photographs_that_are_to_be_shown_turned_are_refused(tmp_path: Path, orientation: int) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[271], exif[274] = "a camera", orientation
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    if orientation < 2:
+        assert read_image([tmp_path / "a.jpg"]).array_CZYX.shape == (3, 1, 8, 9)
+        return
+    with pytest.raises(UserError, match=rf"a\.jpg: its tag Orientation is {orientation}.*upright"):
+        read_image([tmp_path / "a.jpg"])
+
+
+def test_what_itk_does_not_read_in_bmp_is_not_called_damaged(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(np.eye(8, 9) > 0).save(tmp_path / "a.bmp")
+    with pytest.raises(UserError, match=r"a\.bmp: .*Not 1\)\. Save it as PNG"):
+        read_labels(tmp_path / "a.bmp")
+
+
+def test_a_header_that_names_no_file_of_voxels_has_none(tmp_path: Path) -> None:
+    (tmp_path / "a.mhd").write_text("NDims = 3\nElementDataFile =\n")
+    assert files_of(tmp_path / "a.mhd") == (tmp_path / "a.mhd",)
+
+
 def test_probabilities_come_back_with_names_and_geometry(tmp_path: Path) -> None:
     write_oblique(tmp_path / "a.nii.gz", 5)
     geometry = read_geometry(tmp_path / "a.nii.gz")
@@ -473,3 +530,33 @@ def test_a_nifti_file_whose_voxels_have_no_size_is_refused_by_name(tmp_path: Pat
     path.write_bytes(gzip.compress(bytes(content)))
     with pytest.raises(UserError, match=r"flat.nii.gz: the header gives a spacing"):
         read_image([path])
+
+
+@pytest.mark.parametrize("offset", [float("nan"), float("inf")])
+def test_voxels_without_a_place_lie_behind_the_header(tmp_path: Path, offset: float) -> None:
+    path = tmp_path / "a.nii"
+    array = write_oblique(path, 0)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<f", content, 108, offset)
+    path.write_bytes(content)
+    assert np.array_equal(read_labels(path)[0], array)
+
+
+@pytest.mark.parametrize(
+    ("codes", "side", "refused"),
+    [((0, 1), 0.5, True), ((0, 2), 0.5, True), ((1, 1), 0.5, True), ((1, 4), 0.5, False), ((0, 1), 0.995, False)],
+)
+def test_a_nifti_file_whose_headers_give_two_spacings_is_refused_where_itk_would_mix_them(
+    tmp_path: Path, codes: tuple[int, int], side: float, refused: bool
+) -> None:
+    path = tmp_path / "a.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 5, 6), np.float32)), str(path))
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<2h", content, 252, *codes)
+    struct.pack_into("<12f", content, 280, *np.diag([side, 1.0, 1.0, 0.0])[:3].ravel())
+    path.write_bytes(content)
+    if refused:
+        with pytest.raises(UserError, match=r"a\.nii: the sform .* spacing of 0\.5 x 1 x 1, pixdim 1 x 1 x 1"):
+            read_geometry(path)
+    else:
+        assert read_geometry(path).spacing_mm == (1, 1, 1)

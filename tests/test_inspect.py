@@ -115,14 +115,16 @@ def test_all_problems_of_all_cases_are_found(tmp_path: Path) -> None:
     write(tmp_path / "label_0.nii.gz", labels)
     os.unlink(tmp_path / "label_1.nii.gz")
     os.unlink(tmp_path / "image_2.nii.gz")
+    (tmp_path / "image_2.nii.gz").symlink_to(tmp_path / "not fetched")
     write(tmp_path / "label_3.nii.gz", labels[:-1])
     (tmp_path / "image_4.nii.gz").write_bytes((tmp_path / "image_5.nii.gz").read_bytes()[:400])
-    found = [(problem.case, problem.what) for problem in problems_of(dataset, tmp_path)]
+    found = [(problem.case, f"{problem.what} {problem.fix}") for problem in problems_of(dataset, tmp_path)]
     for case, part in (
         ("c0", "2 voxel(s) that are NaN or infinite"),
         ("c0", "label has values {7}"),
-        ("c1", "label_1.nii.gz does not exist"),
+        ("c1", "label_1.nii.gz does not exist. Add it or remove the image."),
         ("c2", "channel 0 (MRI)"),
+        ("c2", "does not exist. It is a link: fetch the file that it leads to."),
         ("c3", "the label map has (7, 9, 10) voxels (Z Y X), the image (8, 9, 10)"),
         ("c4", "image_4.nii.gz"),
     ):

@@ -49,6 +49,9 @@ def test_small_volumes_get_2d_and_3d_with_two_readings_in_all() -> None:
     assert (found["2d"].patch_voxels, found["2d"].batch_size) == ((56, 40), 281)
     assert found["2d"].spacing_mm == (None, 1.0, 1.0)
     assert (found["2d"].batch_dice, found["3d"].batch_dice) == (True, False)
+    assert choice(plan, "3d.batch_dice").because.startswith("no low-resolution configuration exists")
+    rotation = choice(plan, "3d.train.augment.rotation_rad").because
+    assert rotation == "nnU-Net's range where no side of the patch is over 3 times the first."
     assert len(seen) == 2
 
 
@@ -73,6 +76,7 @@ def test_large_volumes_also_get_a_low_resolution_and_a_cascade() -> None:
     assert all(a > b for a, b in zip(low.spacing_mm, full.spacing_mm, strict=True))
     assert low.spacing_mm[0] / low.spacing_mm[1] == pytest.approx(full.spacing_mm[0] / full.spacing_mm[1])
     assert (full.batch_dice, low.batch_dice, cascade.batch_dice) == (True, False, True)
+    assert choice(plan, "3d_lowres.batch_dice").because.startswith("patches see at least a quarter of the image")
     assert (cascade.previous, cascade.network.in_channels, cascade.spacing_mm) == ("3d_lowres", 1 + 2, full.spacing_mm)
     assert (low.previous, low.network.in_channels) == (None, 1)
     assert len(seen) <= 12

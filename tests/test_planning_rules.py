@@ -33,12 +33,16 @@ def test_target_spacing_is_the_median_per_axis() -> None:
 
 def test_a_thick_and_short_axis_takes_the_tenth_percentile() -> None:
     cases = [case(shape=(20, 300, 300), spacing=(z, 1.0, 1.0)) for z in (2.0, 4.0, 5.0, 5.0, 6.0)]
-    assert choose_spacing(fingerprint(cases))[0] == pytest.approx((2.8, 1.0, 1.0))
+    spacing, choice = choose_spacing(fingerprint(cases))
+    assert spacing == pytest.approx((2.8, 1.0, 1.0))
+    assert "on axis Z the 10th percentile instead of the median 5 mm" in choice.because
 
 
 def test_the_tenth_percentile_does_not_get_finer_than_the_other_axes() -> None:
     cases = [case(shape=(20, 300, 300), spacing=(z, 1.0, 1.0)) for z in (0.5, 0.5, 5.0, 5.0, 6.0)]
-    assert choose_spacing(fingerprint(cases))[0] == pytest.approx((1.00001, 1.0, 1.0), abs=1e-9)
+    spacing, choice = choose_spacing(fingerprint(cases))
+    assert spacing == pytest.approx((1.00001, 1.0, 1.0), abs=1e-9)
+    assert "that of the next coarsest axis (the 10th percentile, 0.5 mm, is finer still)" in choice.because
 
 
 def test_a_thick_but_long_axis_keeps_the_median() -> None:
@@ -133,6 +137,19 @@ def test_left_right_pairs_are_found_by_name() -> None:
     lobes = [f"lung_{height}_lobe_{side}" for height in ("upper", "lower") for side in ("left", "right")]
     assert sided_labels(lobes) == tuple((axis, name) for name in lobes for axis in ("left-right", "head-foot"))
     assert sided_labels(["Anterior", "Posterior"]) == (("front-back", "Anterior"), ("front-back", "Posterior"))
+
+
+@pytest.mark.parametrize(
+    ("names", "axis"),
+    [
+        ("leftkidney rightkidney", "left-right"), ("LKidney RKidney", "left-right"), ("x_LLung x_RLung", "left-right"),
+        ("LEFTLUNG RIGHTLUNG", "left-right"), ("kidneyL kidneyR", "left-right"), ("lung_sup lung_inf", "head-foot"),
+        ("top bottom", "head-foot"), ("frontteeth backteeth", "front-back"),
+        ("LV RV", ""), ("LRNode RLNode", ""), ("leftover leftovers", ""),
+    ],
+)  # fmt: skip
+def test_sides_are_found_in_names_without_a_separator(names: str, axis: str) -> None:
+    assert sided_labels(names.split()) == tuple((axis, name) for name in names.split() if axis)
 
 
 SAGITTAL: PatientAxes3 = (("left-right",), ("head-foot",), ("front-back",))
@@ -293,6 +310,10 @@ def test_single_slices_in_a_3d_data_set_are_refused() -> None:
         check_fingerprint(fingerprint(alike(2, shape=(1, 50, 50))))
     with pytest.raises(UserError, match=r"3D, but 1 of 3 images have a single slice: flat"):
         check_fingerprint(fingerprint([*alike(2), case("flat", shape=(1, 50, 50))]))
+    with pytest.raises(UserError, match=r"all images have a single slice.*Save them .* along the third axis \(Z\)"):
+        check_fingerprint(fingerprint(alike(2, shape=(50, 50, 1))))
+    with pytest.raises(UserError, match=r"1 of 3 images have a single slice: flat.*move them out"):
+        check_fingerprint(fingerprint([*alike(2), case("flat", shape=(50, 1, 50))]))
 
 
 def test_volumes_in_a_2d_data_set_are_refused() -> None:

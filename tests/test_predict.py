@@ -140,7 +140,7 @@ def test_between_slices_that_are_far_apart_nothing_is_interpolated(place: Path, 
     assert prepared.image_CZYX.shape == (1, 8, 8, 8)
     with torch.no_grad(), predictor.device.autocast():
         logits_KXZY = predictor._networks[0](torch.from_numpy(prepared.image_CZYX)[None])[0].float().numpy()
-    logits_KXZY = resample_image(logits_KXZY, (1.25, 4.0, 1.25), (10, 6, 10), 1)
+    logits_KXZY = resample_image(logits_KXZY, (1.25, 4.0, 1.25), (1.0, 5.0, 1.0), (10, 6, 10), 1)
     expected = torch.from_numpy(logits_KXZY.transpose(0, 2, 3, 1)).softmax(0).numpy()
     np.testing.assert_allclose(found, expected, atol=2e-3)
 

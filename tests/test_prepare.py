@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from planned import a_configuration, a_plan
 
-from autoseg.cases.prepare import class_locations, prepare, restore, restore_probabilities, to_indices, to_values
+from autoseg.cases.prepare import class_locations, prepare, restore, restore_probabilities, to_values
 from autoseg.errors import UserError
+from autoseg.image.labels import to_indices
 from autoseg.image.resample import resample_image, resample_labels
 from autoseg.image.volume import Volume, plain_geometry
 from autoseg.records import Label, Resampling
@@ -68,9 +69,10 @@ def test_preparing_is_cropping_normalizing_within_the_mask_and_resampling_in_thi
     new = tuple(round(n * old / mm) for n, old, mm in zip(image.shape, turned_mm, target_mm, strict=True))
     indices = ((labels == 5) + 2 * (labels == 9))[1:, 2:, 3:].transpose(axes).astype(np.int16)
     prepared = prepare(volume, labels, a_plan(), configuration)
-    expected = resample_image(normalized[None].astype(np.float32), turned_mm, new, order=3, anisotropy=anisotropy)
+    image = normalized[None].astype(np.float32)
+    expected = resample_image(image, turned_mm, target_mm, new, order=3, anisotropy=anisotropy)
     np.testing.assert_allclose(prepared.image_CZYX, expected, atol=1e-4)
-    expected = resample_labels(indices, turned_mm, new, order=1, anisotropy=anisotropy)
+    expected = resample_labels(indices, turned_mm, target_mm, new, order=1, anisotropy=anisotropy)
     np.testing.assert_array_equal(prepared.labels_ZYX, expected)
 
 
@@ -133,7 +135,7 @@ def test_restored_probabilities_are_background_where_the_image_was_cropped() -> 
 def test_values_become_indices_and_back(far: int) -> None:
     labels = (Label(name="background", value=0), Label(name="a", value=-3), Label(name="b", value=far))
     values = np.array([[[0, -3, far, 255]]], np.int32)
-    indices = to_indices(values, labels, 255)
+    indices = to_indices(values, labels, 255, "a file")
     assert indices.tolist() == [[[0, 1, 2, -1]]]
     assert indices.dtype == np.int16
     assert to_values(indices, labels, 255).tolist() == values.tolist()
@@ -144,6 +146,9 @@ def test_an_unknown_value_is_named(far: int) -> None:
     labels = (Label(name="background", value=0), Label(name="b", value=far))
     with pytest.raises(UserError, match=r"case_7: label has values \{3, 77\}"):
         to_indices(np.array([[[0, 3, far, 77]]]), labels, None, "case_7")
+    volume, values = a_case()
+    with pytest.raises(UserError, match=r"\{9\}.*Add them under 'labels' in dataset\.json"):
+        prepare(volume, values, a_plan(labels=LABELS[:2]), a_configuration())
 
 
 def test_another_number_of_channels_is_refused() -> None:

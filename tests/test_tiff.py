@@ -201,6 +201,31 @@ def test_the_tables_of_a_jpeg_slide_reach_the_decoder(tmp_path: Path, monkeypatc
         assert given[0] == file.pages[0].jpegtables is not None
 
 
+@pytest.mark.parametrize(
+    ("axes", "kind", "message"),
+    [
+        ("CYX", "imagej", r"its pages are 2 channels, but autoseg takes pages for slices.*case_0000\.tif"),
+        ("ZCYX", "imagej", "its pages are 3 slices x 2 channels"),
+        ("TZYX", "imagej", "its pages are 2 times x 3 slices"),
+        ("CYX", "ome", "its pages are 2 channels"),
+        ("ZYX", "imagej", ""), ("TYX", "imagej", ""), ("ZYX", "ome", ""), ("YXS", "ome", ""), ("ZYX", "", ""),
+    ],
+)  # fmt: skip
+def test_pages_that_imagej_or_ome_call_channels_are_no_slices(
+    tmp_path: Path, axes: str, kind: str, message: str
+) -> None:
+    sizes = {"C": 2, "Z": 3, "T": 2, "Y": 40, "X": 50, "S": 3}
+    path = tmp_path / ("a.ome.tif" if kind == "ome" else "a.tif")
+    colour = {"photometric": "rgb"} if "S" in axes else {}
+    write(path, noise(*(sizes[axis] for axis in axes)), imagej=kind == "imagej", metadata={"axes": axes}, **colour)
+    if not message:
+        assert read_image([path]).array_CZYX.shape[1:] == (1 if "S" in axes else sizes[axes[0]], 40, 50)
+        return
+    for read in (read_geometry, read_labels):
+        with pytest.raises(UserError, match=message):
+            read(path)
+
+
 def test_what_goes_wrong_while_a_slide_is_open_is_no_fault_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", noise(40, 50))
     with pytest.raises(RuntimeError, match="out of memory"), open_slide(path):

@@ -30,16 +30,17 @@ from weakref import ref
 
 import numpy as np
 
-from autoseg.cases.prepare import IGNORED, Prepared
+from autoseg.cases.prepare import Prepared
 from autoseg.errors import UserError
 from autoseg.image.companions import files_of
+from autoseg.image.labels import IGNORED
 from autoseg.image.volume import Box
 from autoseg.layout import CachedFiles
 from autoseg.parallel import allowed_open_files
 from autoseg.records import Case, Configuration, Millimetres3, Plan, Saved, Voxels3
 from autoseg.store import load, save, write_bytes
 
-PREPROCESSING = 1
+PREPROCESSING = 2
 """Version of what `prepare` computes; a higher one makes every cache anew."""
 
 LARGEST_BLOCK_BYTES = 128 * 1024

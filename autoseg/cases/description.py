@@ -2,13 +2,19 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from autoseg.errors import UserError
 from autoseg.image.labels import some
 from autoseg.records import Case, Label, Region
+
+
+def composed(name: str) -> str:
+    """A name as names are compared: each accent in one character with its letter (NFC), which macOS may take apart."""
+    return normalize("NFC", name)
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
@@ -38,8 +44,8 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
     """Labels, background first and the others by value, and the value of 'ignore' if there is one.
 
     `labels` may map values to names (Decathlon) or names to values (nnU-Net); values that occur only in regions
-    (several values for a name) are named by their number. Raises UserError for values that are no whole numbers, and
-    two names for one value.
+    (several values for a name) are named by their number. Raises UserError for values that are no whole numbers, two
+    names for one value, and two values for one name.
     """
     named = description.get("labels")
     if not isinstance(named, Mapping):
@@ -62,6 +68,10 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
     found += [Label(name=f"label_{value}", value=value) for value in sorted(members - set(values))]
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise UserError(f"{where}: label value {twice[0]} has two names.", fix="Name each value once.")
+    names = [label.name for label in found]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        fix = 'Give each value a name of its own, or make a region of them: {"name": [1, 2]}.'
+        raise UserError(f"{where}: two label values are called {twins[0]!r}.", fix=fix)
     ignored = next((label.value for label in found if label.name.lower() == "ignore"), None)
     classes = [label for label in found if label.value != ignored]
     background = next((label for label in classes if label.name.lower() == "background"), None)
@@ -114,22 +124,35 @@ def with_groups(folder: Path, description: Mapping[str, Any], cases: tuple[Case,
 
     Raises UserError where groups.csv has no such first line, or a case is named that is not there.
     """
-    groups = {str(case): str(group) for case, group in dict(description.get("patients") or {}).items()}
-    table = folder / "groups.csv"
+    patients, table = description.get("patients") or {}, folder / "groups.csv"
+    if not isinstance(patients, Mapping) or any(isinstance(each, (list, Mapping)) for each in patients.values()):
+        where = folder / "dataset.json"
+        raise UserError(f"{where}: 'patients' must map cases to patients.", fix='For example {"case_1": "patient_1"}.')
+    groups = {composed(str(case)): str(group) for case, group in patients.items()}
     if table.is_file():
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"case", "group"} <= set(rows.fieldnames or ()):
-                raise UserError(f"{table}: its first line must be 'case,group'.", fix="Add that line.")
-            groups |= {row["case"].strip(): (row["group"] or "").strip() for row in rows}
-    unknown = sorted(set(groups) - {case.id for case in cases})
+        groups |= {composed(case): group for case, group in _rows(table)}
+    unknown = sorted(set(groups) - {composed(case.id) for case in cases})
     if unknown:
         where = table if table.is_file() else folder / "dataset.json"
         raise UserError(
             f"{where}: there is no case {some([repr(each) for each in unknown])}.",
             fix=f"Cases are named as their files are without the ending, such as {cases[0].id!r}.",
         )
-    return tuple(case.model_copy(update={"group": groups.get(case.id) or None}) for case in cases)
+    return tuple(case.model_copy(update={"group": groups.get(composed(case.id)) or None}) for case in cases)
+
+
+def _rows(table: Path) -> Iterator[tuple[str, str]]:
+    """Case and group of each line of groups.csv; a line without a case is left out."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"case", "group"} <= set(rows.fieldnames or ()):
+                raise UserError(f"{table}: its first line must be 'case,group'.", fix="Add that line.")
+            for row in rows:
+                if case := (row["case"] or "").strip():
+                    yield case, (row["group"] or "").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table}: its text is not in UTF-8.", fix="Save it as CSV with the encoding UTF-8.") from error
 
 
 def with_annotated(
@@ -137,19 +160,22 @@ def with_annotated(
 ) -> tuple[Case, ...]:
     """What was annotated in each case, where 'annotated' in dataset.json says so: {case: [names]}, others have all."""
     given = description.get("annotated") or {}
-    where, names, known = folder / "dataset.json", [each.name for each in outputs], {case.id for case in cases}
+    where, names = folder / "dataset.json", [each.name for each in outputs]
+    known = {composed(case.id) for case in cases}
     if not isinstance(given, Mapping) or not all(isinstance(each, list) for each in given.values()):
         raise UserError(f"{where}: 'annotated' must map cases to lists of names.", fix='For example {"a": ["liver"]}.')
     for case, drawn in given.items():
-        if case not in known:
+        if composed(case) not in known:
             raise UserError(f"{where}: 'annotated' names {case!r}, but there is no such case.", fix="Mend the file.")
         if unknown := [name for name in drawn if name not in names]:
             raise UserError(
                 f"{where}: 'annotated' of {case} names {unknown[0]!r}, which nothing is called.",
                 fix=f"Choose among {', '.join(names)}.",
             )
+    of = {composed(case): tuple(drawn) for case, drawn in given.items()}
     return tuple(
-        case.model_copy(update={"annotated": tuple(given[case.id])}) if case.id in given else case for case in cases
+        case.model_copy(update={"annotated": of[composed(case.id)]}) if composed(case.id) in of else case
+        for case in cases
     )
 
 

@@ -6,6 +6,7 @@ nobody named them, and one image when nobody said how many channels there are.
 A case that has two files for the same thing is named in `Dataset.left_out`, for `inspect` to report.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from autoseg.cases.description import (
 )
 from autoseg.cases.listing import list_cases, read_or_none
 from autoseg.errors import UserError
-from autoseg.events import Advanced, Finished, Report, Started, silent
+from autoseg.events import Advanced, Finished, Report, Started, Warned, silent
 from autoseg.image.formats import (
     JPEG,
     PHOTOGRAPHS,
@@ -38,6 +39,9 @@ from autoseg.records import Case, Dataset, Label, LeftOut
 
 MOST_LABELS = 1000
 """More values than this in unnamed label maps mean that they are no label maps."""
+
+MANY_VALUES = 10
+"""Fewer values in label maps are taken for classes, whatever their shares."""
 
 READING = "read label values"
 
@@ -90,10 +94,10 @@ def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Rep
             fix="A label map has the name of its image: case.nii.gz in images/, case.nii.gz in labels/.",
         )
     report(Started(READING, of=len(paths)))
-    values: set[int] = {0}
+    values = Counter({0: 0})
     unreadable = 0
     for done, (_, found) in enumerate(over_cases(label_values, paths, workers, str, head_start_seconds=1.0), 1):
-        values.update(found or ())
+        values.update(found or {})
         unreadable += found is None
         report(Advanced(READING, done=done, of=len(paths)))
         if len(values) > MOST_LABELS:
@@ -104,9 +108,20 @@ def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Rep
     report(Finished(READING))
     if len(values) < 2 and not unreadable:
         raise UserError(f"The {len(paths)} label map(s) hold nothing but 0.", fix="Is this the right folder?")
+    if any(ending_of(path) in PHOTOGRAPHS for path in paths) and _look_anti_aliased(values):
+        report(Warned(
+            f"{folder}: the label maps hold {len(values)} values, and most of what is not 0 is {max(values)}. They "
+            "look anti-aliased: threshold the masks, or name the values in dataset.json."
+        ))  # fmt: skip
     if len(values) < 2:
-        values.add(1)  # stands for what the unreadable files may hold: `inspect` refuses them, and a set without any
+        values[1] = 0  # stands for what the unreadable files may hold: `inspect` refuses them, and a set without any
     return tuple(Label(name="background" if v == 0 else f"class_{v}", value=v) for v in sorted(values, key=_zero_first))
+
+
+def _look_anti_aliased(voxels: Counter[int]) -> bool:
+    """Whether values are those of a mask that was resized smoothly: many below the largest, which most voxels have."""
+    foreground = voxels.total() - voxels[0]
+    return len(voxels) >= MANY_VALUES and min(voxels) == 0 and voxels[max(voxels)] > foreground / 2
 
 
 def _refuse_lossy_labels(cases: Sequence[Case]) -> None:
@@ -122,16 +137,18 @@ def _zero_first(value: int) -> tuple[bool, int]:
     return value != 0, value
 
 
-def label_values(path: str) -> tuple[int, ...] | None:
-    """The values in one label map; None when it cannot be read."""
+def label_values(path: str) -> dict[int, int] | None:
+    """The values in one label map and how many voxels have each; None when it cannot be read."""
     try:
         labels_ZYX, _ = read_labels(path)
     except UserError:
         return None
     low, high = int(labels_ZYX.min()), int(labels_ZYX.max())
     if high - low < 2**20:
-        return tuple(int(value) + low for value in np.flatnonzero(np.bincount((labels_ZYX - low).ravel())))
-    return tuple(int(value) for value in np.unique(labels_ZYX))
+        counts = np.bincount((labels_ZYX - low).ravel())
+        return {int(value) + low: int(counts[value]) for value in np.flatnonzero(counts)}
+    values, counts = np.unique(labels_ZYX, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _dimension(cases: Sequence[Case]) -> Literal[2, 3]:

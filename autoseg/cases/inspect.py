@@ -18,11 +18,11 @@ import numpy as np
 from autoseg.cases.listing import RENAME
 from autoseg.cases.measure import fingerprint_of as fingerprint_of
 from autoseg.cases.measure import measure_case
-from autoseg.cases.prepare import to_indices
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, silent
 from autoseg.image.companions import hash_into
 from autoseg.image.formats import PHOTOGRAPHS, ending_of, read_image, read_labels
+from autoseg.image.labels import NAME_THEM, to_indices
 from autoseg.image.volume import Geometry, displacement_mm, patient_axes
 from autoseg.layout import case_stats_file
 from autoseg.parallel import allowed_cores, over_cases
@@ -139,14 +139,14 @@ def content_of(case: Case, labels: Sequence[Label], ignore_value: int | None) ->
 def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
     """Check and measure one case; its statistics are saved. `dataset` may come without cases."""
     problems = [
-        Problem(case.id, f"channel {number} ({_channel(dataset, number)}): {path} does not exist.", "Add the file.")
+        _absent(case, f"channel {number} ({_channel(dataset, number)}):", path, "Add the file.")
         for number, path in enumerate(case.images)
         if not Path(path).is_file()
     ]
     if case.label is None:
         problems.append(Problem(case.id, f"there is no label map for {case.images[0]}.", "Add it or remove the image."))
     elif not Path(case.label).is_file():
-        problems.append(Problem(case.id, f"its label map {case.label} does not exist.", "Add it or remove the image."))
+        problems.append(_absent(case, "its label map", case.label, "Add it or remove the image."))
     if problems or case.label is None:
         return Inspected(None, tuple(problems))
     image, label = _tried(case, read_image, case.images), _tried(case, read_labels, case.label)
@@ -157,7 +157,8 @@ def inspect_case(case: Case, dataset: Dataset, stats_folder: Path) -> Inspected:
     geometry = image.geometry
     problems += _image_problems(case, dataset, image.array_CZYX)
     problems += _grid_problems(case, geometry, label_geometry)
-    indices_ZYX = _tried(case, to_indices, labels_ZYX, dataset.labels, dataset.ignore_value, "its label map")
+    named = (dataset.labels, dataset.ignore_value)
+    indices_ZYX = _tried(case, to_indices, labels_ZYX, *named, "its label map", NAME_THEM)
     if isinstance(indices_ZYX, Problem):
         problems.append(indices_ZYX)
     if problems or isinstance(indices_ZYX, Problem):
@@ -218,6 +219,12 @@ def _tried(case: Case, function, *arguments):  # type: ignore[no-untyped-def]
         return function(*arguments)
     except UserError as error:
         return Problem(case.id, error.what, error.fix)
+
+
+def _absent(case: Case, what: str, path: str, fix: str) -> Problem:
+    """That a file is not there, or what it is a link to, and what to do about it."""
+    fix = "It is a link: fetch the file that it leads to." if Path(path).is_symlink() else fix
+    return Problem(case.id, f"{what} {path} does not exist.", fix)
 
 
 def _channel(dataset: Dataset, number: int) -> str:

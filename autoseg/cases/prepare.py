@@ -13,16 +13,11 @@ import numpy as np
 
 from autoseg.errors import UserError
 from autoseg.image.crop import box_of, crop, insert, nonzero_mask
+from autoseg.image.labels import IGNORED, NAME_THEM, to_indices
 from autoseg.image.normalize import normalize
 from autoseg.image.resample import resample_image, resample_labels, resampled_shape
 from autoseg.image.volume import Box, Geometry, Volume
 from autoseg.records import Configuration, Label, Millimetres3, Plan, Voxels3
-
-IGNORED = -1
-"""Index of voxels nobody annotated."""
-
-LARGEST_TABLE = 2**20
-"""Span of label values up to which a lookup table is used instead of a search."""
 
 MOST_LOCATIONS = 10_000
 LEAST_SHARE = 0.01
@@ -79,12 +74,13 @@ def prepare(
     image_CZYX = normalize(
         image_CZYX, mask_ZYX, configuration.normalization, configuration.mask_for_normalization, plan.intensities
     )
-    how = configuration.resampling
-    new_shape = resampled_shape(cropped_shape, spacing_mm, configuration.spacing_mm)
-    image_CZYX = resample_image(image_CZYX, spacing_mm, new_shape, how.image_order, how.anisotropy)
+    how, target_mm = configuration.resampling, configuration.spacing_mm
+    new_shape = resampled_shape(cropped_shape, spacing_mm, target_mm)
+    image_CZYX = resample_image(image_CZYX, spacing_mm, target_mm, new_shape, how.image_order, how.anisotropy)
     if labels_ZYX is not None:
-        labels_ZYX = to_indices(crop(labels_ZYX.transpose(axes), box), plan.labels, plan.ignore_value, case)
-        labels_ZYX = resample_labels(labels_ZYX, spacing_mm, new_shape, how.label_order, how.anisotropy)
+        cropped_ZYX = crop(labels_ZYX.transpose(axes), box)
+        labels_ZYX = to_indices(cropped_ZYX, plan.labels, plan.ignore_value, case, NAME_THEM)
+        labels_ZYX = resample_labels(labels_ZYX, spacing_mm, target_mm, new_shape, how.label_order, how.anisotropy)
         labels_ZYX = np.ascontiguousarray(labels_ZYX)
     return Prepared(np.ascontiguousarray(image_CZYX), labels_ZYX, box, cropped_shape, spacing_mm, volume.geometry)
 
@@ -137,40 +133,6 @@ def restore_probabilities(
     if whole_KZYX is not probabilities_KZYX and not regions:
         whole_KZYX[0] = insert(probabilities_KZYX[0], prepared.box, full, 1)
     return np.ascontiguousarray(whole_KZYX.transpose(0, *(1 + axis for axis in np.argsort(axes))))
-
-
-def to_indices(
-    values_ZYX: np.ndarray, labels: Sequence[Label], ignore_value: int | None, case: str = "the label map"
-) -> np.ndarray:
-    """Turn the values of a label file into label indices (int16), `ignore_value` into -1.
-
-    Raises UserError that lists the values which are neither.
-    """
-    known = [label.value for label in labels]
-    indices = list(range(len(labels)))
-    if ignore_value is not None and ignore_value not in known:
-        known, indices = [*known, ignore_value], [*indices, IGNORED]
-    if not values_ZYX.size:
-        return values_ZYX.astype(np.int16)
-    low, high = min(*known, int(values_ZYX.min())), max(*known, int(values_ZYX.max()))
-    unknown = -2
-    if high - low < LARGEST_TABLE:
-        table = np.full(high - low + 1, unknown, np.int16)
-        table[np.array(known) - low] = indices
-        indices_ZYX = table[values_ZYX if low == 0 else values_ZYX.astype(np.int64) - low]
-    else:
-        order = np.argsort(known)
-        ascending = np.array(known, np.int64)[order]
-        position = np.minimum(np.searchsorted(ascending, values_ZYX), len(known) - 1)
-        indices_ZYX = np.where(ascending[position] == values_ZYX, np.array(indices)[order][position], unknown)
-    if indices_ZYX.min() == unknown:
-        extra = np.unique(values_ZYX[indices_ZYX == unknown])
-        shown = ", ".join(str(value) for value in extra[:8]) + (", ..." if len(extra) > 8 else "")
-        raise UserError(
-            f"{case}: label has values {{{shown}}} that the data set does not name.",
-            fix="Add them under 'labels' in dataset.json, or remove them from the file.",
-        )
-    return indices_ZYX.astype(np.int16, copy=False)
 
 
 def to_values(indices_ZYX: np.ndarray, labels: Sequence[Label], ignore_value: int | None) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from autoseg.cases.description import composed
 from autoseg.errors import UserError
 from autoseg.records import Case, Dataset, Fold, Splits
 
@@ -33,13 +34,16 @@ def own_folds(dataset: Dataset) -> Path | None:
 
 
 def _read(file: Path, dataset: Dataset) -> Splits:
-    left_out = {case.id for case in dataset.left_out}
+    left_out, ids = {case.id for case in dataset.left_out}, {composed(case.id): case.id for case in dataset.cases}
+    ids |= {composed(case): case for case in left_out}
+
+    def kept(named: Sequence[str]) -> tuple[str, ...]:
+        found = (ids.get(composed(each), each) for each in named)
+        return tuple(each for each in found if each not in left_out)
+
     try:
         folds = tuple(
-            Fold(
-                train=tuple(each for each in fold["train"] if each not in left_out),
-                validation=tuple(each for each in fold["val"] if each not in left_out),
-            )
+            Fold(train=kept(fold["train"]), validation=kept(fold["val"]))
             for fold in json.loads(file.read_text())
         )
     except (ValueError, TypeError, KeyError) as error:  # those of json and pydantic are ValueErrors

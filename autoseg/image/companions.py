@@ -23,7 +23,7 @@ def files_of(path: Path | str) -> tuple[Path, ...]:
     if named.split(" ")[0] == "LIST":
         names = [line.strip() for line in lines[starts[0] + 1 :] if line.strip()]
     else:
-        names = [] if named == "LOCAL" else _numbered(named)
+        names = [] if named in ("LOCAL", "") else _numbered(named)
     return (path, *(each for each in (path.parent / name for name in names) if each.is_file()))
 
 

@@ -1,8 +1,8 @@
 """Images and label maps of any format, read and written with their geometry.
 
 Axes: C channel, K class, Z Y X voxels. SimpleITK reads what it reads well. NIfTI voxels are read here, because ITK
-fills a truncated NIfTI file with zeros and says nothing. What only one format needs lies in `nifti.py`, `nrrd.py` and
-`tiff.py`. A changed byte in the middle of a file is noticed only where the format has a checksum (.nii.gz, PNG).
+fills a truncated NIfTI file with zeros and says nothing. What only one format needs lies in a file called after it.
+A changed byte in the middle of a file is noticed only where the format has a checksum (.nii.gz, PNG).
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from autoseg.errors import UserError
-from autoseg.image import nifti, nrrd, tiff
+from autoseg.image import jpeg, nifti, nrrd, tiff
 from autoseg.image.disk import failed_write
 from autoseg.image.tiff import DAMAGED
 from autoseg.image.volume import FileHeader, Geometry, Volume, displacement_mm
@@ -49,6 +49,16 @@ def stem_of(path: Path | str) -> str:
 def label_ending(image_ending: str) -> str:
     """The ending for label maps of images with `image_ending`: the same, but PNG for JPEG (its loss changes labels)."""
     return LABEL_ENDINGS.get(image_ending, image_ending)
+
+
+def spelled(path: Path | str) -> Path:
+    """The path. Raises UserError where it is no text: ITK would end the process, and no record could hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        what = f"{os.fsencode(path)!r}: the bytes of this name are not UTF-8."
+        raise UserError(what, fix="Rename it.") from error
+    return Path(path)
 
 
 def read_geometry(path: Path | str) -> Geometry:
@@ -151,7 +161,7 @@ def write_labels(path: Path | str, labels_ZYX: np.ndarray, geometry: Geometry) -
 def _read(path: Path | str, dtype: type | None) -> tuple[np.ndarray, Geometry]:
     """Array (C, Z, Y, X) of `dtype` (None: as in the file) and geometry."""
     path = _existing(path)
-    if complaint := CHECKS.get(ending_of(path), _nothing_to_check)(path):
+    if (check := CHECKS.get(ending_of(path))) and (complaint := check(path)):
         raise UserError(f"{path}: {complaint}.", fix=DAMAGED)
     header = _read_header(path)
     geometry = _geometry(header, path)
@@ -198,10 +208,16 @@ def _channels_first(array: np.ndarray, header: FileHeader, geometry: Geometry, p
 
 
 def _existing(path: Path | str) -> Path:
-    path = Path(path)
+    path = spelled(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file.", fix="Is the path right, and is the disk there?")
-    if path.stat().st_size == 0:
+    try:
+        with open(path, "rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        fix = "Is the disk there, and are you allowed to read the file?"
+        raise UserError(f"{path}: this file cannot be opened ({error.strerror or error}).", fix=fix) from error
+    if empty:
         raise UserError(f"{path}: the file is empty.", fix=DAMAGED)
     return path
 
@@ -247,7 +263,7 @@ def _unreadable(path: Path, error: RuntimeError) -> UserError:
     if "Unable to determine ImageIO reader" in last_line:
         return UserError(f"{path}: its content is not that of a {ending_of(path)} file.", fix=DAMAGED)
     reason = re.sub(r"^.*?(?:ITK ERROR|sitk::ERROR): (?:\w+\(0x[0-9a-f]+\): )?", "", last_line).strip(" .")
-    fix = "Save it as grey or RGB." if "Unknown PixelType" in reason else DAMAGED
+    fix = next((fix for words, fix in NOT_READ.items() if words in reason), DAMAGED)
     return UserError(f"{path}: this image cannot be read ({reason}).", fix=fix)
 
 
@@ -260,6 +276,13 @@ def _geometry(header: FileHeader, path: Path) -> Geometry:
     ending, dimension = ending_of(path), len(header.spacing)
     depth, height, width = (1, *header.size[:dimension][::-1])[-3:]
     thickness, row, column = (1.0, *header.spacing[::-1])[-3:] if ending not in PHOTOGRAPHS else (1.0, 1.0, 1.0)
+    own_header = HEADERS[ending](path, dimension) if ending in HEADERS else ""
+    if min(thickness, row, column) <= 0:
+        spacing = (thickness, row, column)
+        raise UserError(
+            f"{path}: the voxel spacing is {spacing} mm (Z Y X), but has to be above zero on every axis.",
+            fix="Mend the image's header.",
+        )
     return Geometry(
         dimension=dimension,
         size_voxels=(depth, height, width),
@@ -267,7 +290,7 @@ def _geometry(header: FileHeader, path: Path) -> Geometry:
         origin=header.origin,
         direction=header.direction,
         itk_spacing=header.spacing,
-        header=HEADERS[ending](path, dimension) if ending in HEADERS else "",
+        header=own_header,
     )
 
 
@@ -344,16 +367,6 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _nothing_to_check(path: Path) -> str:
-    return ""
-
-
-def _jpeg_is_cut(path: Path) -> str:
-    """libjpeg fills what is missing with grey; the end marker must come after the start of the last scan."""
-    content = path.read_bytes()
-    return "" if content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda") else "the end of this JPEG file is missing"
-
-
 def _bmp_is_cut(path: Path) -> str:
     with open(path, "rb") as file:
         declared = int.from_bytes(file.read(6)[2:], "little")
@@ -363,7 +376,10 @@ def _bmp_is_cut(path: Path) -> str:
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
-CHECKS: dict[str, Callable[[Path], str]] = {**dict.fromkeys(JPEG, _jpeg_is_cut), ".bmp": _bmp_is_cut}
+NOT_READ = {"Unknown PixelType": "Save it as grey or RGB.", "BMP depths": "Save it as PNG."}
+"""Words in what ITK says of a file that it does not read, though nothing is wrong with it, and what to do."""
+
+CHECKS: dict[str, Callable[[Path], str]] = {**dict.fromkeys(JPEG, jpeg.complaint), ".bmp": _bmp_is_cut}
 """Ending -> what is wrong with a file that ITK would read without complaint, "" if nothing."""
 
 HEADERS: dict[str, Callable[[Path, int], str]] = {

@@ -18,6 +18,13 @@ TOLERANCE_SHARE = 0.05
 """Two grids are the same when no corner voxel lies further apart than this share of the smallest spacing."""
 
 
+IGNORED = -1
+"""Index of voxels nobody annotated."""
+LARGEST_TABLE = 2**20
+"""Span of label values up to which a lookup table is used instead of a search."""
+NAME_THEM = "Add them under 'labels' in dataset.json, or remove them from the file."
+
+
 def label_maps(folder: Path) -> dict[str, Path]:
     """The label maps in a folder by case id (file name without ending), in order; hidden files are left out.
 
@@ -69,35 +76,38 @@ def labels_found(paths: Sequence[Path], ignore_value: int | None = None) -> tupl
 
 
 def to_indices(
-    labels_ZYX: np.ndarray, labels: tuple[Label, ...], ignore_value: int | None, where: str
+    values_ZYX: np.ndarray,
+    labels: Sequence[Label],
+    ignore_value: int | None,
+    where: str,
+    fix: str = "Give the labels these files were made with.",
 ) -> np.ndarray:
-    """Turn the values of a file into label indices (int16; -1 where `ignore_value` stands).
+    """Turn the values of a file into label indices (int16), `ignore_value` into -1.
 
-    Raises:
-        UserError: the map holds a value that no label has.
+    Raises UserError that lists the values which are neither, with `fix`.
     """
-    known = {label.value: index for index, label in enumerate(labels)}
+    known = [label.value for label in labels]
+    indices = list(range(len(labels)))
     if ignore_value is not None and ignore_value not in known:
-        known[ignore_value] = -1
-    low, high = int(labels_ZYX.min(initial=0)), int(labels_ZYX.max(initial=0))
-    if low < 0 or high > 1 << 16:
-        values, places = np.unique(labels_ZYX, return_inverse=True)
+        known, indices = [*known, ignore_value], [*indices, IGNORED]
+    if not values_ZYX.size:
+        return values_ZYX.astype(np.int16)
+    low, high = min(*known, int(values_ZYX.min())), max(*known, int(values_ZYX.max()))
+    unknown = -2
+    if high - low < LARGEST_TABLE:
+        table = np.full(high - low + 1, unknown, np.int16)
+        table[np.array(known) - low] = indices
+        indices_ZYX = table[values_ZYX if low == 0 else values_ZYX.astype(np.int64) - low]
     else:
-        present = np.bincount(labels_ZYX.ravel(), minlength=1) > 0
-        values, places = np.flatnonzero(present), None
-    unknown = sorted(set(values.tolist()) - set(known))
-    if unknown:
-        raise UserError(
-            f"{where}: values {some([str(value) for value in unknown])} are not among the labels' values "
-            f"{some([str(label.value) for label in labels])}.",
-            fix="Give the labels these files were made with.",
-        )
-    indices = np.array([known[value] for value in values.tolist()], np.int16)
-    if places is not None:
-        return indices[places].reshape(labels_ZYX.shape)
-    table = np.zeros(high + 1, np.int16)
-    table[values] = indices
-    return table[labels_ZYX]
+        order = np.argsort(known)
+        ascending = np.array(known, np.int64)[order]
+        position = np.minimum(np.searchsorted(ascending, values_ZYX), len(known) - 1)
+        indices_ZYX = np.where(ascending[position] == values_ZYX, np.array(indices)[order][position], unknown)
+    if indices_ZYX.min() == unknown:
+        extra = some([str(value) for value in np.unique(values_ZYX[indices_ZYX == unknown])], 8)
+        named = some([str(label.value) for label in labels])
+        raise UserError(f"{where}: label has values {{{extra}}} that are not among those named, {named}.", fix=fix)
+    return indices_ZYX.astype(np.int16, copy=False)
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

@@ -7,6 +7,7 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,11 @@ FAST = 3
 DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 """NIfTI datatype code -> NumPy type without byte order."""
 
+SCANNER = 1
+"""Code of an sform that says where the voxels lie in the scanner."""
+OTHER_SPACING, UPRIGHT = 0.01, 1e-3
+"""Spacings that differ by more are two; axes with smaller cosines between them are at right angles."""
+
 UNITS_MM = {1: 1000.0, 3: 0.001}
 """Code of the unit of length (metre, micrometre) -> millimetres; everything else is in millimetres."""
 
@@ -38,7 +44,7 @@ def header_of(path: Path, dimension: int) -> str:
     """`Geometry.header` of a NIfTI-1 file; "" for other files that have this ending.
 
     Raises UserError where a voxel has no size: ITK would take 1 mm for 0, and the absolute value of a negative one. And
-    where qform or sform is no number: ITK would take 0.
+    where qform or sform is no number: ITK would take 0. And where a voxel has two sizes.
     """
     header = _first_bytes(path)
     order = _byte_order(header)
@@ -54,7 +60,29 @@ def header_of(path: Path, dimension: int) -> str:
         placed = struct.unpack_from(f"{order}{(stop - start) // 4}f", header, start)
         if struct.unpack_from(f"{order}h", header, code)[0] > 0 and not np.isfinite(placed).all():
             raise UserError(f"{path}: the {name} in the header holds NaN or infinity.", fix="Correct it in the header.")
+    _refuse_two_spacings(header, order, sides, path)
     return f"{KIND}{header.hex()}"
+
+
+def _refuse_two_spacings(header: bytes, order: str, sides: Sequence[float], path: Path) -> None:
+    """Raise UserError where ITK takes its axes from an sform with other spacings than pixdim, which it takes as well.
+
+    It takes the sform where that is the place in the scanner, or alone; what is skewed, `skewed_header` reads.
+    """
+    qform, sform = struct.unpack_from(f"{order}2h", header, 252)
+    if sform <= 0 or (sform != SCANNER and qform > 0):
+        return
+    columns = np.reshape(struct.unpack_from(f"{order}12f", header, 280), (3, 4)).T[: len(sides)].astype(float)
+    lengths = np.linalg.norm(columns, axis=1)
+    products = columns @ columns.T
+    upright = np.abs(products - np.diag(np.diag(products))).max() <= UPRIGHT * lengths.min() ** 2
+    if upright and (np.abs(lengths / sides - 1) > OTHER_SPACING).any():
+        given = [" x ".join(f"{side:.4g}" for side in each) for each in (lengths, sides)]
+        raise UserError(
+            f"{path}: the sform in the header gives a spacing of {given[0]}, pixdim {given[1]} (X first): programs "
+            "differ in which they take.",
+            fix="Correct whichever is wrong.",
+        )
 
 
 def skewed_header(path: Path) -> FileHeader | None:
@@ -97,7 +125,7 @@ def read_voxels(path: Path, shape: tuple[int, ...], components: int = 1) -> np.n
         return None
     dtype = np.dtype(DTYPES[code]).newbyteorder(order)
     offset, slope, intercept = struct.unpack_from(f"{order}3f", content, 108)
-    count, start = int(np.prod(shape)), max(int(offset), SMALLEST_OFFSET)
+    count, start = int(np.prod(shape)), _start(offset)
     _check_missing(start + count * dtype.itemsize - len(content), path)
     array = np.frombuffer(content, dtype, count, start).reshape(shape)
     if np.isfinite([slope, intercept]).all() and slope != 0 and (slope, intercept) != (1, 0):
@@ -140,9 +168,14 @@ def _check_length(content: bytes, path: Path) -> None:
         return
     axes, *size = struct.unpack_from(f"{order}8h", content, 40)
     [bits], [offset] = struct.unpack_from(f"{order}h", content, 72), struct.unpack_from(f"{order}f", content, 108)
-    start = max(int(offset), SMALLEST_OFFSET) if math.isfinite(offset) else SMALLEST_OFFSET
+    start = _start(offset)
     voxels = math.prod(max(1, side) for side in size[: max(0, axes)])
     _check_missing(start + voxels * bits // 8 - len(content), path)
+
+
+def _start(offset: float) -> int:
+    """Where the voxels begin; right behind the header where it gives no place behind it."""
+    return max(int(offset), SMALLEST_OFFSET) if math.isfinite(offset) else SMALLEST_OFFSET
 
 
 def _check_missing(missing: int, path: Path) -> None:

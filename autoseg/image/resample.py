@@ -38,20 +38,18 @@ def resampled_shape(shape: Sequence[int], spacing_mm: Sequence[float], target_mm
 
 
 def thick_axis(
-    spacing_mm: Sequence[float],
-    target_spacing_mm: Sequence[float] | None = None,
-    anisotropy: float = 3.0,
-    tolerance: float = 1e-3,
+    spacing_mm: Sequence[float], target_mm: Sequence[float | None], anisotropy: float = 3.0
 ) -> int | None:
     """The axis (0 Z, 1 Y, 2 X) with spacing more than `anisotropy` times the finest one, or None.
 
-    The present spacing decides; only if it is not anisotropic, the target's. None also when a second axis has the same
-    spacing within `tolerance`.
+    The present spacing decides; only if it is not anisotropic, the target's (where None, an axis keeps its own). None
+    also when a second axis has the same spacing within a thousandth.
     """
-    for spacing in (spacing_mm, target_spacing_mm):
-        if spacing is None or max(spacing) <= anisotropy * min(spacing):
+    kept = [own if target is None else target for own, target in zip(spacing_mm, target_mm, strict=True)]
+    for spacing in (spacing_mm, kept):
+        if max(spacing) <= anisotropy * min(spacing):
             continue
-        thickest = [axis for axis in range(len(spacing)) if spacing[axis] >= max(spacing) * (1 - tolerance)]
+        thickest = [axis for axis in range(len(spacing)) if spacing[axis] >= max(spacing) * (1 - 1e-3)]
         return thickest[0] if len(thickest) == 1 else None
     return None
 
@@ -59,17 +57,17 @@ def thick_axis(
 def resample_image(
     image_CZYX: np.ndarray,
     spacing_mm: Sequence[float],
+    target_mm: Sequence[float | None],
     new_shape: Sequence[int],
     order: int = 3,
     anisotropy: float = 3.0,
-    target_spacing_mm: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Interpolate every channel to `new_shape` (Z Y X); float32, clipped to the range of the input.
 
     Args:
         spacing_mm: of the image, Z Y X; it only decides about a thick axis.
+        target_mm: wanted, not what `new_shape` comes to; it decides about a thick axis too. None keeps an axis.
         order: 0 nearest, 1 linear, 3 cubic spline.
-        target_spacing_mm: decides about a thick axis too; None computes it from the two shapes.
 
     Returns the input itself when the shape does not change (and it is float32 already).
     """
@@ -77,7 +75,7 @@ def resample_image(
     old, new = image_CZYX.shape[1:], tuple(int(size) for size in new_shape)
     if old == new:
         return image_CZYX
-    thick = _thick_axis(spacing_mm, target_spacing_mm, old, new, anisotropy)
+    thick = thick_axis(spacing_mm, target_mm, anisotropy)
     resampled_CZYX = np.empty((len(image_CZYX), *new), np.float32)
     for index, channel_ZYX in enumerate(image_CZYX):
         resampled_CZYX[index] = _resample_channel(channel_ZYX, new, order, thick)
@@ -87,10 +85,10 @@ def resample_image(
 def resample_labels(
     labels_ZYX: np.ndarray,
     spacing_mm: Sequence[float],
+    target_mm: Sequence[float | None],
     new_shape: Sequence[int],
     order: int = 1,
     anisotropy: float = 3.0,
-    target_spacing_mm: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Resample a label map to `new_shape`: each label as a 0/1 image, the largest value wins, ties go to the nearest.
 
@@ -100,7 +98,7 @@ def resample_labels(
     old, new = labels_ZYX.shape, tuple(int(size) for size in new_shape)
     if old == new:
         return labels_ZYX
-    thick = _thick_axis(spacing_mm, target_spacing_mm, old, new, anisotropy)
+    thick = thick_axis(spacing_mm, target_mm, anisotropy)
     if thick is not None:
         labels_ZYX = _take_nearest(labels_ZYX, thick, new[thick])
     nearest_ZYX = labels_ZYX
@@ -115,6 +113,7 @@ def operators(
     old_shape: Sequence[int],
     new_shape: Sequence[int],
     spacing_mm: Sequence[float],
+    target_mm: Sequence[float | None],
     order: int = 1,
     anisotropy: float = 3.0,
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
@@ -122,7 +121,7 @@ def operators(
 
     For whoever must resample piece by piece. The thick axis gets the matrix of nearest neighbours.
     """
-    thick = _thick_axis(spacing_mm, None, old_shape, new_shape, anisotropy)
+    thick = thick_axis(spacing_mm, target_mm, anisotropy)
     z, y, x = (
         None if old == new else axis_matrix(old, new, 0 if axis == thick else order)
         for axis, (old, new) in enumerate(zip(old_shape, new_shape, strict=True))
@@ -199,22 +198,6 @@ def _boxes(labels_ZYX: np.ndarray) -> Iterator[tuple[int, tuple[slice, ...]]]:
 
 def _voxels(box: tuple[slice, ...]) -> int:
     return int(np.prod([each.stop - each.start for each in box]))
-
-
-def _thick_axis(
-    spacing_mm: Sequence[float],
-    target_mm: Sequence[float] | None,
-    old: Sequence[int],
-    new: Sequence[int],
-    anisotropy: float,
-) -> int | None:
-    """`thick_axis` with the target computed from the shapes if unknown; those are rounded, hence the wide tolerance."""
-    if target_mm is not None:
-        return thick_axis(spacing_mm, target_mm, anisotropy)
-    computed = [spacing * before / after for spacing, before, after in zip(spacing_mm, old, new, strict=True)]
-    if max(spacing_mm) > anisotropy * min(spacing_mm):
-        return thick_axis(spacing_mm, None, anisotropy)
-    return thick_axis(computed, None, anisotropy, tolerance=0.05)
 
 
 def _take_nearest(array_ZYX: np.ndarray, axis: int, new: int) -> np.ndarray:

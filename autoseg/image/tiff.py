@@ -31,6 +31,8 @@ JPEG = (6, 7, 33003, 33004, 33005, 34712)
 """Compressions (JPEG, JPEG 2000) whose decoders turn YCbCr into RGB."""
 SMALLER_OR_MASK = 1 | 4
 """Bits of NewSubfileType: a smaller version of another page, a transparency mask."""
+AXES = {"C": "channels", "T": "times", "Z": "slices"}
+"""What pages may be, by the letters of tifffile."""
 UNITS_MM = {2: 25.4, 3: 10.0}
 """ResolutionUnit (inch, centimetre) -> millimetres."""
 
@@ -114,6 +116,14 @@ def unreadable(path: Path, error: BaseException, kind: str = "image") -> UserErr
     return UserError(f"{path}: this {kind} cannot be read ({reason}).", fix=fix)
 
 
+def not_upright(path: Path, orientation: int) -> UserError:
+    """What to say about an image that is to be shown turned or mirrored."""
+    return UserError(
+        f"{path}: its tag Orientation is {orientation}: programs differ in whether they turn such an image.",
+        fix="Save the image, and its label map, upright with orientation 1.",
+    )
+
+
 def slices_of(file: Any, path: Path) -> list[Any]:
     """The pages that are slices of one image: the first and all like it. Smaller ones (pyramids, thumbnails) are not.
 
@@ -136,7 +146,19 @@ def slices_of(file: Any, path: Path) -> list[Any]:
                 f"{path}: page {number} ({_described(page)}) is no slice like the first ({_described(first)}).",
                 fix="Save every image in a file of its own.",
             )
+    if len(slices) > 1 and (file.is_imagej or file.is_ome):
+        _refuse_more_than_slices(file.series[0], path)
     return slices
+
+
+def _refuse_more_than_slices(series: Any, path: Path) -> None:
+    """Raise UserError where ImageJ or OME says that pages are channels, or have more than one axis."""
+    beside = [f"{size} {AXES[axis]}" for axis, size in zip(series.axes, series.shape, strict=True) if axis in AXES]
+    if len(beside) > 1 or "C" in series.axes:
+        raise UserError(
+            f"{path}: its pages are {' x '.join(beside)}, but autoseg takes pages for slices.",
+            fix="Save each channel (case_0000.tif, case_0001.tif) and each time by itself, with a page per slice.",
+        )
 
 
 def channels_in(page: Any) -> int:
@@ -189,10 +211,7 @@ def _check(page: Any, path: Path) -> None:
         raise ValueError("it has no pixels")
     orientation = int(page.tags.valueof(ORIENTATION, UPRIGHT))
     if orientation != UPRIGHT:
-        raise UserError(
-            f"{path}: its tag Orientation is {orientation}: programs differ in whether they turn such an image.",
-            fix="Save the image, and its label map, upright with orientation 1.",
-        )
+        raise not_upright(path, orientation)
     known = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE)
     if not known and not (page.photometric == YCBCR and page.compression in JPEG):
         name = getattr(page.photometric, "name", page.photometric)

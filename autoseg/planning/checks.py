@@ -18,10 +18,10 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
         thin = [case.id for case in fingerprint.cases if 1 in case.full_shape_voxels]
         if thin:
             all_or_some = "all" if len(thin) == len(fingerprint.cases) else f"{len(thin)} of {len(fingerprint.cases)}"
-            raise UserError(
-                f"The data set is 3D, but {all_or_some} images have a single slice: {some(thin)}.",
-                fix="Train 2D images as a data set of their own, and move them out of this one.",
-            )
+            fix = "Train 2D images as a data set of their own, and move them out of this one."
+            if not single and len(thin) == len(fingerprint.cases):
+                fix = "Save them and their label maps with the single slice along the third axis (Z), as 2D images lie."
+            raise UserError(f"The data set is 3D, but {all_or_some} images have a single slice: {some(thin)}.", fix=fix)
     elif len(single) < len(fingerprint.cases):
         total = len(fingerprint.cases)
         thick = [case.id for case in fingerprint.cases if case.id not in set(single)]
@@ -39,6 +39,9 @@ def check_plan(plan: Plan) -> None:
             f"The plan has two configurations of the same name among {', '.join(names)}.", fix="Rename one."
         )
     for configuration in plan.configurations:
+        if not configuration.name or configuration.name.startswith(".") or set("/\\") & set(configuration.name):
+            what = f"The plan has a configuration called {configuration.name!r}, and folders are called after it."
+            raise UserError(what, fix="Give it a name without / and \\ that begins with no dot.")
         if configuration.previous is not None and configuration.previous not in names:
             raise UserError(
                 f"Configuration {configuration.name} follows {configuration.previous!r}, which the plan does not have.",

@@ -36,7 +36,21 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
         content["choices"] = [*others, Choice(field=path, value=text, because=because).model_dump(mode="json")]
     edited = parse({"autoseg": "plan", "schema": Plan.SCHEMA, **content}, Plan, f"--edit {' '.join(changes)}")
     check_plan(edited)
+    _check_training(edited, plan)
     return edited
+
+
+def _check_training(edited: Plan, before: Plan) -> None:
+    """Raise UserError where the loss or a class that is drawn at a rate is no such thing."""
+    from autoseg.network.sampling import rates_of
+
+    known = {each.train.loss for each in before.configurations}
+    for train in (each.train for each in edited.configurations):
+        rates_of(train, [label.name for label in edited.labels[1:]])
+        if train.loss not in known:
+            from autoseg.network import losses  # torch takes seconds
+
+            losses.parse(train.loss)
 
 
 def _set(configurations: list[dict[str, Any]], path: str, value: object) -> object:

@@ -17,7 +17,8 @@ from autoseg.planning.wording import device, gigabytes, some, voxels
 from autoseg.records import Budget, Choice, Configuration, Fingerprint, Millimetres3, Plan
 
 PlannedOne = tuple[Configuration, tuple[Choice, ...]]
-_SEES_MOST = "patches see most of the image, so Dice is taken per sample."
+_NO_LOWRES = "no low-resolution configuration exists, so Dice is taken per sample, as nnU-Net does."
+_LOWRES = "patches see at least a quarter of the image, so Dice is taken per sample, as nnU-Net does."
 
 
 def make_plan(
@@ -97,7 +98,7 @@ def plan_volumes(
     low = _plan_lowres(full, volumes.patch_voxels, shared, readings)
     choice = lowres.describe(full, volumes.patch_voxels, low[2] if low else None)
     if low is None:
-        return [_with_batch_dice((volumes, choices), False, _SEES_MOST)], choice
+        return [_with_batch_dice((volumes, choices), False, _NO_LOWRES)], choice
     coarse, coarse_choices, _ = low
     cascade = _plan_cascade(full, volumes, shared, budget, measure, report)
     little = (
@@ -105,7 +106,7 @@ def plan_volumes(
     )
     return [
         _with_batch_dice((volumes, choices), True, little),
-        _with_batch_dice((coarse, coarse_choices), False, _SEES_MOST),
+        _with_batch_dice((coarse, coarse_choices), False, _LOWRES),
         _with_batch_dice(cascade, True, little),
     ], choice
 

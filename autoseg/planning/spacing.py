@@ -18,7 +18,7 @@ Number = TypeVar("Number")
 
 def choose_spacing(fingerprint: Fingerprint) -> tuple[Millimetres3, Choice]:
     """The median spacing per axis; on a thick axis that is also short in voxels the 10th percentile, if coarser than
-    the others."""
+    the others, else theirs."""
     spacings = [case.spacing_mm for case in fingerprint.cases]
     target = [median(each) for each in zip(*spacings, strict=True)]
     sizes = [median(each) for each in zip(*(case.shape_voxels for case in fingerprint.cases), strict=True)]
@@ -28,10 +28,12 @@ def choose_spacing(fingerprint: Fingerprint) -> tuple[Millimetres3, Choice]:
     because = f"the median over {len(spacings)} images, per axis"
     if target[thick] > STRONG_ANISOTROPY * next_coarsest and sizes[thick] * STRONG_ANISOTROPY < next_shortest:
         wanted = percentile([each[thick] for each in spacings], 10)
+        source = "the 10th percentile"
         if wanted < next_coarsest:
+            source = f"that of the next coarsest axis (the 10th percentile, {wanted:.4g} mm, is finer still)"
             wanted = next_coarsest + 1e-5
         because += (
-            f"; on axis {'ZYX'[thick]} the 10th percentile instead of the median {target[thick]:.4g} mm, because it is "
+            f"; on axis {'ZYX'[thick]} {source} instead of the median {target[thick]:.4g} mm, because it is "
             f"more than {STRONG_ANISOTROPY:g} times coarser and shorter than the other axes"
         )
         target[thick] = wanted

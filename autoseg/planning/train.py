@@ -95,8 +95,8 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
 
 def sided_labels(names: Sequence[str]) -> tuple[Sided, ...]:
     """Labels whose names tell a side: the same name with left for right (or anterior for posterior, ..) exists too."""
-    spellings = {_words(name) for name in names}
-    return tuple((axis, name) for name in names for axis in _axes_told_by(_words(name), spellings))
+    spellings = {_words(name) for name in names} | {name.lower() for name in names}
+    return tuple((axis, name) for name in names for axis in _axes_told_by(name, spellings))
 
 
 def orientations_of(cases: Sequence[CaseStats]) -> tuple[Orientation, ...]:
@@ -137,7 +137,7 @@ def _rotation(patch: Sequence[int]) -> tuple[tuple[float, ...], bool, Choice]:
         )
     else:
         rotation = (pi / 6,) * 3
-        because = "nnU-Net's range for a patch of about equal sides."
+        because = f"nnU-Net's range where no side of the patch is over {IN_PLANE_BEYOND:g} times the first."
     value = " ".join(f"{degrees(each):.0f}" for each in rotation) + " degrees at most"
     return rotation, in_plane, Choice(field="train.augment.rotation_rad", value=value, because=because)
 
@@ -187,16 +187,24 @@ def _names(told: PatientAxis, sided: Sequence[Sided]) -> str:
 
 def _words(name: str) -> tuple[str, ...]:
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    spaced = re.sub(r"(?<![A-Za-z])([LR])(?=[A-Z][a-z])", r"\1 ", spaced)  # LKidney
     return tuple(word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word)
 
 
-def _axes_told_by(words: tuple[str, ...], spellings: set[tuple[str, ...]]) -> tuple[PatientAxis, ...]:
-    """The axes of the patient along which a mirrored label would get the name of another label."""
-    return tuple(
-        axis
-        for axis, opposites in OPPOSITES.items()
-        if (swapped := tuple(opposites.get(word, word) for word in words)) != words and swapped in spellings
-    )
+def _axes_told_by(name: str, spellings: set[tuple[str, ...] | str]) -> tuple[PatientAxis, ...]:
+    """The axes of the patient along which a mirrored label would get the name of another label.
+
+    Words of three letters and more are found within others too, as in "leftkidney".
+    """
+    words, lower = _words(name), name.lower()
+    told: list[PatientAxis] = []
+    for axis, opposites in OPPOSITES.items():
+        swapped = tuple(opposites.get(word, word) for word in words)
+        parts = re.split("(" + "|".join(word for word in opposites if len(word) > 2) + ")", lower)
+        respelled = "".join(opposites.get(part, part) for part in parts)
+        if (swapped != words and swapped in spellings) or (respelled != lower and respelled in spellings):
+            told.append(axis)
+    return tuple(told)
 
 
 SIDES: dict[PatientAxis, str] = {
@@ -209,7 +217,9 @@ OPPOSITES: dict[PatientAxis, dict[str, str]] = {
         "left": "right", "l": "r", "lt": "rt", "lh": "rh", "lhs": "rhs", "sinister": "dexter", "links": "rechts",
     },
     "front-back": {"anterior": "posterior", "ant": "post", "front": "back", "ventral": "dorsal"},
-    "head-foot": {"superior": "inferior", "upper": "lower", "cranial": "caudal"},
+    "head-foot": {
+        "superior": "inferior", "sup": "inf", "upper": "lower", "cranial": "caudal", "top": "bottom",
+    },
 }  # fmt: skip
 for _pairs in OPPOSITES.values():
     _pairs |= {other: word for word, other in _pairs.items()}

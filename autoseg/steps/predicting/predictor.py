@@ -25,11 +25,12 @@ from autoseg.cases.exchange import (
     refuse_not_finite,
     without_image,
 )
-from autoseg.cases.prepare import Prepared, prepare, restore, restore_probabilities, to_indices
+from autoseg.cases.prepare import Prepared, prepare, restore, restore_probabilities
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
 from autoseg.image.crop import crop
 from autoseg.image.formats import read_image, volume_of
+from autoseg.image.labels import to_indices
 from autoseg.image.resample import operators, resample_labels
 from autoseg.image.volume import Volume, plain_geometry
 from autoseg.layout import Layout
@@ -367,7 +368,8 @@ def to_cropped_grid(prepared: Prepared, configuration: Configuration) -> Matrice
         own if target is None else target
         for own, target in zip(prepared.spacing_mm, configuration.spacing_mm, strict=True)
     ]
-    found = operators(old, prepared.cropped_shape, spacing, 1, configuration.resampling.anisotropy)
+    how, back_mm = configuration.resampling, prepared.spacing_mm
+    found = operators(old, prepared.cropped_shape, spacing, back_mm, 1, how.anisotropy)
     # cached matrices are read-only, which torch warns of; they are small
     z, y, x = (None if matrix is None else torch.from_numpy(matrix.copy()) for matrix in found)
     return z, y, x
@@ -377,8 +379,10 @@ def on_grid(values_ZYX: np.ndarray, prepared: Prepared, plan: Plan, configuratio
     """Label indices (int16) of a label map of the file, on the grid of a prepared image."""
     cropped = crop(values_ZYX.transpose(configuration.axes), prepared.box)
     indices_ZYX = to_indices(cropped, plan.labels, plan.ignore_value, "the previous stage")
-    new_shape = prepared.image_CZYX.shape[1:]
-    return resample_labels(indices_ZYX, prepared.spacing_mm, new_shape, 1, configuration.resampling.anisotropy)
+    new_shape, how = prepared.image_CZYX.shape[1:], configuration.resampling
+    return resample_labels(
+        indices_ZYX, prepared.spacing_mm, configuration.spacing_mm, new_shape, 1, how.anisotropy
+    )
 
 
 def one_hot(indices_ZYX: np.ndarray, classes: int) -> np.ndarray:

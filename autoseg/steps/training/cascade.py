@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.cases.cache import CacheMark
-from autoseg.cases.prepare import to_indices
 from autoseg.events import Report, Said, Warned
 from autoseg.image.crop import crop
 from autoseg.image.formats import read_labels
+from autoseg.image.labels import to_indices
 from autoseg.image.resample import resample_labels
 from autoseg.layout import Layout, ModelLayout, prediction_file
 from autoseg.network.distributed import ALONE, Team, share, wait_for_all
@@ -90,4 +90,5 @@ def previous_on_grid(path: Path, mark: CacheMark, plan: Plan, configuration: Con
     cropped = crop(values_ZYX.transpose(configuration.axes), mark.box)
     indices_ZYX = to_indices(cropped, plan.labels, plan.ignore_value, str(path))
     how = configuration.resampling
-    return resample_labels(indices_ZYX, mark.spacing_mm, mark.shape_voxels, 1, how.anisotropy)
+    target_mm = configuration.spacing_mm
+    return resample_labels(indices_ZYX, mark.spacing_mm, target_mm, mark.shape_voxels, 1, how.anisotropy)
