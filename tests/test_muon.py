@@ -13,7 +13,8 @@ def test_all_directions_of_an_update_are_about_as_long(shape: tuple[int, int]) -
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     uneven = left @ torch.diag(torch.logspace(0, -1, min(shape))) @ right
     lengths = torch.linalg.svdvals(orthogonal(uneven))
-    assert lengths.min() > 0.6 and lengths.max() < 1.3
+    assert lengths.min() > 0.6
+    assert lengths.max() < 1.3
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])

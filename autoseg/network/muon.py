@@ -9,7 +9,7 @@ from torch import Tensor
 
 MOMENTUM = 0.95
 RMS = 0.2
-"""Root mean square of an update's entries, at a learning rate of 1: what AdamW's have, so that both take the same rate."""
+"""Root mean square of an update's entries at a learning rate of 1: that of AdamW's, so that both take the same rate."""
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 TINY = 1e-7

@@ -152,11 +152,11 @@ def with_suited_variation(
 def with_suited_decay(
     configuration: Configuration, planned: Configuration, asked: Options, seconds: float | None
 ) -> tuple[Configuration, str]:
-    """As much weight decay over a shorter training as over the planned one, for AdamW. Returns a note or "".
+    """As much weight decay over a shorter training as over the planned one, unless by SGD. Returns a note or "".
 
-    AdamW shrinks the weights by learning rate x weight decay in every step (Loshchilov & Hutter 2019, equation 12), so
-    what it does in all grows with the steps; how far back a network's weights remember should be a fixed share of the
-    training (Wang & Aitchison 2024, How to set AdamW's weight decay as you scale model and dataset size). Figures:
+    AdamW and Muon shrink weights by learning rate x weight decay in every step (Loshchilov & Hutter 2019, equation 12),
+    so what they do in all grows with the steps; how far back a network's weights remember should be a fixed share of
+    the training (Wang & Aitchison 2024, How to set AdamW's weight decay as you scale model and dataset size). Figures:
     docs/decisions/quality-per-minute.md. One that goes on from other weights (`--init`) does not decay them more.
 
     Args:
@@ -169,7 +169,7 @@ def with_suited_decay(
         steps = asked.max_seconds / (seconds * configuration.batch_size)
     whole = before.learning_rate * before.weight_decay * before.epochs * before.steps_per_epoch
     decay = min(whole / max(steps, 1.0), LARGEST_DECAY) / train.learning_rate
-    if train.optimizer != "adamw" or asked.init or decay <= train.weight_decay:
+    if train.optimizer == "sgd" or asked.init or decay <= train.weight_decay:
         return configuration, ""
     decay = float(f"{decay:.2g}")
     note = f"{DECAYS} {decay:g} instead of {train.weight_decay:g}: about {steps:,.0f} steps do as much with it."
