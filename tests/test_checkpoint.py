@@ -20,7 +20,7 @@ from autoseg.records import AugmentSpec, NetworkSpec, TrainSpec
 
 CPU = Device(torch.device("cpu"), "fp32")
 LOSS = losses.build("dice_ce", batch_dice=False)
-OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 
 
 def a_spec(**changes: Any) -> NetworkSpec:

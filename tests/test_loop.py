@@ -34,7 +34,7 @@ SPEC = NetworkSpec(
     dimension=2, in_channels=1, classes=2, features=(4, 8), strides=((1, 1), (2, 2)), kernels=((3, 3),) * 2,
     encoder_blocks=(1, 1), decoder_blocks=(1,),
 )  # fmt: skip
-OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 
 
 def a_train(**changes: Any) -> TrainSpec:
@@ -179,6 +179,18 @@ def test_adamw_decays_convolutions_and_spares_norms_and_biases() -> None:
     assert {weight.ndim for weight in decayed["params"]} == {4}
     assert {weight.ndim for weight in spared["params"]} == {1}
     assert len(decayed["params"]) + len(spared["params"]) == len(list(network.parameters()))
+
+
+def test_muon_takes_the_convolutions_but_not_the_heads() -> None:
+    network = a_network()
+    optimizer = make_optimizer(network, a_train(optimizer="muon"), CPU)
+    matrices, decayed, spared = (set(group["params"]) for group in optimizer.param_groups)
+    heads = {weight for name, weight in network.named_parameters() if name.startswith("head") and weight.ndim > 1}
+    assert len(heads) > 0
+    assert decayed == heads
+    assert {weight.ndim for weight in matrices} == {4}
+    assert {weight.ndim for weight in spared} == {1}
+    assert len(matrices | decayed | spared) == len(list(network.parameters()))
 
 
 def test_sgd_is_that_of_the_plan_with_nesterov() -> None:

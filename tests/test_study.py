@@ -111,7 +111,7 @@ def test_numbers_words_and_switches_can_be_set(pair: str, read: Callable[[Config
         ("los=ce", "no field 'los'.*loss.*norm"),
         ("loss=dicee", "no loss 'dicee'.*dice_ce"),
         ("norm=layer", "norm=layer.*'instance', 'batch' or 'group'"),
-        ("optimizer=adam", "'adamw' or 'sgd'"),
+        ("optimizer=adam", "'adamw', 'muon' or 'sgd'"),
         ("batch_size=0", "greater than or equal to 1"),
         ("learning_rate=fast", "valid number"),
         ("loss=ce,ce", "different values"),

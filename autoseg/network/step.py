@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from autoseg.network.device import Device
 from autoseg.network.distributed import ALONE, Team, add_gradients
 from autoseg.network.losses import Supervised
+from autoseg.network.muon import Muon
 from autoseg.network.pieces import Pieces, whole_backward
 from autoseg.records import TrainSpec
 
@@ -19,10 +20,10 @@ FUSED = ("cuda", "cpu")
 
 
 def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or SGD with Nesterov momentum; fused where torch has the kernel.
+    """AdamW (Loshchilov & Hutter 2019), Muon, or SGD with Nesterov momentum; fused where torch has the kernel.
 
-    Weight decay spares norms and biases in AdamW; SGD follows nnU-Net and decays everything. Weights that need no
-    gradient are left out.
+    Weight decay spares norms and biases; SGD follows nnU-Net and decays everything. Muon's orthogonal updates are for
+    convolutions but the heads, whose rows are classes. Weights that need no gradient are left out.
     """
     fused = device.torch_device.type in FUSED
     weights = [weight for weight in network.parameters() if weight.requires_grad]
@@ -35,9 +36,13 @@ def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torc
         for weight in weights:  # else a first step that is skipped leaves them uninitialized
             sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return sgd
-    decayed = [p for p in weights if p.ndim > 1]
+    heads = {weight for name, weight in network.named_parameters() if "head" in name.split(".")}
+    matrices = [p for p in weights if train.optimizer == "muon" and p.ndim > 1 and p not in heads]
+    decayed = [p for p in weights if p.ndim > 1 and p not in set(matrices)]
     spared = [p for p in weights if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    if train.optimizer == "muon":
+        return Muon(matrices, groups, train.learning_rate, train.weight_decay, betas=BETAS, fused=fused)
     return torch.optim.AdamW(groups, train.learning_rate, betas=BETAS, fused=fused)
 
 
@@ -142,7 +147,7 @@ def gradient_signal(optimizer: torch.optim.Optimizer) -> float:
     which says nothing of the others.
     """
     states = [state for state in optimizer.state.values() if "exp_avg_sq" in state]
-    if not states:
+    if len(states) < len(optimizer.state) or not states:
         return math.nan
     squared_mean = torch.stack([state["exp_avg"].square().sum() for state in states]).sum().item()
     mean_square = torch.stack([state["exp_avg_sq"].sum() for state in states]).sum().item()

@@ -146,7 +146,7 @@ def _configuration(grid: Grid, shared: Shared, patch: Patch, batch_size: int) ->
         resampling=Resampling(),
         batch_dice=grid.batch_dice,
         network=network_spec(shared.preset.kind, inputs, outputs, topology, batch_size, shared.base_features),
-        train=choose_train(augment, shared.sampling),
+        train=choose_train(augment, shared.sampling, shared.device),
         memory=Memory(source=shared.source, peak_bytes=0),
         previous=grid.previous,
     )

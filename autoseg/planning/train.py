@@ -22,6 +22,7 @@ FEW_CASES, ENOUGH_CASES = 0.1, 20
 """A class in fewer cases than this share is drawn at a rate of its own, where there are so many cases."""
 TUBES = ("vessel", "artery", "arteries", "vein", "airway", "bronch", "aorta", "nerve", "ureter")
 Sampling = Literal["foreground", "class_balanced", "case_balanced", "hard"]
+Optimizer = Literal["adamw", "muon", "sgd"]
 Sided = tuple[PatientAxis, str]
 """A label that tells a side, behind the axis of the patient it tells it of."""
 Orientation = tuple[PatientAxes3 | None, int]
@@ -50,9 +51,14 @@ def choose_augment(
     return augment, (rotation_choice, mirror_choice)
 
 
-def choose_train(augment: AugmentSpec, sampling: Sampling = "foreground") -> TrainSpec:
+def choose_train(augment: AugmentSpec, sampling: Sampling = "foreground", device: str = "cuda:0") -> TrainSpec:
     """The training of every configuration; commands may override it."""
-    return TrainSpec(augment=augment, sampling=sampling)
+    return TrainSpec(augment=augment, sampling=sampling, optimizer=choose_optimizer(device))
+
+
+def choose_optimizer(device: str) -> Optimizer:
+    """Muon where trainings are short, on CPUs; AdamW on GPUs, where no other was tried."""
+    return "muon" if device == "cpu" else "adamw"
 
 
 def choose_sampling(fingerprint: Fingerprint) -> Sampling:

@@ -153,11 +153,11 @@ def with_suited_variation(
 def with_suited_decay(
     configuration: Configuration, planned: Configuration, asked: Options, seconds: float | None
 ) -> tuple[Configuration, str]:
-    """As much weight decay over a shorter training as over the planned one, for AdamW. Returns a note or "".
+    """As much weight decay over a shorter training as over the planned one, unless by SGD. Returns a note or "".
 
-    AdamW shrinks the weights by learning rate x weight decay in every step (Loshchilov & Hutter 2019, equation 12), so
-    what it does in all grows with the steps; how far back a network's weights remember should be a fixed share of the
-    training (Wang & Aitchison 2024, How to set AdamW's weight decay as you scale model and dataset size). Figures:
+    AdamW and Muon shrink weights by learning rate x weight decay in every step (Loshchilov & Hutter 2019, equation 12),
+    so what they do in all grows with the steps; how far back a network's weights remember should be a fixed share of
+    the training (Wang & Aitchison 2024, How to set AdamW's weight decay as you scale model and dataset size). Figures:
     docs/decisions/quality-per-minute.md. One that goes on from other weights (`--init`) does not decay them more.
 
     Args:
@@ -171,7 +171,7 @@ def with_suited_decay(
     whole = before.learning_rate * before.weight_decay * before.epochs * before.steps_per_epoch
     per_step = whole / max(steps, 1.0)
     decay = min(per_step, LARGEST_DECAY) / train.learning_rate
-    if train.optimizer != "adamw" or asked.init or decay <= train.weight_decay:
+    if train.optimizer == "sgd" or asked.init or decay <= train.weight_decay:
         return configuration, ""
     decay = float(f"{decay:.2g}")
     effect = f"about {steps:,.0f} steps do as much with it"
