@@ -66,14 +66,15 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """
     matrix = matrix.float()
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + TINY)
     a, b, c = POLYNOMIAL
     gram = wide @ wide.T
+    length = gram.trace().sqrt() + TINY
+    gram = gram / length.square()
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     applied = identity
     for _ in range(ITERATIONS):
         polynomial = a * identity + b * gram + c * gram @ gram
         applied = polynomial @ applied
         gram = polynomial @ gram @ polynomial
-    result = applied @ wide
+    result = (applied / length) @ wide
     return result if matrix.shape[0] <= matrix.shape[1] else result.T

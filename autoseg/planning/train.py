@@ -87,9 +87,8 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
         Choice(
             field="train.optimizer",
             value=f"{train.optimizer}, learning rate {train.learning_rate:g}, weight decay {train.weight_decay:g}",
-            because=f"{train.warmup_steps} warm-up steps, then (1 - share done)^0.9. With it, and weight decay raised "
-            "as `train` does in short trainings, a hippocampus Dice of 0.883 was reached in 15 minutes on 2 CPU cores; "
-            "nnU-Net's SGD was not tried in its place.",
+            because=f"{REASONS[train.optimizer]} {train.warmup_steps} warm-up steps, then (1 - share done)^0.9; weight "
+            "decay is raised in shorter trainings.",
         ),
         Choice(
             field="train.epochs",
@@ -97,6 +96,14 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
             because="nnU-Net's length; --epochs or --max-time shorten it, and the learning rate still ends at 0.",
         ),
     )
+
+
+REASONS: dict[Optimizer, str] = {
+    "adamw": "a hippocampus Dice of 0.883 was reached with it in 15 minutes on 2 CPU cores. On GPUs no other was tried.",
+    "muon": "AdamW whose updates of convolutions are made orthogonal: hippocampus Dice 0.877 instead of 0.872 after 1,000 "
+    "steps, and 0.883 after 2,500 instead of about 6,400.",
+    "sgd": "nnU-Net's optimizer.",
+}
 
 
 def sided_labels(names: Sequence[str]) -> tuple[Sided, ...]:
