@@ -140,7 +140,7 @@ def fit(
     """Train until the length is reached; True when it was, False when `stop()` asked to end earlier.
 
     Args:
-        draw_batch: the batch of a step's number.
+        draw_batch: the batch of a step's number; asked once more where memory runs out.
         validate: Dice per foreground class on validation patches after an epoch, NaN where a class is absent.
         save: called with the state and whether the running validation Dice is the best so far; after every epoch, in
             between when an epoch takes long, and when stopped.

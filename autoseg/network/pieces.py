@@ -29,9 +29,9 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "DEVICE_ALLOCATION_FAILED",
     "unable to find an engine", "Triton Error [CUDA]: out of memory", "MPS backend out of memory",
 )  # fmt: skip
-"""Where it is not torch's allocator that runs out: kernels loaded late, handles of cuDNN and cuBLAS (every thread makes
-its own, which then are "not initialized"), and cuDNN's workspaces, for want of which it finds no engine that computes a
-convolution (pytorch #108645)."""
+"""Where it is not torch's allocator of a card that runs out: RAM, kernels loaded late, handles of cuDNN and cuBLAS
+(every thread makes its own, which then are "not initialized"), and cuDNN's workspaces, for want of which it finds no
+engine that computes a convolution (pytorch #108645)."""
 
 
 def whole_backward(
