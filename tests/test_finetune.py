@@ -18,7 +18,7 @@ from autoseg.events import Event, Trained, Warned
 from autoseg.layout import Layout
 from autoseg.network import unet
 from autoseg.network.distributed import ALONE
-from autoseg.records import AugmentSpec, Configuration, NetworkSpec, Plan, Region, Run, TrainSpec
+from autoseg.records import AugmentSpec, Configuration, Dataset, NetworkSpec, Plan, Region, Run, TrainSpec
 from autoseg.steps.train import train
 from autoseg.steps.training.finetune import Donor, Names, donor_of, freeze, load_donor, names_of, short_list, take_over
 from autoseg.steps.training.options import Machine, Options
@@ -181,6 +181,11 @@ def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(runs: P
     save(Layout(new).plan, plan.model_copy(update={"configurations": (changed,)}))
     with pytest.raises(UserError, match=r"--freeze encoder: 3 of its tensors .*random: encoder\.1\.0\.conv\.weight"):
         train(new, device="cpu", init=str(runs / "old"), freeze="encoder")
+    dataset = load(Layout(new).dataset, Dataset)
+    partly = dataset.cases[0].model_copy(update={"annotated": ("tumour",)})
+    save(Layout(new).dataset, dataset.model_copy(update={"cases": (partly, *dataset.cases[1:])}))
+    with pytest.raises(UserError, match="annotated is 'tumour', which nothing is called"):
+        train(new, device="cpu")
     assert sorted(new.rglob("*")) == before
     own = Layout(runs / "old").model("3d", "0")
     with pytest.raises(UserError, match="the network to be trained"):

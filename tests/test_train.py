@@ -492,7 +492,7 @@ def test_a_plan_that_changed_under_a_training_is_refused(run: Path, monkeypatch:
     update = {"batch_dice": True, "memory": Memory(source="measured", peak_bytes=9)}
     changed = plan.configurations[0].model_copy(update=update)
     save(Layout(run).plan, plan.model_copy(update={"configurations": (changed,)}))
-    expected = r"plan\.json has changed since .*: batch_dice \(was False, is True\)\. .*--restart, or after removing"
+    expected = r"plan\.json has changed since .*: batch_dice \(was False, is True\)\. .*anew: remove .*train --restart"
     data = Path(load(Layout(run).dataset, Dataset).cases[0].images[0]).parents[1]
     monkeypatch.setattr("autoseg.steps.run.postprocess_learn", lambda *given, **options: None)
     monkeypatch.setattr("autoseg.steps.run.evaluate_run", lambda *given, **options: None)

@@ -69,8 +69,8 @@ def train(
         max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
         resume: "no" starts a training and refuses to overwrite one, "restart" overwrites it; "yes" goes on where it
             stopped (an error if there is none), "auto" does so or starts it; "extend" goes on to a larger `epochs` or
-            `max_seconds`. One that came to its end is kept as it is unless other options are asked for; without its
-            saved state (an imported network, say) it can only be kept or overwritten.
+            `max_seconds`. One that came to its end is kept as it is unless it is to become longer, and takes no other
+            options; without its saved state (an imported network, say) it can only be kept or overwritten.
         epochs, max_seconds, loss, batch_size, learning_rate, sampling: None takes what is planned, or what the training
             that is resumed had. Sampling is "mode" or "mode:class=rate,share=..."; see network/sampling.py.
         precision: "bf16", "fp16" or "fp32"; None takes what the device multiplies fastest.

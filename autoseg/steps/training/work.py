@@ -22,6 +22,7 @@ from autoseg.steps.training.finetune import donor_of, load_donor, names_of, refu
 from autoseg.steps.training.options import (
     Machine,
     Options,
+    annotated_outputs,
     class_rates,
     resume_command,
     with_class_weights,
@@ -89,6 +90,7 @@ def look_up(
     wished = with_options(planned, asked)
     check_setting(wished, plan)
     dataset = store.load(layout.dataset, Dataset)
+    annotated_outputs(dataset, plan)  # refuses names that no output has
     lesson = instead.lesson if instead else None
     cases = with_unlabelled(cases_of(layout, dataset, fold), lesson)
     model = ModelLayout(instead.folder) if instead else layout.model(planned.name, fold, seed)
@@ -165,7 +167,7 @@ def check_cases(model: ModelLayout, cases: Fold) -> None:
     raise UserError(
         f"{model.root}: its fold has changed since this training began, by {len(changed)} cases, e.g. {changed[0]}"
         f"{f'; it learned from {learned} that it would be validated on' if learned else ''}.",
-        fix="Bring the old splits.json back, or train it anew: with --restart, or after removing that folder.",
+        fix="Bring the old splits.json back, or train it anew: remove that folder, or use autoseg train --restart.",
     )
 
 
@@ -308,7 +310,7 @@ def _check_unchanged(before: Run, planned: Configuration, plan: Plan, asked: Opt
         more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{path} has changed since this training began: {'; '.join(changed[:3])}{more}.",
-            fix=f"Bring the old plan back, or train it anew: with --restart, or after removing {folder}.",
+            fix=f"Bring the old plan back, or train it anew: remove {folder}, or use autoseg train --restart.",
         )
     for option, was, wanted in (("--init", before.init, asked.init), ("--freeze", before.freeze, asked.freeze)):
         if wanted is not None and wanted != was:
