@@ -304,6 +304,8 @@ def study(
             fixed=fixed or (), name=name, devices=_names(device), workers=workers, report=report,
         )  # fmt: skip
     _show(ended, as_json)
+    if not ended.finished:
+        raise typer.Exit(1)
 
 
 @app.command()

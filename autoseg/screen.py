@@ -8,9 +8,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -192,10 +192,7 @@ def say(text: str) -> None:
 def show(result: "BaseModel", explain: bool = False) -> None:
     """The table of whatever a step returned; `explain` adds the reasons to a plan."""
     shown_by = SHOWN[type(result).__name__]
-    if explain and shown_by is show_plan:
-        shown_by(result, explain=True)
-    else:
-        shown_by(result)
+    shown_by(result, **({"explain": True} if explain and shown_by is show_plan else {}))
 
 
 def show_plan(plan: "Plan", explain: bool = False) -> None:
@@ -304,12 +301,9 @@ def show_study(ended: "Study") -> None:
 def show_distillation(ended: "Distillation") -> None:
     """One row per member, the ensemble, the student and the baseline, and the conclusion."""
     rows = [
-        (
-            row.name, _score(row.dice), f"{row.parameters / 1e6:.3g}", f"{row.operations / 1e9:.3g}",
-            f"{row.seconds:.3g}",
-        )
+        (row.name, _score(row.dice), *(f"{n:.3g}" for n in (row.parameters / 1e6, row.operations / 1e9, row.seconds)))
         for row in ended.contestants
-    ]  # fmt: skip
+    ]
     title = f"{ended.student}, fold {ended.fold}: {ended.cases} cases, {ended.timed_cases} timed on {ended.device}"
     headings = ("network", "Dice", "million parameters", "GFLOP per patch", "seconds per case")
     _table(_filled(title, headings, rows))
@@ -361,16 +355,32 @@ def _filled(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def _score(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+@dataclass
+class _Forgiving:
+    """Loses what cannot be written: a full disk under a log, or a terminal that is gone, ends no training."""
+
+    stream: TextIO
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _console(stream: TextIO) -> Console:
-    """Text is data here: no markup, no emoji, no colouring of what looks like a number."""
-    live = stream.isatty()
+    """Text is data here: no markup, no emoji, no colouring of what looks like a number. Results have to be written."""
+    live, file = stream.isatty(), stream if stream is sys.stdout else cast(TextIO, _Forgiving(stream))
     width = None if live else PLAIN_WIDTH
-    return Console(file=stream, force_terminal=live, width=width, markup=False, emoji=False, highlight=False)
+    return Console(file=file, force_terminal=live, width=width, markup=False, emoji=False, highlight=False)
 
 
 def _table(table: Table) -> None:
@@ -385,13 +395,7 @@ SHOWN_METRICS = ("dice", "iou", "precision", "recall", "volume_error", "hd95_mm"
 """Those that fit on a screen; the file holds them all."""
 
 SHOWN: dict[str, Callable[..., None]] = {
-    "Plan": show_plan,
-    "Run": show_run,
-    "Scores": show_scores,
-    "Postprocessing": show_rules,
-    "Comparison": show_comparison,
-    "Selection": show_selection,
-    "Study": show_study,
-    "Distillation": show_distillation,
-}
+    "Plan": show_plan, "Run": show_run, "Scores": show_scores, "Postprocessing": show_rules,
+    "Comparison": show_comparison, "Selection": show_selection, "Study": show_study, "Distillation": show_distillation,
+}  # fmt: skip
 """Record name -> its table."""

@@ -242,6 +242,9 @@ def load(path: Path, kind: type[AnySaved]) -> AnySaved:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.", fix="Is this the right folder?") from error
+    except NotADirectoryError as error:
+        file = next((each for each in path.parents if each.is_file()), path.parent)
+        raise UserError(f"{file}: this is a file, not a folder.", fix="Name the folder that it lies in.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew."

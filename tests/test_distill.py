@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from synthetic import write_dataset
 
 from autoseg.cases.cache import open_array, open_case
 from autoseg.errors import UserError
-from autoseg.events import Event, Warned, silent
+from autoseg.events import Event, Said, Trained, Warned, silent
 from autoseg.layout import Layout, ModelLayout, distillation_file
 from autoseg.network import augment, unet
 from autoseg.network.checkpoint import save_weights
@@ -191,16 +192,32 @@ def test_the_same_command_again_trains_and_teaches_nothing_anew(
     taught: tuple[Path, Distillation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, ended = taught
-    monkeypatch.setattr(step, "train_one", lambda *_: pytest.fail("a training was started"))
+    said: list[Event] = []
     monkeypatch.setattr(contest, "validate_fold", lambda *_: pytest.fail("the ensemble was validated again"))
     options = {"epochs": 2, "unlabelled": run.parent / "data" / "imagesTs", "device": "cpu", "workers": 1}
-    again = step.distill(run, baseline=True, **options)  # type: ignore[arg-type]
+    again = step.distill(run, baseline=True, report=said.append, **options)  # type: ignore[arg-type]
+    assert [event for event in said if isinstance(event, Trained)] == []
+    assert said.count(Said("3d_student_small, fold 0, seed 0: trained already.")) == 2
     assert [row.dice for row in again.contestants] == [row.dice for row in ended.contestants]
     with pytest.raises(UserError, match="other values of temperature"):
         step.distill(run, temperature=3.0, **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="for 2 epochs, not 3 epochs"):
-        step.distill(run, **(options | {"epochs": 3}))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--epochs 1: 2 epochs are done already"):
+        step.distill(run, **(options | {"epochs": 1}))  # type: ignore[arg-type]
     assert load(distillation_file(Layout(run).model("3d_student_small", "0").root), Distillation) == again
+    words = step._again(run, "3d", ended, "small", Options(), None, False)
+    assert "--from fold_0,fold_0.seed_1 " in words  # `seeds` may be more by then
+
+
+def test_a_student_is_not_kept_under_a_changed_plan(taught: tuple[Path, Distillation]) -> None:
+    run, _ = taught
+    plan = load(Layout(run).plan, Plan)
+    changed = plan.configurations[0].model_copy(update={"batch_dice": True})
+    save(Layout(run).plan, plan.model_copy(update={"configurations": (changed, plan.configurations[1])}))
+    before = Layout(run).plan.read_text()
+    with pytest.raises(UserError, match="has changed since this training began: batch_dice"):
+        step.distill(run, unlabelled=run.parent / "data" / "imagesTs", device="cpu", workers=1)
+    assert Layout(run).plan.read_text() == before
+    save(Layout(run).plan, plan)
 
 
 def test_the_ensemble_is_validated_again_once_a_teacher_is_newer(taught: tuple[Path, Distillation]) -> None:
@@ -221,7 +238,14 @@ def test_the_baseline_is_as_long_as_the_student_whatever_is_asked_for_later(
     copy = tmp_path / "run"
     shutil.copytree(taught[0], copy)
     shutil.rmtree(Layout(copy).configuration("3d_student_small") / "alone")
-    monkeypatch.setattr(step, "train_one", lambda *given: (_ for _ in ()).throw(UserError(str(given[5]))))
+    really = step.train_one
+
+    def only_the_student(*given: Any) -> Run:
+        if given[-1].lesson is None:
+            raise UserError(str(given[5]))
+        return really(*given)
+
+    monkeypatch.setattr(step, "train_one", only_the_student)
     with pytest.raises(UserError, match=r"epochs=2, max_seconds=None.*batch_size=2"):
         step.distill(copy, unlabelled=taught[0].parent / "data" / "imagesTs", baseline=True, device="cpu", workers=1)
 
@@ -260,6 +284,22 @@ def test_teachers_are_found_by_seeds_folds_ranges_and_names(taught: tuple[Path, 
     assert names("fold_1", "fold_0.seed_1", "fold_1") == ["fold_1", "fold_0.seed_1"]
     assert names(str(Layout(run).model("3d", "1").root)) == ["fold_1"]
     assert names(str(run)) == names("folds")
+    whole = Layout(Path(os.path.relpath(run))).model("3d", "0", 1).root
+    assert teachers_named(run, tiny(), "0", ["seeds", str(whole)]) == teachers_named(run, tiny(), "0", ["seeds"])
+
+
+def test_a_network_outside_of_any_run_teaches_if_its_outputs_mean_the_same(
+    taught: tuple[Path, Distillation], tmp_path: Path
+) -> None:
+    run, _ = taught
+    model = ModelLayout(tmp_path / "one")
+    shutil.copytree(Layout(run).model("3d", "0").root, model.root)
+    assert teachers_named(run, tiny(), "0", [str(model.root)]) == (model,)
+    record = load(model.run, Run)
+    for other in ({"labels": ("background", "a", "b")}, {"channels": ("CT",)}):
+        save(model.run, record.model_copy(update=other))
+        with pytest.raises(UserError, match=f"one cannot teach 3d: {next(iter(other))} differ"):
+            teachers_named(run, tiny(), "0", [str(model.root)])
 
 
 @pytest.mark.parametrize(

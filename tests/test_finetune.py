@@ -1,13 +1,15 @@
 """steps/training/finetune.py: what another network's weights give, by names of channels and classes; what is frozen."""
 
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from planned import a_configuration, a_network, a_planned_run
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from synthetic import write_dataset
 from torch import Tensor
 
@@ -15,9 +17,12 @@ from autoseg.errors import UserError
 from autoseg.events import Event, Trained, Warned
 from autoseg.layout import Layout
 from autoseg.network import unet
-from autoseg.records import AugmentSpec, Configuration, NetworkSpec, Plan, Region, Run, TrainSpec
+from autoseg.network.distributed import ALONE
+from autoseg.records import AugmentSpec, Configuration, Dataset, NetworkSpec, Plan, Region, Run, TrainSpec
 from autoseg.steps.train import train
 from autoseg.steps.training.finetune import Donor, Names, donor_of, freeze, load_donor, names_of, short_list, take_over
+from autoseg.steps.training.options import Machine, Options
+from autoseg.steps.training.work import look_up
 from autoseg.store import load, save
 
 
@@ -170,9 +175,61 @@ def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(runs: P
         with pytest.raises(UserError, match=message):
             train(new, device="cpu", **options)  # type: ignore[arg-type]
     assert sorted(new.rglob("*")) == before
+    plan = load(Layout(new).plan, Plan)
+    wider = a_network().model_copy(update={"features": (4, 12)})
+    changed = plan.configurations[0].model_copy(update={"network": wider})
+    save(Layout(new).plan, plan.model_copy(update={"configurations": (changed,)}))
+    with pytest.raises(UserError, match=r"--freeze encoder: 3 of its tensors .*random: encoder\.1\.0\.conv\.weight"):
+        train(new, device="cpu", init=str(runs / "old"), freeze="encoder")
+    dataset = load(Layout(new).dataset, Dataset)
+    partly = dataset.cases[0].model_copy(update={"annotated": ("tumour",)})
+    save(Layout(new).dataset, dataset.model_copy(update={"cases": (partly, *dataset.cases[1:])}))
+    with pytest.raises(UserError, match="annotated is 'tumour', which nothing is called"):
+        train(new, device="cpu")
+    assert sorted(new.rglob("*")) == before
     own = Layout(runs / "old").model("3d", "0")
     with pytest.raises(UserError, match="the network to be trained"):
         donor_of(str(runs / "old"), "3d", "0", 0, own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "old", "freeze": "encodr"}, "--freeze encodr: only encoder"),
+        ({"init": "torn"}, "no valid safetensors file"),
+        ({"init": "other"}, "nothing of it fits"),
+        ({"tensorboard": True}, "TensorBoard is not installed"),
+    ],
+)
+def test_what_cannot_be_begun_deletes_nothing_of_what_was_to_be_overwritten(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    model = Layout(runs / "old").model("3d", "0")
+    shutil.copytree(model.root, tmp_path / "old")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "weights.safetensors").write_bytes(model.weights.read_bytes()[:100])
+    (tmp_path / "other").mkdir()
+    save_file({"other.weight": np.zeros((1, 1, 1, 1, 1))}, tmp_path / "other" / "weights.safetensors")
+    before = sorted(model.root.rglob("*"))
+    if "init" in options:
+        options = options | {"init": str(tmp_path / str(options["init"]))}
+    with pytest.raises(UserError, match=message):
+        train(runs / "old", resume="restart", device="cpu", workers=1, **options)  # type: ignore[arg-type]
+    assert sorted(model.root.rglob("*")) == before
+
+
+def test_weights_that_know_the_validation_cases_are_warned_of(runs: Path, new: Path) -> None:
+    def warned(run: Path, fold: str) -> list[str]:
+        said: list[Event] = []
+        asked = Options(init=str(runs / "old"))
+        look_up(run, None, fold, 1, "no", asked, Machine("cpu"), ALONE, said.append)
+        return [event.text for event in said if isinstance(event, Warned) and event.text.startswith("--init")]
+
+    assert warned(runs / "old", "0") == warned(new, "0") == []
+    (own,), (other,) = warned(runs / "old", "1"), warned(new, "1")
+    assert re.search(r"fold_0 learned from 1 of the 1 validation cases \(case_\d+\): scores there are better", own)
+    assert "cases that are named like 1 of the 1 validation cases" in other
 
 
 def test_an_old_record_without_names_takes_them_from_its_plan(runs: Path, tmp_path: Path) -> None:

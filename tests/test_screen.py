@@ -17,6 +17,23 @@ class Terminal(io.StringIO):
         return True
 
 
+class Full(io.StringIO):
+    """A log on a disk that is full, or with `live` a terminal that is gone."""
+
+    def __init__(self, live: bool = False) -> None:
+        super().__init__()
+        self.live = live
+
+    def write(self, text: str) -> int:
+        raise OSError(5 if self.live else 28, "cannot be written")
+
+    def flush(self) -> None:
+        raise OSError(28, "cannot be written")
+
+    def isatty(self) -> bool:
+        return self.live
+
+
 class Clock:
     """Time that passes only when told to."""
 
@@ -96,6 +113,21 @@ def test_a_terminal_shows_bars_and_figures() -> None:
     text = stream.getvalue()
     assert "\x1b" in text
     assert "one line" in text
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_progress_that_cannot_be_written_is_lost_but_results_are_not(
+    live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with screen.screen(Full(live)) as report:
+        for event in (Started("validate", 2), Said("said"), Warned("warned"), Finished("validate")):
+            report(event)
+    monkeypatch.setattr("sys.stderr", Full(live))
+    screen.show_stopped("stopped")
+    screen.show_error(UserError("wrong"))
+    monkeypatch.setattr("sys.stdout", Full(live))
+    with pytest.raises(OSError, match="cannot be written"):
+        screen.say("a result")
 
 
 def test_the_panel_holds_the_work_under_way_and_nothing_that_is_over() -> None:

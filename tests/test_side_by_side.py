@@ -16,8 +16,9 @@ from autoseg.steps.training.stopping import stop_requests
 PATHS = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
 
 
-def write_device(folder: Path, device: str) -> None:
+def write_device(folder: Path, device: str) -> str:
     (folder / device.replace(":", "_")).write_text(device)
+    return folder.name
 
 
 def fails(job: str, device: str) -> None:
@@ -131,7 +132,8 @@ def test_jobs_run_side_by_side_each_on_a_device_of_its_own(tmp_path: Path) -> No
     folders = [tmp_path / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir()
-    assert set(side_by_side(write_device, folders, ["cuda:0", "cuda:1"])) == set(folders)
+    found = side_by_side(write_device, folders, ["cuda:0", "cuda:1"])
+    assert set(found) == {(folder, folder.name) for folder in folders}
     assert all(len(list(folder.iterdir())) == 1 for folder in folders)
     with pytest.raises(UserError, match="cannot be done"):
         list(side_by_side(fails, ["this"], ["cpu"]))

@@ -53,6 +53,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         store.load(tmp_path / "dataset.json", Dataset)
 
 
+def test_a_file_named_instead_of_its_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match=r"plan\.json: this is a file, not a folder\. Name the folder"):
+        store.load(tmp_path / "plan.json" / "models" / "dataset.json", Dataset)
+
+
 def test_a_torn_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{"autoseg": "dataset", ')
     with pytest.raises(UserError, match="not valid JSON"):

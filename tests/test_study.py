@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
+from typer.testing import CliRunner
 
+from autoseg.cli import app
 from autoseg.errors import Interrupted, UserError
 from autoseg.events import Event, Said, Trained, silent
 from autoseg.layout import Layout
@@ -118,6 +120,7 @@ def test_numbers_words_and_switches_can_be_set(pair: str, read: Callable[[Config
         ("loss", "different values"),
         ("loss=", "different values"),
         ("epochs=3", "no field 'epochs'"),
+        ("loss=dice,weighted_ce:class_weights=1/2", "but there are 3 classes"),
     ],
 )
 def test_what_cannot_be_varied_is_refused_before_anything_is_trained(
@@ -214,17 +217,48 @@ def test_a_finished_study_trains_nothing_again_and_more_seeds_train_only_those(
     monkeypatch.setattr(step, "train_one", never_train)
     again = start(run)
     assert again.settings == studied[1].settings
-    trained = []
+    trained, meanwhile = [], []
 
     def copy(*given: object) -> None:
         folder = given[-1].folder  # type: ignore[attr-defined]
         trained.append((folder.parent.name, folder.name))
+        meanwhile.append(load(Layout(run).study("loss").study, Study))
         shutil.copytree(folder.with_name("fold_0.seed_1"), folder)
 
     monkeypatch.setattr(step, "train_one", copy)
     more = start(run, seeds=3)
     assert trained == [("loss=ce", "fold_0.seed_2"), ("loss=dice_ce", "fold_0.seed_2")]
     assert [len(setting.trials) for setting in more.settings] == [3, 3]
+    assert (meanwhile[1].conclusion, meanwhile[1].differences, meanwhile[1].cases) == ("", (), 0)  # not the old ones
+
+
+def test_a_setting_that_cannot_be_trained_is_named_and_the_others_are_compared(
+    studied: tuple[Path, Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(studied[0], run)
+
+    def diverges(*given: object) -> None:
+        if given[3] == 0:  # the seed
+            raise UserError("No loss was finite.", fix="Go on with --resume --lr.")
+        folder = given[-1].folder  # type: ignore[attr-defined]
+        shutil.copytree(folder.parent.with_name("loss=ce") / folder.name, folder)
+
+    monkeypatch.setattr(step, "train_one", diverges)
+    monkeypatch.setattr(step, "draw_study", lambda *given: None)
+    ended = start(run, "loss=dice,ce,dice_ce", name="loss")
+    assert ended.settings[:2] == studied[1].settings
+    (last,) = ended.settings[2:]
+    assert (last.name, last.failed, len(last.trials)) == ("loss=dice", ("seed 0: No loss was finite.",), 1)
+    assert not ended.finished
+    said = "loss=dice is not compared, a training failed: seed 0: No loss was finite."
+    assert ended.conclusion == f"{studied[1].conclusion} {said}"
+    assert ended.differences == studied[1].differences
+    with pytest.raises(UserError, match=r"no setting came to its end\. loss=dice .*: seed 0: No loss was finite\.$"):
+        start(run, "loss=dice", seeds=1, name="alone")
+    monkeypatch.setattr(step, "study", lambda *given, **options: ended)
+    shown = CliRunner().invoke(app, ["study", str(run), "--vary", "loss=dice,ce,dice_ce", "--epochs", "2"])
+    assert (shown.exit_code, said in " ".join(shown.output.split())) == (1, True)
 
 
 def test_a_stopped_study_goes_on_where_it_was(run: Path, studied: tuple[Path, Study]) -> None:
@@ -263,8 +297,9 @@ def test_a_study_does_not_go_on_with_other_folds(studied: tuple[Path, Study], tm
 
 
 def test_a_study_of_the_same_name_with_another_length_is_refused(studied: tuple[Path, Study]) -> None:
-    with pytest.raises(UserError, match=r"another length, fold or configuration.*--name"):
-        start(studied[0], epochs=3)
+    for other in ({"epochs": 3}, {"fixed": ["batch_size=4"]}):
+        with pytest.raises(UserError, match=r"another length, fold, configuration or --set.*--name"):
+            start(studied[0], **other)
 
 
 def test_under_a_time_limit_all_settings_have_the_same_batch(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

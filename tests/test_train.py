@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from synthetic import write_dataset
 
 from autoseg.errors import Interrupted, UserError
-from autoseg.events import Event, Said, Started, Trained, Warned
+from autoseg.events import Event, Said, Started, Trained, Warned, silent
 from autoseg.image.formats import read_labels
 from autoseg.layout import Layout, ModelLayout
 from autoseg.network import checkpoint, pieces, unet
@@ -30,6 +30,7 @@ from autoseg.records import AugmentSpec, Configuration, Dataset, Memory, Plan, R
 from autoseg.steps.predicting.models import as_trained
 from autoseg.steps.predicting.predictor import Predictor
 from autoseg.steps.preprocess import preprocess
+from autoseg.steps.run import run as whole_run
 from autoseg.steps.train import train, train_seeds
 from autoseg.steps.training.options import (
     Machine,
@@ -41,6 +42,7 @@ from autoseg.steps.training.options import (
     with_suited_decay,
     with_suited_variation,
 )
+from autoseg.steps.training.work import Work
 from autoseg.store import TEMPORARY, load, save
 
 STEPS = 2
@@ -93,6 +95,11 @@ def run(preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def start(run: Path, **options: object) -> Run:
     """Train fold 0 on the CPU."""
     return train(run, **({"configuration": "3d", "fold": "0", "device": "cpu", "workers": 1} | options))  # type: ignore[arg-type]
+
+
+def start_seeds(run: Path, resume: str, asked: Options = Options()) -> tuple[Run, ...]:
+    """Train two seeds of fold 0 on the CPU."""
+    return train_seeds(run, (0, 1), configuration="3d", resume=resume, asked=asked, machine=Machine("cpu", 1))
 
 
 def at_step(number: int, action: Callable[[], None]) -> Callable[[Event], None]:
@@ -481,17 +488,29 @@ def test_a_damaged_state_is_told_before_anything_is_written(run: Path) -> None:
     assert files_in(run) == before
 
 
-def test_a_plan_that_changed_under_a_training_is_refused(run: Path) -> None:
+def test_a_plan_that_changed_under_a_training_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(run, epochs=1)
     plan = load(Layout(run).plan, Plan)
     update = {"batch_dice": True, "memory": Memory(source="measured", peak_bytes=9)}
     changed = plan.configurations[0].model_copy(update=update)
     save(Layout(run).plan, plan.model_copy(update={"configurations": (changed,)}))
-    expected = r"plan\.json has changed since .*: batch_dice \(was False, is True\)\. .*--restart"
-    with pytest.raises(UserError, match=expected):
-        start(run, resume="yes")
+    expected = r"plan\.json has changed since .*: batch_dice \(was False, is True\)\. .*anew: remove .*train --restart"
+    data = Path(load(Layout(run).dataset, Dataset).cases[0].images[0]).parents[1]
+    monkeypatch.setattr("autoseg.steps.run.postprocess_learn", lambda *given, **options: None)
+    monkeypatch.setattr("autoseg.steps.run.evaluate_run", lambda *given, **options: None)
+
+    def all_of_it(report: Callable[[Event], None] = silent) -> None:
+        whole_run(data, run, max_seconds=9.0, device="cpu", workers=1, report=report)
+
+    for go_on in (lambda: start(run, resume="yes"), lambda: start_seeds(run, "auto"), all_of_it):
+        with pytest.raises(UserError, match=expected):
+            go_on()
     save(Layout(run).plan, plan)
     assert start(run, resume="yes").finished
+    said: list[Event] = []
+    all_of_it(said.append)  # its time is for what is not trained yet
+    assert Said("3d, fold 0, seed 0: trained already.") in said
+    assert not [event for event in said if isinstance(event, Trained)]
 
 
 def with_other_folds(run: Path) -> Splits:
@@ -508,7 +527,7 @@ def test_a_fold_that_changed_under_a_training_is_refused(run: Path) -> None:
     for go_on in (
         lambda: start(run, resume="auto"),
         lambda: start(run, resume="extend", epochs=2),
-        lambda: train_seeds(run, (0, 1), configuration="3d", resume="auto", machine=Machine("cpu", 1)),
+        lambda: start_seeds(run, "auto"),
     ):
         with pytest.raises(UserError, match=r"its fold has changed since .* by \d cases.* it learned from \d"):
             go_on()
@@ -556,8 +575,8 @@ def test_seeds_are_trained_one_after_another_and_finished_ones_are_kept(run: Pat
     asked = Options(epochs=1)
     first, second = train_seeds(run, (0, 1), configuration="3d", asked=asked, machine=Machine("cpu", 1))
     assert (first.seed, second.seed) == (0, 1)
-    with pytest.raises(UserError, match="a training is there already"):
-        train_seeds(run, (1, 2), configuration="3d", asked=asked, machine=Machine("cpu", 1))
+    with pytest.raises(UserError, match=r"seed_1: a finished training is there already"):
+        train_seeds(run, (2, 1), configuration="3d", asked=asked, machine=Machine("cpu", 1))
     shutil.rmtree(Layout(run).model("3d", "0").root)
     said: list[Event] = []
     again = train_seeds(
@@ -567,6 +586,49 @@ def test_seeds_are_trained_one_after_another_and_finished_ones_are_kept(run: Pat
     assert [event.text for event in said if isinstance(event, Said) and "trained already" in event.text] == [
         "3d, fold 0, seed 1: trained already."
     ]
+
+
+@pytest.mark.parametrize(
+    ("resume", "asked", "meanwhile"),
+    [("extend", Options(epochs=4), [True, True]), ("restart", Options(loss="ce"), [True, False])],
+)
+def test_seeds_that_were_stopped_while_all_are_done_anew_or_longer_are_completed_by_the_printed_command(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str, asked: Options, meanwhile: list[bool]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    models = [Layout(run).model("3d", "0", seed) for seed in (0, 1)]
+    shutil.copytree(models[0].root, models[1].root)
+    before, began = load(models[0].run, Run), list[tuple[int, bool]]()
+
+    def as_if(work: Work, options: Options) -> Run:
+        began.append((work.seed, work.continues))
+        if len(began) == 2:
+            raise Interrupted("of this seed alone")
+        record = before.model_copy(update={"configuration": with_options(before.configuration, options)})
+        save(work.model.run, record)
+        return record
+
+    monkeypatch.setattr("autoseg.steps.train._trained", as_if)
+    with pytest.raises(Interrupted, match=r"--seeds 2 .*--resume auto$"):
+        start_seeds(run, resume, asked)
+    assert [model.weights.is_file() for model in models] == [resume == "extend"] * 2
+    assert [model.run.is_file() for model in models] == meanwhile
+    start_seeds(run, "auto", asked)
+    goes_on = resume == "extend"
+    assert began == [(0, goes_on), (1, goes_on), (1, goes_on)]
+
+
+def test_seeds_are_checked_before_the_first_is_trained_or_deleted(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoseg.steps.train._trained", lambda *given: pytest.fail("a training was started"))
+    before = files_in(trained)
+    with pytest.raises(UserError, match=r"seed_1: there is no training to resume\. Leave --extend-to out"):
+        start_seeds(trained, "extend", Options(epochs=4))
+    with pytest.raises(UserError, match="the network to be trained"):
+        start_seeds(trained, "restart", Options(init=str(trained)))
+    assert files_in(trained) == before
 
 
 def test_the_precision_that_was_asked_for_is_kept_when_resuming(run: Path) -> None:
@@ -616,6 +678,9 @@ def test_a_finished_training_is_kept_as_it_is(trained: Path, resume: str) -> Non
     record = start(trained, resume=resume, report=said.append)
     assert said == [Said("3d, fold 0, seed 0: trained already.")]
     assert record == load(Layout(trained).model("3d", "0").run, Run)
+    assert start(trained, resume=resume, epochs=2, batch_size=2) == record
+    with pytest.raises(UserError, match=r"has ended, so other options.*--extend-to.*--restart"):
+        start(trained, resume=resume, loss="ce")
     assert files_in(trained) == before
 
 
@@ -634,8 +699,8 @@ def test_a_network_without_its_state_is_kept_unless_it_is_to_be_overwritten(run:
     before = files_in(run)
     with pytest.raises(UserError, match=r"a finished training is there already.*--restart"):
         start(run)
-    with pytest.raises(UserError, match="a training is there already"):
-        train_seeds(run, (0, 1), configuration="3d", machine=Machine("cpu", 1))
+    with pytest.raises(UserError, match="a finished training is there already"):
+        start_seeds(run, "no")
     assert start(run, resume="auto") == start(run, resume="yes") == record
     for resume, epochs in (("auto", 2), ("extend", 2)):
         with pytest.raises(UserError, match=r"without resume\.safetensors cannot go on.*--restart"):

@@ -3,6 +3,8 @@
 A history is the list of rows that training writes, one per epoch; values that were not defined are None.
 """
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 
@@ -46,6 +48,7 @@ class Setting(Record):
     """All trials of one setting. `spread` is the standard deviation of `dice` over seeds, None for a single one.
 
     `p_against_best` is Wilcoxon's over cases, Holm-corrected over all pairs of settings; None where not tested.
+    `failed` says which seeds' trainings failed, and of what: such a setting is not compared with the others.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Setting(Record):
     dice: float | None = None
     spread: float | None = None
     p_against_best: float | None = None
+    failed: tuple[str, ...] = ()
 
 
 class Study(Saved):
@@ -136,3 +140,20 @@ def column(history: History, name: str) -> np.ndarray:
 def _known(row: Mapping[str, float | None], name: str) -> bool:
     value = row.get(name)
     return value is not None and math.isfinite(value)
+
+
+def as_table(ended: Study) -> str:
+    """One line per training, for spreadsheets."""
+    text = io.StringIO()
+    columns = [name for name in Trial.model_fields if name != "class_dice"]
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("setting", "batch_size", *columns, *(f"dice_{label}" for label in _classes(ended))))
+    for setting in ended.settings:
+        for trial in setting.trials:
+            values = [getattr(trial, name) for name in columns]
+            rows.writerow((setting.name, setting.batch_size, *values, *trial.class_dice))
+    return text.getvalue()
+
+
+def _classes(ended: Study) -> range:
+    return range(1, 1 + max(len(trial.class_dice) for setting in ended.settings for trial in setting.trials))

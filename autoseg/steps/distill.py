@@ -13,7 +13,7 @@ from autoseg.network.device import pick, set_up
 from autoseg.network.distributed import ALONE
 from autoseg.network.memory import anywhere, measurer
 from autoseg.planning.student import choose_student
-from autoseg.records import Case, Configuration, Dataset, Fold, Plan, Run
+from autoseg.records import Case, Configuration, Dataset, Fold, Plan
 from autoseg.scoring.distillation import Distillation
 from autoseg.steps.plan import checked, labelling_of
 from autoseg.steps.predicting.models import configuration_named, default_configuration
@@ -23,7 +23,7 @@ from autoseg.steps.reporting.contest import School, contest
 from autoseg.steps.train import train_one
 from autoseg.steps.training.options import Machine, Options
 from autoseg.steps.training.teachers import Lesson, teachers_named, who_saw
-from autoseg.steps.training.work import Instead, check_cases, fold_cases, with_unlabelled
+from autoseg.steps.training.work import Instead, fold_cases, look_up
 
 
 def distill(
@@ -82,16 +82,18 @@ def distill(
         seen=tuple(school.called(each) for each in seen), temperature=temperature, labels_weight=labels_weight,
         unlabelled=len(extra), cases=len(cases.validation),
     )  # fmt: skip
+    ways, asked = _ways(school, Lesson(found, temperature, labels_weight, extra)), Options(epochs, max_seconds)
+    machine = Machine(device, workers)
+    for way in ways:  # refuses what is impossible before the plan gets this student
+        look_up(run, None, fold, seed, "auto", asked, machine, ALONE, silent, way)
     _begin(begun, model, report)
     _add_to_plan(layout, own, choice, report)
     preprocess(run, configuration=planned.name, workers=workers, report=report)
     _prepare(extra, plan, planned, layout)
-    lesson = Lesson(found, temperature, labels_weight, extra)
-    asked = Options(epochs, max_seconds)
     try:
-        _both_trained(school, begun, lesson, asked, Machine(device, workers), report)
+        _trained(run, begun, ways, asked, machine, report)
     except Interrupted as stopped:
-        raise Interrupted(_again(run, planned.name, begun, student, teachers, asked, unlabelled, baseline)) from stopped
+        raise Interrupted(_again(run, planned.name, begun, student, asked, unlabelled, baseline)) from stopped
     used = pick(device)
     set_up(used)
     ended = contest(begun, school, used, report)
@@ -166,55 +168,28 @@ def _prepare(cases: Sequence[Case], plan: Plan, planned: Configuration, layout: 
         preprocess_case(Preparing(case, plan, ((planned, layout.cache(planned.name)),)))
 
 
-def _both_trained(
-    school: School, begun: Distillation, lesson: Lesson, asked: Options, machine: Machine, report: Report
-) -> None:
-    """The student, then, where it is wanted, the same network for as long on the labels alone."""
+def _ways(school: School, lesson: Lesson) -> tuple[Instead, ...]:
+    """What is trained: the student, then, where it is wanted, the same network on the labels alone."""
     own = Instead(school.own, school.student.root, lesson, keeps_norm=False)
-    check_cases(school.student, with_unlabelled(school.cases, lesson))
-    record = _trained(school.run, begun.fold, begun.seed, asked, machine, own, report)
-    if school.alone is not None:
-        check_cases(school.alone, school.cases)
-        other = Instead(school.own, school.alone.root, keeps_norm=False)
-        _trained(school.run, begun.fold, begun.seed, _as_long_as(record), machine, other, report)
+    return (own,) if school.alone is None else (own, Instead(school.own, school.alone.root, keeps_norm=False))
 
 
 def _trained(
-    run: Path, fold: str, seed: int, asked: Options, machine: Machine, instead: Instead, report: Report
-) -> Run:
-    """A training that goes on where it was stopped; a finished one is not done again, and must be as long as asked."""
-    model = ModelLayout(instead.folder)
-    if model.run.is_file() and (fold == "all" or model.scores.is_file()):
-        record = store.load(model.run, Run)
-        if record.finished:
-            if (done := _length(_as_long_as(record))) != (_length(asked) or done):
-                raise UserError(
-                    f"{model.root}: this network was trained already, for {done}, not {_length(asked)}.",
-                    fix="Give that length or another --seed, or remove that folder.",
-                )
-            report(Said(f"{model.root}: trained already."))
-            return record
-    return train_one(run, None, fold, seed, "auto", asked, machine, ALONE, report, instead)
-
-
-def _as_long_as(record: Run) -> Options:
-    """The options that give another training the same length and batch size."""
-    return Options(record.configuration.train.epochs, record.max_seconds, batch_size=record.configuration.batch_size)
-
-
-def _length(asked: Options) -> str:
-    """Length in words; "" where none was asked for."""
-    if asked.max_seconds is not None:
-        return f"{asked.max_seconds:g} s"
-    return "" if asked.epochs is None else f"{asked.epochs} epochs"
+    run: Path, begun: Distillation, ways: Sequence[Instead], asked: Options, machine: Machine, report: Report
+) -> None:
+    """Train one after the other, all for as long and in batches as large as the first; finished ones are kept."""
+    for way in ways:
+        record = train_one(run, None, begun.fold, begun.seed, "auto", asked, machine, ALONE, report, way)
+        configuration = record.configuration
+        asked = Options(configuration.train.epochs, record.max_seconds, batch_size=configuration.batch_size)
 
 
 def _again(
-    run: Path, configuration: str, begun: Distillation, student: str, teachers: Sequence[str], asked: Options,
-    unlabelled: Path | None, baseline: bool,
+    run: Path, configuration: str, begun: Distillation, student: str, asked: Options, unlabelled: Path | None,
+    baseline: bool,
 ) -> str:  # fmt: skip
-    """The command that goes on."""
-    words = ["autoseg", "distill", str(run), "-c", configuration, "-f", begun.fold, "--from", ",".join(teachers)]
+    """The command that goes on, with the teachers that this student has: `seeds` may have become more by then."""
+    words = ["autoseg", "distill", str(run), "-c", configuration, "-f", begun.fold, "--from", ",".join(begun.teachers)]
     words += ["--student", student, "--seed", str(begun.seed)]
     words += ["--temperature", f"{begun.temperature:g}", "--labels", f"{begun.labels_weight:g}"]
     words += [] if asked.epochs is None else ["--epochs", str(asked.epochs)]

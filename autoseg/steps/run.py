@@ -16,7 +16,7 @@ from autoseg.steps.postprocess import postprocess_learn
 from autoseg.steps.predict import default_configuration
 from autoseg.steps.preprocess import keep_or_make_splits, preprocess
 from autoseg.steps.train import train
-from autoseg.steps.training.work import check_cases, fold_cases
+from autoseg.steps.training.work import fold_cases
 
 
 def run(
@@ -61,12 +61,9 @@ def run(
     preprocess(run, configuration=name, workers=workers, report=report)
     share = None if max_seconds is None else max_seconds / len(folds)
     for fold in folds:
-        check_cases(layout.model(name, fold), fold_cases(splits, dataset, fold))
-        if is_trained(layout, name, fold):
-            report(Said(f"{name}, fold {fold}: trained already."))
-            continue
+        length = None if is_trained(layout, name, fold) else share  # a finished one stays, however long it was
         train(
-            run, configuration=name, fold=fold, max_seconds=share, resume="auto", device=device, workers=workers,
+            run, configuration=name, fold=fold, max_seconds=length, resume="auto", device=device, workers=workers,
             report=report,
         )  # fmt: skip
     postprocess_learn(run, name, workers=workers, report=report)

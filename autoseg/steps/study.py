@@ -4,8 +4,6 @@ Time or epochs are equal, and a difference has to be more than chance. Every set
 that it sees the same patches. Finished trainings are not done again.
 """
 
-import csv
-import io
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +38,10 @@ from autoseg.steps.training.settings import fields_in, settings_of, with_fields
 from autoseg.steps.training.side_by_side import side_by_side
 from autoseg.steps.training.sources import usual_limit_bytes
 from autoseg.steps.training.stopping import ended_by_sigterm
-from autoseg.steps.training.work import Instead, cases_of, check_cases
+from autoseg.steps.training.work import Instead, cases_of, check_cases, check_setting
 
+Failures = dict[str, list[str]]
+"""Setting -> what its trainings that failed said, by seed."""
 LEVEL = 0.95
 UNEQUAL = 2.0
 """Trainings of a study whose steps differ by more than this factor are warned of."""
@@ -98,12 +98,14 @@ def study(
         workers: processes for reading and preparing; None takes all allowed cores.
 
     Raises:
-        UserError: an impossible setting (before anything is trained), or a study of this name that was made otherwise.
+        UserError: an impossible setting (before anything is trained), a study of this name that was made otherwise, or
+            no setting whose trainings all came to their end; where some did, the others are `failed` in the study.
         Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
     """
     layout, plan = Layout(run), checked(run)
     planned = configuration_named(plan, configuration or default_configuration(plan))
-    settings_of(planned, vary, fixed)
+    for each in settings_of(planned, vary, fixed).values():
+        check_setting(each, plan)
     _check(layout, planned, fold, seeds, epochs, max_seconds)
     where = [str(pick(each).torch_device) for each in devices or _all_devices()]
     files = layout.study(name or "_".join(fields_in(vary)))
@@ -122,15 +124,19 @@ def study(
     cases = cases_of(layout, dataset, fold)
     for job in jobs:
         check_cases(ModelLayout(job.folder), cases)
-    waiting = [job for job in jobs if not _is_done(ModelLayout(job.folder))]
+    waiting, failures = [job for job in jobs if not _is_done(ModelLayout(job.folder))], Failures()
     report(Said(f"{len(jobs)} trainings, {len(jobs) - len(waiting)} of them done: {', '.join(settings)}."))
     try:
-        for done, job in enumerate(_trained(waiting, where, report), len(jobs) - len(waiting) + 1):
-            store.save(files.study, begun.model_copy(update={"settings": _read_trials(files, settings, fold, seeds)}))
-            report(Said(f"{done} of {len(jobs)} trainings are done: {job.setting}, seed {job.seed}."))
+        for done, (job, trouble) in enumerate(_trained(waiting, where, report), len(jobs) - len(waiting) + 1):
+            if trouble:
+                failures.setdefault(job.setting, []).append(f"seed {job.seed}: {trouble}")
+                report(Warned(f"{job.setting}, seed {job.seed}, failed: {trouble}"))
+            trials = _read_trials(files, settings, fold, seeds, failures)
+            store.save(files.study, begun.model_copy(update={"settings": trials}))
+            report(Said(f"{done} of {len(jobs)} trainings are over: {job.setting}, seed {job.seed}."))
     except (Interrupted, KeyboardInterrupt) as stopped:
         raise Interrupted(_again(run, planned.name, begun, where)) from stopped
-    return _concluded(begun, files, settings, run, report)
+    return _concluded(begun, files, settings, failures, run, report)
 
 
 def _check(
@@ -167,12 +173,14 @@ def _begin(
         paced = before.configuration.train.model_copy(update={"steps_per_epoch": asked.train.steps_per_epoch})
         update = {"batch_size": asked.batch_size, "network": asked.network, "train": paced}
         same = before.configuration.model_copy(update=update) == asked
-        if not same or (before.fold, before.epochs, before.max_seconds) != (fold, epochs, max_seconds):
+        then = (before.fold, before.epochs, before.max_seconds, before.fixed)
+        if not same or then != (fold, epochs, max_seconds, fixed):
             raise UserError(
-                f"{files.root} holds a study with another length, fold or configuration.",
+                f"{files.root} holds a study with another length, fold, configuration or --set.",
                 fix="Give this one another --name, or remove that folder.",
             )
-        return before.model_copy(update={"vary": vary, "fixed": fixed, "seeds": seeds, "finished": False})
+        nothing = {"finished": False, "conclusion": "", "differences": (), "cases": 0}
+        return before.model_copy(update={"vary": vary, "seeds": seeds} | nothing)
     chosen = {*fields_in(vary), *fields_in(fixed)}
     if max_seconds is not None:
         limit = Options(max_seconds=max_seconds, batch_size=asked.batch_size if "batch_size" in chosen else None)
@@ -195,24 +203,30 @@ def _is_done(model: ModelLayout) -> bool:
     return model.run.is_file() and model.scores.is_file() and store.load(model.run, Run).finished
 
 
-def _trained(jobs: Sequence[Job], devices: Sequence[str], report: Report) -> Iterator[Job]:
-    """Train one after the other, or side by side on several devices; each job is yielded when it is done."""
+def _trained(jobs: Sequence[Job], devices: Sequence[str], report: Report) -> Iterator[tuple[Job, str]]:
+    """Train one after the other, or side by side on several devices; each job is yielded with what `train_job` said."""
     if len(devices) > 1 and len(jobs) > 1:
         yield from side_by_side(train_job, [replace(job, beside=len(devices)) for job in jobs], devices)
         return
     for job in jobs:
         report(Said(f"{job.setting}, seed {job.seed}:"))
-        train_job(job, devices[0], report)
-        yield job
+        yield job, train_job(job, devices[0], report)
 
 
-def train_job(job: Job, device: str, report: Report = silent) -> None:
-    """Train one network of a study, going on where it was stopped. Its epochs are as long as those of all others."""
+def train_job(job: Job, device: str, report: Report = silent) -> str:
+    """Train one network of a study, going on where it was stopped. Its epochs are as long as those of all others.
+
+    Returns what made it fail, or "": one setting that diverges must not keep the others from being trained.
+    """
     asked = Options(job.epochs, job.max_seconds, batch_size=job.configuration.batch_size)
     instead = Instead(job.configuration, job.folder, is_paced=True)
     limit = None if job.beside == 1 else int(usual_limit_bytes() / job.beside)
     machine = Machine(device, job.workers, limit)
-    train_one(job.run, None, job.fold, job.seed, "auto", asked, machine, ALONE, report, instead)
+    try:
+        train_one(job.run, None, job.fold, job.seed, "auto", asked, machine, ALONE, report, instead)
+    except UserError as error:
+        return error.what  # without its fix, which names options of `train`
+    return ""
 
 
 def _again(run: Path, configuration: str, begun: Study, devices: Sequence[str]) -> str:
@@ -240,7 +254,7 @@ def _histories(files: StudyLayout, setting: str, fold: str, seeds: int) -> dict[
 
 
 def _read_trials(
-    files: StudyLayout, settings: Mapping[str, Configuration], fold: str, seeds: int
+    files: StudyLayout, settings: Mapping[str, Configuration], fold: str, seeds: int, failures: Failures
 ) -> tuple[Setting, ...]:
     """What the finished trainings say, setting by setting."""
     histories = {name: _histories(files, name, fold, seeds) for name in settings}
@@ -254,11 +268,10 @@ def _read_trials(
         known = [trial.dice for trial in trials if trial.dice is not None]
         spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
         mean = float(np.mean(known)) if known else None
-        read.append(
-            Setting(
-                name=name, batch_size=configuration.batch_size, trials=trials, dice=mean, spread=spread
-            )
-        )
+        read.append(Setting(
+            name=name, batch_size=configuration.batch_size, trials=trials, dice=mean, spread=spread,
+            failed=tuple(failures.get(name, ())),
+        ))  # fmt: skip
     return tuple(read)
 
 
@@ -274,38 +287,48 @@ def _trial(model: ModelLayout, seed: int, history: list[dict[str, float | None]]
 
 
 def _concluded(
-    begun: Study, files: StudyLayout, settings: Mapping[str, Configuration], run: Path, report: Report
-) -> Study:
+    begun: Study, files: StudyLayout, settings: Mapping[str, Configuration], failures: Failures, run: Path,
+    report: Report,
+) -> Study:  # fmt: skip
     """Average over seeds, test over cases, draw the curves, and write it all down."""
+    read = _read_trials(files, settings, begun.fold, begun.seeds, failures)
+    whole, failed = [each for each in read if not each.failed], [each for each in read if each.failed]
+    if not whole:
+        raise UserError(f"{files.root}: no setting came to its end. {said_of(failed[0])}")
     classes = scoring_of(store.load(Layout(run).dataset, Dataset)).classes
-    cases = 0
-    for name in settings:
+    names, cases = [each.name for each in whole], 0
+    for name in names:
         scores = [store.load(files.model(name, begun.fold, seed).scores, Scores) for seed in range(begun.seeds)]
         means = summary(seed_means(scores), classes, str(files.setting(name)), str(run))
         store.save(scores_file(files.setting(name)), means)
         cases = len(means.cases)
-    histories = {name: _histories(files, name, begun.fold, begun.seeds) for name in settings}
+    histories = {name: _histories(files, name, begun.fold, begun.seeds) for name in names}
     differences: tuple[Difference, ...] = ()
-    if len(settings) > 1 and cases >= statistics.FEWEST:
-        folders = [files.setting(name) for name in settings]
-        differences = compare(*folders, names=list(settings), level=LEVEL, output=files.root).differences
-    elif len(settings) > 1:
+    if len(names) > 1 and cases >= statistics.FEWEST:
+        folders = [files.setting(name) for name in names]
+        differences = compare(*folders, names=names, level=LEVEL, output=files.root).differences
+    elif len(names) > 1:
         report(Warned(f"{cases} validation cases are too few to test anything; it needs {statistics.FEWEST}."))
     if note := unequal_steps(histories):
         report(Warned(note))
-    read = _against_best(_read_trials(files, settings, begun.fold, begun.seeds), differences)
+    ranked = _against_best(whole, differences)
     draw_study(
         files.picture, {name: list(each.values()) for name, each in histories.items()}, begun.max_seconds is None
     )
     ended = begun.model_copy(
         update={
-            "settings": read, "cases": cases, "differences": differences, "finished": True,
-            "conclusion": conclude(read, cases, begun.seeds),
+            "settings": (*ranked, *failed), "cases": cases, "differences": differences, "finished": not failed,
+            "conclusion": " ".join([conclude(ranked, cases, begun.seeds), *(said_of(each) for each in failed)]),
         }
     )  # fmt: skip
-    store.write_text(files.table, as_table(ended))
+    store.write_text(files.table, found.as_table(ended))
     store.save(files.study, ended)
     return ended
+
+
+def said_of(failed: Setting) -> str:
+    """Why a setting is not compared."""
+    return f"{failed.name} is not compared, a training failed: {' '.join(failed.failed)}"
 
 
 def unequal_steps(histories: Mapping[str, Mapping[int, found.History]]) -> str:
@@ -379,20 +402,3 @@ def within_seeds(best: Setting, other: Setting, seeds: int) -> bool:
     if best.spread is None or other.spread is None or best.dice is None or other.dice is None:
         return True
     return best.dice - other.dice < 2 * float(np.hypot(best.spread, other.spread)) / seeds**0.5
-
-
-def as_table(ended: Study) -> str:
-    """One line per training, for spreadsheets."""
-    text = io.StringIO()
-    columns = [name for name in Trial.model_fields if name != "class_dice"]
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("setting", "batch_size", *columns, *(f"dice_{label}" for label in _classes(ended))))
-    for setting in ended.settings:
-        for trial in setting.trials:
-            values = [getattr(trial, name) for name in columns]
-            rows.writerow((setting.name, setting.batch_size, *values, *trial.class_dice))
-    return text.getvalue()
-
-
-def _classes(ended: Study) -> range:
-    return range(1, 1 + max(len(trial.class_dice) for setting in ended.settings for trial in setting.trials))

@@ -1,21 +1,22 @@
 """`autoseg train`: one network on one fold, from the plan to validation scores. Survives a kill at any moment."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from autoseg import store
-from autoseg.errors import Interrupted, UserError
+from autoseg.errors import Interrupted
 from autoseg.events import Report, Said, silent
 from autoseg.layout import Layout
 from autoseg.network.device import set_up
 from autoseg.network.distributed import Team, first_goes_first, joined
-from autoseg.records import Dataset, Run, Scores
+from autoseg.records import Run, Scores
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
+from autoseg.steps.preprocess import preprocess
 from autoseg.steps.training.begin import begin
 from autoseg.steps.training.cascade import trained
 from autoseg.steps.training.learn import in_precision, learn
@@ -26,10 +27,7 @@ from autoseg.steps.training.validate import validate_fold
 from autoseg.steps.training.work import (
     Instead,
     Work,
-    cases_of,
-    check_cases,
     command_to_go_on,
-    is_there,
     look_up,
     trained_already,
     warn_of_restart,
@@ -73,8 +71,8 @@ def train(
         max_seconds: the schedule ends after this time; validation follows. Both stages of a cascade share it.
         resume: "no" starts a training and refuses to overwrite one, "restart" overwrites it; "yes" goes on where it
             stopped (an error if there is none), "auto" does so or starts it; "extend" goes on to a larger `epochs` or
-            `max_seconds`. One that came to its end is kept as it is unless other options are asked for; without its
-            saved state (an imported network, say) it can only be kept or overwritten.
+            `max_seconds`. One that came to its end is kept as it is unless it is to become longer, and takes no other
+            options; without its saved state (an imported network, say) it can only be kept or overwritten.
         epochs, max_seconds, loss, batch_size, learning_rate, sampling: None takes what is planned, or what the training
             that is resumed had. Sampling is "mode" or "mode:class=rate,share=..."; see network/sampling.py.
         precision: "bf16", "fp16" or "fp32"; None takes what the device multiplies fastest.
@@ -106,32 +104,23 @@ def train_seeds(
 ) -> tuple[Run, ...]:  # fmt: skip
     """Train one network per seed, one after another; the other arguments are those of `train`.
 
-    With `resume` "no" none of them may be there before; with "yes" and "auto" finished ones are kept as they are,
-    stopped ones go on and missing ones are started, so the same command again completes what was stopped.
+    What is impossible for one of them is refused before the first is trained. With `resume` "no" none of them may be
+    there before, and with "extend" all have to; with "yes" and "auto" finished ones are kept as they are, or go on to a
+    larger length, stopped ones go on and missing ones are started, so that this completes whatever was stopped.
     """
     if len(seeds) == 1:
         with joined(machine.device) as team:
             own_report = report if team.is_first else silent
             return (train_one(run, configuration, fold, seeds[0], resume, asked, machine, team, own_report),)
     name = configuration or default_configuration(checked(run))
-    models = {seed: Layout(run).model(name, fold, seed) for seed in seeds}
-    keeps = resume in ("yes", "auto")
-    there = [seed for seed, model in models.items() if is_there(model)]
-    if resume == "no" and there:
-        raise UserError(
-            f"{models[there[0]].root}: a training is there already.",
-            fix="Complete what is missing with --resume, or overwrite it with --restart.",
-        )
-    ended = []
+    how, ended = "auto" if resume == "yes" else resume, list[Run]()
     with joined(machine.device) as team:
         own_report = report if team.is_first else silent
-        for seed, model in models.items():
-            if keeps and model.run.is_file() and store.load(model.run, Run).finished:
-                check_cases(model, cases_of(Layout(run), store.load(Layout(run).dataset, Dataset), fold))
-                own_report(Said(f"{name}, fold {fold}, seed {seed}: trained already."))
-                ended.append(store.load(model.run, Run))
-                continue
-            how = "auto" if keeps else resume
+        with first_goes_first(team):
+            works = [_looked_up(run, name, fold, seed, how, asked, machine, team, silent)[0] for seed in seeds]
+            if how == "restart" and team.is_first:
+                _emptied(works, own_report)
+        for seed in seeds:
             try:
                 ended.append(train_one(run, name, fold, seed, how, asked, machine, team, own_report))
             except Interrupted as stopped:
@@ -147,14 +136,38 @@ def train_one(
 ) -> Run:  # fmt: skip
     """`train` inside a team. With `instead`, another configuration than the planned one, in a folder of its own."""
     with first_goes_first(team):
-        asked = asked if instead else _own_share(run, configuration, fold, seed, asked, resume)
-        work = look_up(run, configuration, fold, seed, resume, asked, machine, team, report, instead)
+        work, asked, ended = _looked_up(run, configuration, fold, seed, resume, asked, machine, team, report, instead)
         warn_of_restart(work, resume)
-    if (ended := trained_already(work, asked)) is not None:
+    if ended is not None:
         report(Said(f"{work.planned.name}, fold {fold}, seed {seed}: trained already."))
         return ended
     with _alone(work):
         return _trained(work, asked)
+
+
+def _looked_up(
+    run: Path, configuration: str | None, fold: str, seed: int, resume: str, asked: Options, machine: Machine,
+    team: Team, report: Report, instead: Instead | None = None,
+) -> tuple[Work, Options, Run | None]:  # fmt: skip
+    """The work, its own share of what is asked for, and its record where nothing is left to be done.
+
+    Raises UserError for what is impossible; nothing is written.
+    """
+    own = asked if instead else _own_share(run, configuration, fold, seed, asked, resume)
+    work = look_up(run, configuration, fold, seed, resume, own, machine, team, report, instead)
+    return work, own, trained_already(work, own)
+
+
+def _emptied(works: Sequence[Work], report: Report) -> None:
+    """Delete all trainings that are to be overwritten, so that no old one looks finished when this one is stopped."""
+    first = works[0]
+    preprocess(first.run, configuration=first.planned.name, workers=first.machine.workers, report=report)
+    with ExitStack() as held:
+        for work in works:
+            held.enter_context(_alone(work))
+        for work in works:
+            warn_of_restart(replace(work, report=report), "restart")
+            store.empty_folder(work.model.root)
 
 
 def _alone(work: Work) -> AbstractContextManager[None]:

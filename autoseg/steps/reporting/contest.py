@@ -48,9 +48,9 @@ class School:
     alone: ModelLayout | None = None
 
     def called(self, model: ModelLayout) -> str:
-        """A network of the run by its folder's name, another by its whole path."""
-        inside = model.root.is_relative_to(Layout(self.run).models)
-        return model.root.name if inside else str(model.root)
+        """A network of the teachers' configuration by its folder's name, another by its whole path."""
+        is_own = model.root.parent == Layout(self.run).configuration(self.planned.name)
+        return model.root.name if is_own else str(model.root)
 
 
 @dataclass(frozen=True)

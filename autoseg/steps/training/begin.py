@@ -22,7 +22,7 @@ from autoseg.steps.training.options import (
     with_suited_norm,
     with_suited_variation,
 )
-from autoseg.steps.training.work import Work, resumed_configuration
+from autoseg.steps.training.work import Work, is_of_other_length, resumed_configuration
 
 
 def begin(work: Work, asked: Options) -> Run:
@@ -80,9 +80,7 @@ def _fresh(work: Work, asked: Options) -> Run:
 def _resumed(record: Run, work: Work, asked: Options) -> Run:
     """The record of a training that goes on, with what is asked for now put in."""
     configuration, notes = resumed_configuration(work, record, asked), record.notes
-    length = (asked.epochs or record.configuration.train.epochs, asked.max_seconds)
-    is_given = asked.epochs is not None or asked.max_seconds is not None
-    if is_given and length != (record.configuration.train.epochs, record.max_seconds):
+    if is_of_other_length(record, asked):
         configuration, notes = _suited_anew(configuration, record, work, asked)
     update = {
         "configuration": configuration, "notes": notes, "finished": False, "cases": work.cases,
@@ -90,7 +88,7 @@ def _resumed(record: Run, work: Work, asked: Options) -> Run:
         "asked_precision": asked.precision or record.asked_precision,
         "deterministic": record.deterministic if asked.deterministic is None else asked.deterministic,
     }  # fmt: skip
-    if is_given:
+    if asked.epochs is not None or asked.max_seconds is not None:
         update |= {"max_seconds": asked.max_seconds, "of_seconds": asked.of_seconds}
     return record.model_copy(update=update)
 

@@ -3,10 +3,23 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from autoseg.errors import UserError
 
 Row = dict[str, float]
+
+
+def writer_class() -> Callable[[str], Any]:
+    """What writes for TensorBoard. Raises UserError where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--tensorboard: TensorBoard is not installed.",
+            fix="Run, where autoseg was cloned: pip install -e '.[tensorboard]'",
+        ) from error
+    return SummaryWriter
 
 
 def board(folder: Path, written: int) -> Callable[[Sequence[Row]], None]:
@@ -16,14 +29,7 @@ def board(folder: Path, written: int) -> Callable[[Sequence[Row]], None]:
         written: rows of the history that an earlier part of the same training has written already.
     Raises UserError where TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "--tensorboard: TensorBoard is not installed.",
-            fix="Run, where autoseg was cloned: pip install -e '.[tensorboard]'",
-        ) from error
-    writer = SummaryWriter(str(folder))
+    writer = writer_class()(str(folder))
     done = written
 
     def write(history: Sequence[Row]) -> None:

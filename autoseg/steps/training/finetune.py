@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from autoseg import store
 from autoseg.errors import UserError
+from autoseg.events import Report, Warned
 from autoseg.layout import Layout, ModelLayout
-from autoseg.network import checkpoint
-from autoseg.records import Plan, Run
+from autoseg.network import checkpoint, unet
+from autoseg.records import NetworkSpec, Plan, Run
+from autoseg.steps.predicting.models import learned_from
 
 FIRST_LAYERS = ("stem.conv.weight", "encoder.0.0.conv.weight", "encoder.0.0.conv1.weight")
 """Names that the layer which sees the image may have; the first that a network has is it."""
@@ -91,6 +93,16 @@ def names_of(channels: Sequence[str], labels: Sequence[str], cascade: bool, regi
 def take_over(network: nn.Module, names: Names, donor: Donor) -> tuple[str, ...]:
     """Put the donor's weights into `network` where they fit; returns the names of the tensors that stay fresh.
 
+    Raises UserError as `fitting`.
+    """
+    own, taken = network.state_dict(), fitting(network, names, donor)
+    network.load_state_dict(own | taken)
+    return tuple(name for name in own if name not in taken)
+
+
+def fitting(network: nn.Module, names: Names, donor: Donor) -> dict[str, Tensor]:
+    """What `network` takes of the donor's weights, by the name of the tensor.
+
     The first layer takes each input channel by name, and the mean of the donor's channels for one that it does not
     know. The heads take each class or region by name and keep fresh rows for new ones; background is background, and
     between classes and regions nothing is taken. Everything else is taken where name and shape agree. A tensor counts
@@ -115,17 +127,52 @@ def take_over(network: nn.Module, names: Names, donor: Donor) -> tuple[str, ...]
             taken[name] = fitted
     if not any(tensor.ndim > 2 for tensor in taken.values()):
         raise UserError(f"--init {donor.folder}: nothing of it fits the network of this plan.")
-    network.load_state_dict(own | taken)
-    return tuple(name for name in own if name not in taken)
+    return taken
+
+
+def refuse_unfit(donor: Donor, spec: NetworkSpec, names: Names, frozen: str | None) -> None:
+    """Raise UserError where nothing of the donor fits such a network, or not all of the part that is to be frozen."""
+    with torch.device("meta"):
+        network = unet.build(spec)
+    taken = fitting(network, names, donor)
+    part = _beginnings(frozen) if frozen is not None else ()
+    random = [name for name, _ in network.named_parameters() if name.startswith(part) and name not in taken]
+    if random:
+        raise UserError(
+            f"--freeze {frozen}: {len(random)} of its tensors are not in {donor.folder} or do not fit, and would stay "
+            f"random: {short_list(random)}.",
+            fix="Leave --freeze out, or name another network with --init.",
+        )
+
+
+def warn_of_seen(donor: ModelLayout, validation: Sequence[str], own: Layout, report: Report) -> None:
+    """Say so where a donor learned from validation cases; in another run the same name may be of another case."""
+    try:
+        seen = set(validation) & set(learned_from(donor)) if donor.run.is_file() else set()
+    except UserError:  # an old record, whose splits are gone: nobody knows
+        return
+    if not seen:
+        return
+    cases = f"{len(seen)} of the {len(validation)} validation cases ({short_list(sorted(seen))})"
+    if donor.root.resolve().is_relative_to(own.root.resolve()):
+        said = f"learned from {cases}: scores there"
+    else:
+        said = f"learned from cases that are named like {cases}: if they are the same, scores there"
+    report(Warned(f"--init: {donor.root} {said} are better than on new images."))
 
 
 def freeze(network: nn.Module, part: str) -> None:
     """Keep the weights of a part as they are. Raises UserError for a part that is not in `FROZEN`."""
+    beginnings = _beginnings(part)
+    for name, weight in network.named_parameters():
+        if name.startswith(beginnings):
+            weight.requires_grad_(False)
+
+
+def _beginnings(part: str) -> tuple[str, ...]:
     if part not in FROZEN:
         raise UserError(f"--freeze {part}: only {', '.join(FROZEN)} can be frozen.")
-    for name, weight in network.named_parameters():
-        if name.startswith(FROZEN[part]):
-            weight.requires_grad_(False)
+    return FROZEN[part]
 
 
 def short_list(names: Sequence[str]) -> str:

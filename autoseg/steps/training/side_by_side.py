@@ -16,13 +16,17 @@ from autoseg.errors import UserError
 from autoseg.parallel import ctrl_c_later
 
 Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 GRACE_SECONDS = 60.0
 """A training whose parent is gone has so long to end its step and to save."""
 
 
-def side_by_side(work: Callable[[Job, str], None], jobs: Sequence[Job], devices: Sequence[str]) -> Iterator[Job]:
-    """Call `work(job, device)` for every job, as many at a time as there are devices; yield the jobs as they end.
+def side_by_side(
+    work: Callable[[Job, str], Result], jobs: Sequence[Job], devices: Sequence[str]
+) -> Iterator[tuple[Job, Result]]:
+    """Call `work(job, device)` for every job, as many at a time as there are devices; yield each as it ends, with what
+    `work` returned.
 
     `work` and the jobs are pickled. A device is given its next job when the last one has ended, so none begins after a
     failure or Ctrl-C. What `work` raises is raised here when the others under way have ended; for Ctrl-C, and when the
@@ -34,7 +38,7 @@ def side_by_side(work: Callable[[Job, str], None], jobs: Sequence[Job], devices:
     # one process per pool: a killed one takes none of the others with it
     pools = [ProcessPoolExecutor(1, context, initializer=_begin, initargs=(told,)) for _ in devices]
     waiting, free = deque(jobs), deque(zip(devices, pools, strict=True))
-    running: dict[Future[None], tuple[Job, str, ProcessPoolExecutor]] = {}
+    running: dict[Future[Result], tuple[Job, str, ProcessPoolExecutor]] = {}
     try:
         try:
             while waiting or running:
@@ -45,9 +49,9 @@ def side_by_side(work: Callable[[Job, str], None], jobs: Sequence[Job], devices:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     job, device, pool = running.pop(future)
-                    _raise_error(future, device)
+                    said = _result_of(future, device)
                     free.append((device, pool))
-                    yield job
+                    yield job, said
         except Exception:
             wait(running)
             raise
@@ -61,7 +65,7 @@ def side_by_side(work: Callable[[Job, str], None], jobs: Sequence[Job], devices:
         told.close()
 
 
-def _submit(pool: ProcessPoolExecutor, work: Callable[[Job, str], None], job: Job, device: str) -> Future[None]:
+def _submit(pool: ProcessPoolExecutor, work: Callable[[Job, str], Result], job: Job, device: str) -> Future[Result]:
     try:
         with ctrl_c_later():
             return pool.submit(_in_worker, work, job, device)
@@ -69,9 +73,9 @@ def _submit(pool: ProcessPoolExecutor, work: Callable[[Job, str], None], job: Jo
         raise _killed(device) from error
 
 
-def _raise_error(future: Future[None], device: str) -> None:
+def _result_of(future: Future[Result], device: str) -> Result:
     try:
-        future.result()
+        return future.result()
     except BrokenProcessPool as error:
         raise _killed(device) from error
 
@@ -83,9 +87,9 @@ def _killed(device: str) -> UserError:
     )
 
 
-def _in_worker(work: Callable[[Job, str], None], job: Job, device: str) -> None:
+def _in_worker(work: Callable[[Job, str], Result], job: Job, device: str) -> Result:
     try:
-        work(job, device)
+        return work(job, device)
     finally:
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():

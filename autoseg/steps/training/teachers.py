@@ -107,14 +107,22 @@ def teachers_named(run: Path, planned: Configuration, fold: str, named: Sequence
             found += trained_models(Layout(Path(name)), planned.name)
         else:
             found.append(ModelLayout(Path(name)))
-    teachers, plan = tuple(dict.fromkeys(found)), store.load(layout.plan, Plan)
+    plan = store.load(layout.plan, Plan)
+    teachers = tuple({model.root.resolve(): model for model in (_as_of_run(each, layout) for each in found)}.values())
     for model in teachers:
         _check(model, planned, plan)
     if not teachers:
         raise UserError("A student needs teachers.", fix="Name some: --from seeds, or --from fold_0..4.")
-    runs = [run, *dict.fromkeys(model.root.absolute().parents[2] for model in teachers)]
+    above = dict.fromkeys(Path(*model.root.absolute().parts[:-3]) for model in teachers)
+    runs = [run, *(each for each in above if Layout(each).plan.is_file())]
     same_plans([store.load(Layout(each).plan, Plan) for each in runs], [str(each) for each in runs])
     return teachers
+
+
+def _as_of_run(model: ModelLayout, layout: Layout) -> ModelLayout:
+    """A network of the run by the path it has there, whatever path it was named by."""
+    folder, models = model.root.resolve(), layout.models.resolve()
+    return ModelLayout(layout.models / folder.relative_to(models)) if folder.is_relative_to(models) else model
 
 
 def _check(model: ModelLayout, planned: Configuration, plan: Plan) -> None:
@@ -124,7 +132,11 @@ def _check(model: ModelLayout, planned: Configuration, plan: Plan) -> None:
             fix="Name seeds, folds, fold_0..4, fold_0.seed_1, the folder of a network, or another run.",
         )
     learned = store.load(model.run, Run)
-    if differing := unlike(learned.configuration, planned) + ["intensities"] * sees_otherwise(learned, plan):
+    differing = unlike(learned.configuration, planned) + ["intensities"] * sees_otherwise(learned, plan)
+    for part in ("channels", "labels", "regions"):
+        now = tuple(each if isinstance(each, str) else each.name for each in getattr(plan, part))
+        differing += [part] if getattr(learned, part) not in ((), now) else []
+    if differing:
         raise UserError(
             f"{model.root} cannot teach {planned.name}: {', '.join(differing)} differ.",
             fix="Take networks of the same configuration.",

@@ -17,10 +17,12 @@ from autoseg.records import Configuration, Dataset, Fingerprint, Fold, Plan, Run
 from autoseg.steps.plan import checked
 from autoseg.steps.predict import configuration_named, default_configuration
 from autoseg.steps.predicting.models import sees_otherwise
-from autoseg.steps.training.finetune import donor_of
+from autoseg.steps.training.boards import writer_class
+from autoseg.steps.training.finetune import donor_of, load_donor, names_of, refuse_unfit, warn_of_seen
 from autoseg.steps.training.options import (
     Machine,
     Options,
+    annotated_outputs,
     class_rates,
     resume_command,
     with_class_weights,
@@ -86,25 +88,30 @@ def look_up(
     named = configuration or default_configuration(plan)
     planned = instead.configuration if instead else configuration_named(plan, named)
     wished = with_options(planned, asked)
-    losses.check(wished.train.loss, [output.name for output in plan.outputs], bool(plan.regions))
-    class_rates(wished.train, plan)
-    _check_regions(plan, wished)
+    check_setting(wished, plan)
     dataset = store.load(layout.dataset, Dataset)
+    annotated_outputs(dataset, plan)  # refuses names that no output has
     lesson = instead.lesson if instead else None
     cases = with_unlabelled(cases_of(layout, dataset, fold), lesson)
     model = ModelLayout(instead.folder) if instead else layout.model(planned.name, fold, seed)
     continues = _continues(model, resume)
     before = store.load(model.run, Run) if continues else None
     if before is not None:
-        _check_unchanged(before, planned, plan, asked, layout.plan)
+        _check_unchanged(before, planned, plan, asked, layout.plan, model.root)
         check_cases(model, cases)
         if model.resume_tensors.is_file():
             _check_length(checkpoint.read_numbers(model.resume_tensors), resume, asked, before)
         wished = with_options(before.configuration, asked)
     elif asked.init is not None:
-        donor_of(asked.init, planned.name, fold, seed, model)
+        donor = donor_of(asked.init, planned.name, fold, seed, model)
+        labels, regions = ([each.name for each in part] for part in (plan.labels, plan.regions))
+        names = names_of(plan.channels, labels, wished.previous is not None, regions)
+        refuse_unfit(load_donor(donor), wished.network, names, asked.freeze)
+        warn_of_seen(donor, cases.validation, layout, report)
     elif asked.freeze is not None:
         raise UserError("--freeze keeps weights as they are, which are random ones here.", fix="Name some with --init.")
+    if machine.tensorboard:
+        writer_class()
     if wished.batch_size < team.size:
         raise UserError(
             f"A batch of {wished.batch_size} cannot be shared by {team.size} processes.",
@@ -120,8 +127,10 @@ def look_up(
     )  # fmt: skip
 
 
-def _check_regions(plan: Plan, wished: Configuration) -> None:
-    """Refuse what only classes that exclude each other can be trained with."""
+def check_setting(wished: Configuration, plan: Plan) -> None:
+    """Raise UserError for a loss, rates of classes or a sampling that the classes or regions of a plan cannot have."""
+    losses.check(wished.train.loss, [output.name for output in plan.outputs], bool(plan.regions))
+    class_rates(wished.train, plan)
     if plan.regions and wished.train.sampling == "hard":
         raise UserError(
             "Sampling hard follows the error of classes, but this data has regions.",
@@ -158,7 +167,7 @@ def check_cases(model: ModelLayout, cases: Fold) -> None:
     raise UserError(
         f"{model.root}: its fold has changed since this training began, by {len(changed)} cases, e.g. {changed[0]}"
         f"{f'; it learned from {learned} that it would be validated on' if learned else ''}.",
-        fix="Bring the old splits.json back, or train it anew: with --restart, or after removing that folder.",
+        fix="Bring the old splits.json back, or train it anew: remove that folder, or use autoseg train --restart.",
     )
 
 
@@ -199,7 +208,8 @@ def _continues(model: ModelLayout, resume: str) -> bool:
         raise UserError(f"--resume {resume} is none of yes, auto, no.")
     there = is_there(model)
     if resume in ("yes", "extend") and not there:
-        raise UserError(f"{model.root}: there is no training to resume.", fix="Leave --resume out to start one.")
+        option = "--extend-to" if resume == "extend" else "--resume"
+        raise UserError(f"{model.root}: there is no training to resume.", fix=f"Leave {option} out to start one.")
     if resume == "no" and there:
         raise UserError(
             f"{model.root}: {_state_of(model)} is there already.",
@@ -240,18 +250,32 @@ def command_to_go_on(work: Work) -> str:
 def trained_already(work: Work, asked: Options) -> Run | None:
     """The record of a training that came to its end, scores included, if nothing else than that is asked for.
 
-    Without a saved state it need not have scores. Raises UserError where more is asked for than such a one has.
+    Without a saved state it need not have scores. Raises UserError where more is asked for than such a one has, and for
+    options that could only change steps which have been taken.
     """
     if not work.continues:
         return None
     record, has_state = store.load(work.model.run, Run), work.model.resume_tensors.is_file()
-    longer = asked.max_seconds is not None and asked.max_seconds != record.max_seconds
-    longer = longer or (asked.epochs is not None and record.max_seconds is not None)  # the time, not they, ended it
-    if not record.finished or longer or resumed_configuration(work, record, asked) != record.configuration:
-        if not has_state:
-            raise _stateless(work.model)
+    goes_on = not record.finished or is_of_other_length(record, asked)
+    changes = resumed_configuration(work, record, asked) != record.configuration
+    if (goes_on or changes) and not has_state:
+        raise _stateless(work.model)
+    if goes_on:
         return None
+    if changes:
+        raise UserError(
+            f"{work.model.root}: this training has ended, so other options have nothing to change.",
+            fix="Lengthen it with --extend-to, overwrite it with --restart, or leave the options out.",
+        )
     return record if work.model.scores.is_file() or not work.cases.validation or not has_state else None
+
+
+def is_of_other_length(record: Run, asked: Options) -> bool:
+    """Whether another number of epochs or another time is asked for than ended, or will end, a training."""
+    if asked.epochs is None and asked.max_seconds is None:
+        return False
+    epochs = record.configuration.train.epochs
+    return (asked.epochs or epochs, asked.max_seconds) != (epochs, record.max_seconds)
 
 
 def _check_length(done: Mapping[str, Any], resume: str, asked: Options, before: Run) -> None:
@@ -272,7 +296,7 @@ def _check_length(done: Mapping[str, Any], resume: str, asked: Options, before: 
         )
 
 
-def _check_unchanged(before: Run, planned: Configuration, plan: Plan, asked: Options, path: Path) -> None:
+def _check_unchanged(before: Run, planned: Configuration, plan: Plan, asked: Options, path: Path, folder: Path) -> None:
     """Refuse to go on under another plan, or from other weights than the training began with."""
     changed: list[str] = []
     if before.planned is not None:
@@ -286,7 +310,7 @@ def _check_unchanged(before: Run, planned: Configuration, plan: Plan, asked: Opt
         more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{path} has changed since this training began: {'; '.join(changed[:3])}{more}.",
-            fix="Bring the old plan back, or start anew with --restart.",
+            fix=f"Bring the old plan back, or train it anew: remove {folder}, or use autoseg train --restart.",
         )
     for option, was, wanted in (("--init", before.init, asked.init), ("--freeze", before.freeze, asked.freeze)):
         if wanted is not None and wanted != was:
