@@ -94,7 +94,9 @@ def postprocess_learn(
     Raises:
         UserError: no predictions, a prediction without a reference, or differing grids; nothing is written then.
     """
-    candidates, level = _candidates(actions, fraction, connectivity), _level_of_a_round(significance, actions)
+    candidates = _candidates(actions, fraction, connectivity)
+    rounds = any(each in ACTIONS for each in actions) + bool(candidates) + ("fill_holes" in actions)
+    level = None if significance is None else significance / max(1, rounds)  # Bonferroni
     dataset = store.load(Layout(run).dataset, Dataset)
     name, pairs = validation_pairs(run, dataset, configuration)
     check_grids(pairs)
@@ -227,13 +229,6 @@ def _candidates(actions: Sequence[str], fraction: float, connectivity: int) -> t
     return tuple(rule for rule in (small, largest, *volumes) if rule.action in actions)
 
 
-def _level_of_a_round(significance: float | None, actions: Sequence[str]) -> float | None:
-    """An equal share of the level for each family of tests: for the joined foreground, for the classes, for holes."""
-    sizes = set(actions) - {"fill_holes"}
-    rounds = bool(sizes & set(ACTIONS)) + bool(sizes) + ("fill_holes" in actions)
-    return None if significance is None else significance / max(1, rounds)
-
-
 def _target(values_NK: np.ndarray, k: int | None) -> np.ndarray:
     """Per case: the mean over classes, or the value of class k."""
     return values_NK.mean(axis=1) if k is None else values_NK[:, k - 1]
@@ -351,9 +346,7 @@ def _over(
     return [done[pair.id] for pair in pairs]
 
 
-def _read_parts(
-    pair: Pair, labels: tuple[Label, ...], ignore_value: int | None, connectivity: int
-) -> CaseParts:
+def _read_parts(pair: Pair, labels: tuple[Label, ...], ignore_value: int | None, connectivity: int) -> CaseParts:
     predicted_ZYX, referred_ZYX, spacing_mm = _read_pair(pair, labels, ignore_value)
     voxel_mm3 = float(np.prod(spacing_mm))
     parts = case_parts(pair.id, predicted_ZYX, referred_ZYX, len(labels), voxel_mm3, connectivity)

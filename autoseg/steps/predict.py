@@ -3,6 +3,7 @@
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from autoseg.network.sliding import Progress
 from autoseg.parallel import allowed_cores
 from autoseg.records import Case, Dataset, Plan
 from autoseg.scoring.selection import selected
-from autoseg.steps.predicting.flags import flag
+from autoseg.steps.predicting.flags import flagging
 from autoseg.steps.predicting.models import configuration_named as configuration_named
 from autoseg.steps.predicting.models import default_configuration as default_configuration
 from autoseg.steps.predicting.models import trained_models as trained_models
@@ -156,11 +157,8 @@ def predict(
     remove_unfinished(output)
     paths = done_cases(cases, output, _content(predictors[0], wishes), bool(kind), report) if resume else {}
     todo = [case for case in cases if case.id not in paths]
-    try:
+    with flagging(output, report) if save_uncertainty else nullcontext():
         written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
-    finally:
-        if save_uncertainty:  # also of the cases that are done where another one failed
-            flag(output, report)
     paths |= {case.id: path for case, path in zip(todo, written, strict=True)}
     return tuple(paths[case.id] for case in cases)
 

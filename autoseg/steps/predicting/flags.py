@@ -3,7 +3,8 @@
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from autoseg.cases.predicted import Predicted
@@ -15,6 +16,15 @@ from autoseg.store import load, write_text
 FEW_CASES = 5
 """With fewer cases nothing is flagged: there is no telling what is usual."""
 FLAGGED_DEVIATIONS = 3.0
+
+
+@contextmanager
+def flagging(output: Path, report: Report) -> Iterator[None]:
+    """`flag` what is predicted in the block, also where a case fails: others are done."""
+    try:
+        yield
+    finally:
+        flag(output, report)
 
 
 def flag(output: Path, report: Report) -> None:
