@@ -99,7 +99,7 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
 
 
 REASONS: dict[Optimizer, str] = {
-    "adamw": "a hippocampus Dice of 0.883 was reached with it in 15 minutes on 2 CPU cores; on GPUs no other was tried.",
+    "adamw": "a hippocampus Dice of 0.883 was reached with it in 15 minutes of 2 CPU cores; on GPUs no other was read.",
     "muon": "AdamW whose updates of convolutions are made orthogonal: hippocampus Dice 0.877 instead of 0.872 after "
     "1,000 steps, and 0.883 after 2,500 instead of about 6,400.",
     "sgd": "nnU-Net's optimizer.",
