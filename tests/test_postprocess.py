@@ -320,7 +320,7 @@ def test_a_bad_file_among_good_ones_leaves_the_output_as_it_was(tmp_path):
     run = make_run(tmp_path, [(with_crumbs(organ_map(), n), organ_map()) for n in range(6)])
     postprocess_learn(run, workers=1)
     write_labels(tmp_path / "labels" / "case_05.nii.gz", np.full((10, 24, 24), 7, np.int32), GEOMETRY)
-    with pytest.raises(UserError, match=r"case_05\.nii\.gz: values 7 are not among"):
+    with pytest.raises(UserError, match=r"case_05\.nii\.gz: label has values \{7\} that are not among"):
         postprocess_apply(run, tmp_path / "labels", tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*unfinished*"))

@@ -7,9 +7,10 @@ from planned import a_configuration, a_plan
 from autoseg.cases.prepare import class_locations, prepare, restore, restore_probabilities, to_values
 from autoseg.errors import UserError
 from autoseg.image.labels import to_indices
-from autoseg.image.resample import resample_image, resample_labels
+from autoseg.image.resample import operators, resample_image, resample_labels
 from autoseg.image.volume import Volume, plain_geometry
 from autoseg.records import Label, Resampling
+from autoseg.steps.predicting.predictor import to_cropped_grid
 
 LABELS = tuple(Label(name=str(value), value=value) for value in (0, 5, 9))
 
@@ -49,7 +50,9 @@ def test_transposing_and_resampling_use_the_axes_of_the_plan() -> None:
 
 @pytest.mark.parametrize("anisotropy", [3.0, 1.8])
 @pytest.mark.parametrize(
-    ("spacing_mm", "target_mm"), [((1.0, 1.3, 2.0), (1.1, 1.5, 0.9)), ((5.0, 1.0, 1.0), (0.8, 3.0, 1.2))], ids=str
+    ("spacing_mm", "target_mm"),
+    [((1.0, 1.3, 2.0), (1.1, 1.5, 0.9)), ((5.0, 1.0, 1.0), (0.8, 3.0, 1.2)), ((1.0, 1.0, 1.2), (0.5, 1.6, 0.6))],
+    ids=str,
 )
 def test_preparing_is_cropping_normalizing_within_the_mask_and_resampling_in_this_order(
     spacing_mm: tuple[float, float, float], target_mm: tuple[float, float, float], anisotropy: float
@@ -74,6 +77,9 @@ def test_preparing_is_cropping_normalizing_within_the_mask_and_resampling_in_thi
     np.testing.assert_allclose(prepared.image_CZYX, expected, atol=1e-4)
     expected = resample_labels(indices, turned_mm, target_mm, new, order=1, anisotropy=anisotropy)
     np.testing.assert_array_equal(prepared.labels_ZYX, expected)
+    back = to_cropped_grid(prepared, configuration)
+    expected = operators(new, prepared.cropped_shape, target_mm, turned_mm, 1, anisotropy)
+    assert all(np.array_equal(own, each) for own, each in zip(back, expected, strict=True))
 
 
 def test_an_axis_without_target_spacing_keeps_its_slices() -> None:
