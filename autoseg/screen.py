@@ -1,7 +1,6 @@
 """What a person sees: live bars and tables on a terminal, plain lines elsewhere.
 
-Plain lines have no control codes. Progress, warnings and errors go to stderr; results (tables, JSON) to stdout, so that
-they can be piped.
+Plain lines have no control codes. Progress, warnings and errors go to stderr, results (tables, JSON) to stdout.
 """
 
 import math

@@ -420,7 +420,7 @@ def test_the_conclusion_says_which_leads_are_real(
         Setting(name=name, batch_size=2, dice=dice, p_against_best=chance, spread=spread)
         for name, dice, chance in zip("abc", (0.9, 0.8, 0.7), (None, *chances), strict=True)
     ]
-    assert said in step.conclude(settings, 52, 3)
+    assert said in figures.conclude(settings, 52, 3)
 
 
 def test_trainings_side_by_side_share_what_cases_may_take_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Muon: AdamW whose updates of convolutions are made orthogonal, so that every direction learns at one pace."""
+"""Muon, an optimizer: AdamW with orthogonal updates of convolutions."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -15,6 +15,8 @@ from autoseg.scoring.comparison import Difference
 
 History = Sequence[Mapping[str, float | None]]
 
+LEVEL = 0.95
+"""Of the intervals that settings are compared by; P values below the rest of it are taken for more than chance."""
 REACHED = 0.95
 """A training has arrived when its running Dice on validation patches is this share of the best one's end."""
 SETTLED = 0.9
@@ -157,3 +159,28 @@ def as_table(ended: Study) -> str:
 
 def _classes(ended: Study) -> range:
     return range(1, 1 + max(len(trial.class_dice) for setting in ended.settings for trial in setting.trials))
+
+
+def conclude(settings: Sequence[Setting], cases: int, seeds: int) -> str:
+    """One or two sentences: which setting is best, which are worse by more than chance, and which may not be."""
+    best = settings[0]
+    if best.dice is None:
+        return "No setting has a Dice."
+    head = f"{best.name} has the highest mean Dice, {best.dice:.4f} ({cases} cases, seeds averaged: {seeds})"
+    if len(settings) == 1:
+        return f"{head}."
+    over_cases = [s for s in settings[1:] if s.p_against_best is not None and s.p_against_best < 1 - LEVEL]
+    real = [each.name for each in over_cases if not within_seeds(best, each, seeds)]
+    lucky = [each.name for each in over_cases if each.name not in real]
+    rest = [each.name for each in settings[1:] if each not in over_cases]
+    parts = [f"it beats {', '.join(real)} by more than chance"] if real else []
+    parts += [f"its lead over {', '.join(lucky)} is real for these networks, but seeds may undo it"] if lucky else []
+    parts += [f"its lead over {', '.join(rest)} may be chance"] if rest else []
+    return f"{head}; {'; '.join(parts)}."
+
+
+def within_seeds(best: Setting, other: Setting, seeds: int) -> bool:
+    """Whether a lead is below twice its standard error over seeds: the test over cases takes the networks as given."""
+    if best.spread is None or other.spread is None or best.dice is None or other.dice is None:
+        return True
+    return best.dice - other.dice < 2 * float(np.hypot(best.spread, other.spread)) / seeds**0.5

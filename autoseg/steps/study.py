@@ -42,7 +42,6 @@ from autoseg.steps.training.work import Instead, cases_of, check_cases, check_se
 
 Failures = dict[str, list[str]]
 """Setting -> what its trainings that failed said, by seed."""
-LEVEL = 0.95
 UNEQUAL = 2.0
 """Trainings of a study whose steps differ by more than this factor are warned of."""
 
@@ -306,7 +305,7 @@ def _concluded(
     differences: tuple[Difference, ...] = ()
     if len(names) > 1 and cases >= statistics.FEWEST:
         folders = [files.setting(name) for name in names]
-        differences = compare(*folders, names=names, level=LEVEL, output=files.root).differences
+        differences = compare(*folders, names=names, level=found.LEVEL, output=files.root).differences
     elif len(names) > 1:
         report(Warned(f"{cases} validation cases are too few to test anything; it needs {statistics.FEWEST}."))
     if note := unequal_steps(histories):
@@ -318,7 +317,7 @@ def _concluded(
     ended = begun.model_copy(
         update={
             "settings": (*ranked, *failed), "cases": cases, "differences": differences, "finished": not failed,
-            "conclusion": " ".join([conclude(ranked, cases, begun.seeds), *(said_of(each) for each in failed)]),
+            "conclusion": " ".join([found.conclude(ranked, cases, begun.seeds), *(said_of(each) for each in failed)]),
         }
     )  # fmt: skip
     store.write_text(files.table, found.as_table(ended))
@@ -377,28 +376,3 @@ def _against_best(settings: Sequence[Setting], differences: Sequence[Difference]
     return tuple(
         each.model_copy(update={"p_against_best": pairs.get(frozenset((each.name, ranked[0].name)))}) for each in ranked
     )
-
-
-def conclude(settings: Sequence[Setting], cases: int, seeds: int) -> str:
-    """One or two sentences: which setting is best, which are worse by more than chance, and which may not be."""
-    best = settings[0]
-    if best.dice is None:
-        return "No setting has a Dice."
-    head = f"{best.name} has the highest mean Dice, {best.dice:.4f} ({cases} cases, seeds averaged: {seeds})"
-    if len(settings) == 1:
-        return f"{head}."
-    over_cases = [s for s in settings[1:] if s.p_against_best is not None and s.p_against_best < 1 - LEVEL]
-    real = [each.name for each in over_cases if not within_seeds(best, each, seeds)]
-    lucky = [each.name for each in over_cases if each.name not in real]
-    rest = [each.name for each in settings[1:] if each not in over_cases]
-    parts = [f"it beats {', '.join(real)} by more than chance"] if real else []
-    parts += [f"its lead over {', '.join(lucky)} is real for these networks, but seeds may undo it"] if lucky else []
-    parts += [f"its lead over {', '.join(rest)} may be chance"] if rest else []
-    return f"{head}; {'; '.join(parts)}."
-
-
-def within_seeds(best: Setting, other: Setting, seeds: int) -> bool:
-    """Whether a lead is below twice its standard error over seeds: the test over cases takes the networks as given."""
-    if best.spread is None or other.spread is None or best.dice is None or other.dice is None:
-        return True
-    return best.dice - other.dice < 2 * float(np.hypot(best.spread, other.spread)) / seeds**0.5
