@@ -21,6 +21,7 @@ class Muon(torch.optim.AdamW):
     A convolution (O, I, *K) is taken as the matrix (O, I x K) that it applies at every place; a transposed one whose
     kernel is its stride likewise. The update is scaled to the size that AdamW's has (Liu et al. 2025, Muon is Scalable
     for LLM Training, equation 4), and weight decay is AdamW's. A step that the flag `found_inf` marks changes nothing.
+    torch.optim.Muon (torch 2.9) refuses weights of more than two dimensions and knows no such flag.
 
     Args:
         matrices: the weights to be orthogonalized; their group comes first.

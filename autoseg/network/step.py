@@ -36,13 +36,14 @@ def make_optimizer(network: nn.Module, train: TrainSpec, device: Device) -> torc
         for weight in weights:  # else a first step that is skipped leaves them uninitialized
             sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return sgd
-    heads = {weight for name, weight in network.named_parameters() if "head" in name.split(".")}
-    matrices = [p for p in weights if train.optimizer == "muon" and p.ndim > 1 and p not in heads]
-    decayed = [p for p in weights if p.ndim > 1 and p not in set(matrices)]
-    spared = [p for p in weights if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    kernels, spared = [p for p in weights if p.ndim > 1], [p for p in weights if p.ndim <= 1]
+    decay = {"weight_decay": train.weight_decay}
     if train.optimizer == "muon":
+        heads = {weight for name, weight in network.named_parameters() if "head" in name.split(".")}
+        groups = [{"params": [p for p in kernels if p in heads], **decay}, {"params": spared, "weight_decay": 0.0}]
+        matrices = [p for p in kernels if p not in heads]
         return Muon(matrices, groups, train.learning_rate, train.weight_decay, betas=BETAS, fused=fused)
+    groups = [{"params": kernels, **decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, train.learning_rate, betas=BETAS, fused=fused)
 
 
