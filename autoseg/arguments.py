@@ -205,9 +205,9 @@ def show(result: "BaseModel", as_json: bool = False, explain: bool = False) -> N
     if as_json:
         sys.stdout.write(json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
     else:
-        from autoseg import screen
+        from autoseg import tables
 
-        screen.show(result, explain)
+        tables.show(result, explain)
 
 
 WORDS = {

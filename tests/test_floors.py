@@ -19,11 +19,11 @@ FLOORS = {
     "image": 1, "network": 1, "scoring": 1,
     "planning": 2, "cases": 2, "pages": 2,
     "steps": 3,
-    "arguments": 4, "cli": 4, "cli_scores": 4, "screen": 4,
+    "arguments": 4, "cli": 4, "cli_scores": 4, "screen": 4, "tables": 4,
     "__init__": 5, "__main__": 5,
 }  # fmt: skip
 SHARED_ROOMS = {"records", "store", "layout", "events", "errors", "parallel", "cli", "screen", "__main__"}
-SHARED_ROOMS |= {"record", "specs", "lanes", "arguments", "cli_scores", "upgrades"}
+SHARED_ROOMS |= {"record", "specs", "lanes", "arguments", "cli_scores", "upgrades", "tables"}
 """Files that lie side by side in autoseg/ itself: those of one floor may import each other."""
 SLOW = {"torch", "numpy", "scipy", "skimage", "SimpleITK", "matplotlib", "blosc2", "pydantic"}
 

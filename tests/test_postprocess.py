@@ -11,15 +11,8 @@ from autoseg.image.rules import CaseParts, apply_rules, case_parts
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import Layout, ModelLayout, prediction_file
 from autoseg.records import Case, Dataset, Label, Postprocessing, Region, Rule
-from autoseg.steps.postprocess import (
-    ALL_ACTIONS,
-    VOLUMES_MM3,
-    _candidates,
-    judge,
-    postprocess_apply,
-    postprocess_learn,
-    search,
-)
+from autoseg.steps.postprocess import postprocess_apply, postprocess_learn
+from autoseg.steps.predicting.judging import ALL_ACTIONS, VOLUMES_MM3, candidates_of, judge, search
 
 LABELS = (Label(name="background", value=0), Label(name="organ", value=10), Label(name="lesion", value=20))
 GEOMETRY = plain_geometry((10, 24, 24), (2.0, 1.0, 1.0))
@@ -137,7 +130,7 @@ def test_chance_is_not_learned_however_many_classes_and_candidates_there_are():
     """Components that are right as often as not: of 40 such data sets, no more than chance allows give a rule."""
     labels = (Label(name="background", value=0), *(Label(name=f"l{k}", value=k) for k in range(1, 5)))
     chance, kept = np.random.default_rng(2), 0
-    candidates = _candidates(ALL_ACTIONS, 1 / 3, 1)
+    candidates = candidates_of(ALL_ACTIONS, 1 / 3, 1)
     for _ in range(40):
         parts = []
         for n in range(10):

@@ -1,15 +1,13 @@
-"""What the screen shows for the events and results of the steps."""
+"""What the screen shows for the events of the steps, and how errors are said."""
 
 import io
 import math
 
 import pytest
 
-from autoseg import screen
+from autoseg import screen, tables
 from autoseg.errors import UserError
 from autoseg.events import Advanced, Event, Finished, Said, Started, Trained, Warned
-from autoseg.records import CaseScore, Postprocessing, Rule, Scores
-from autoseg.scoring.comparison import Comparison, Difference
 
 
 class Terminal(io.StringIO):
@@ -51,14 +49,6 @@ def shown(events: list[tuple[float, Event]]) -> list[str]:
             clock.now = at
             report(event)
     return stream.getvalue().splitlines()
-
-
-def scores() -> Scores:
-    cases = (CaseScore(id="a", values={"dice": (0.5, None)}),)
-    return Scores(
-        prediction="p", reference="r", labels=("left [1]", "right"), policy="empty cases are left out", cases=cases,
-        mean={"dice": (0.5, None)}, foreground_mean={"dice": 0.5},
-    )  # fmt: skip
 
 
 def test_work_is_announced_when_it_begins_and_ends() -> None:
@@ -127,27 +117,27 @@ def test_progress_that_cannot_be_written_is_lost_but_results_are_not(
     screen.show_error(UserError("wrong"))
     monkeypatch.setattr("sys.stdout", Full(live))
     with pytest.raises(OSError, match="cannot be written"):
-        screen.say("a result")
+        tables.say("a result")
 
 
 def test_the_panel_holds_the_work_under_way_and_nothing_that_is_over() -> None:
-    panel = screen._Panel(screen._console(io.StringIO()))
+    panel = screen._Panel(screen.console_on(io.StringIO()))
     panel.show(Started("checking", 4))
     panel.show(Advanced("checking", 2, 4, "case_02"))
     panel.show(Trained(3, 9, 1, 5, {"loss": 0.25}))
     stream = io.StringIO()
-    screen._console(stream).print(panel.render())
+    screen.console_on(stream).print(panel.render())
     assert all(words in stream.getvalue() for words in ("checking", "2/4", "case_02", "epoch 3/9", "0.25"))
     panel.show(Finished("checking"))
     assert not panel.bars.tasks
 
 
 def test_work_of_unknown_length_is_not_counted_against_a_question_mark() -> None:
-    panel = screen._Panel(screen._console(io.StringIO()))
+    panel = screen._Panel(screen.console_on(io.StringIO()))
     for event in (Started("planning"), Advanced("measuring", 2, 0, "small"), Advanced("reading", 3, 7)):
         panel.show(event)
     stream = io.StringIO()
-    screen._console(stream).print(panel.render())
+    screen.console_on(stream).print(panel.render())
     assert all(words in stream.getvalue() for words in ("planning", "2", "small", "3/7"))
     assert "?" not in stream.getvalue()
 
@@ -155,43 +145,9 @@ def test_work_of_unknown_length_is_not_counted_against_a_question_mark() -> None
 def test_words_of_headings_stay_whole_on_a_narrow_screen(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("configuration", "patch", "batch", "parameters", "step", "receptive field", "memory", "epoch, roughly")
     row = ("3d", "24 x 32 x 28", "2", "1.4 M", "0.0483 TFLOP", "23 x 23 x 23", "0.70 GB", "24 s")
-    screen.Console(width=100).print(screen._filled("Networks", names, [row]))
+    screen.Console(width=100).print(screen.filled("Networks", names, [row]))
     shown_table = capsys.readouterr().out
     assert all(word in shown_table for name in names for word in name.split())
-
-
-def test_scores_are_shown_per_class_with_a_dash_where_undefined(capsys: pytest.CaptureFixture[str]) -> None:
-    screen.show(scores())
-    text = capsys.readouterr().out
-    rows = [line.split() for line in text.splitlines()]
-    assert any("left" in row and "[1]" in row and "0.5000" in row for row in rows)
-    assert any("right" in row and "-" in row for row in rows)
-    assert "cases of p, and" in text
-
-
-def test_learned_rules_are_shown_with_their_gain(capsys: pytest.CaptureFixture[str]) -> None:
-    rule = Rule(label=None, action="keep_largest", dice_before=0.8, dice_after=0.9)
-    screen.show(Postprocessing(learned_on="3d", cases=4, rules=(rule,)))
-    assert "0.8000 -> 0.9000" in capsys.readouterr().out
-
-
-def test_a_comparison_shows_differences_and_its_conclusion(capsys: pytest.CaptureFixture[str]) -> None:
-    one = Difference(
-        first="a", second="b", metric="dice", label="left", cases=9, mean_first=0.9, mean_second=0.8, difference=0.1,
-        low=0.05, high=0.15, p_wilcoxon_holm=0.004, better="a",
-    )  # fmt: skip
-    found = Comparison(
-        methods=("a", "b"), labels=("left",), metrics=("dice",), cases=9, level=0.95, conclusion="a beats b.",
-        ranking=("a", "b"), rank_shares=((1.0, 0.0), (0.0, 1.0)), differences=(one,),
-    )  # fmt: skip
-    screen.show(found)
-    text = capsys.readouterr().out
-    assert all(words in text for words in ("a - b", "+0.1000", "+0.0500 to +0.1500", "0.004", "a beats b."))
-
-
-def test_no_rule_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    screen.show(Postprocessing(learned_on="3d", cases=4))
-    assert "No rule" in capsys.readouterr().out
 
 
 def test_an_error_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
