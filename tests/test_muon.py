@@ -12,7 +12,7 @@ def test_all_directions_of_an_update_are_about_as_long(shape: tuple[int, int]) -
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     uneven = left @ torch.diag(torch.logspace(0, -1, min(shape))) @ right
-    lengths = torch.linalg.svdvals(orthogonal(uneven))
+    lengths = torch.linalg.svdvals(orthogonal([uneven])[0])
     assert lengths.min() > 0.6
     assert lengths.max() < 1.3
 
@@ -25,11 +25,19 @@ def test_iterations_on_the_gram_matrix_are_those_on_the_matrix(shape: tuple[int,
     for _ in range(ITERATIONS):
         gram = plain @ plain.T
         plain = a * plain + (b * gram + c * gram @ gram) @ plain
-    assert torch.allclose(orthogonal(matrix).double(), plain, atol=1e-5)
+    assert torch.allclose(orthogonal([matrix])[0].double(), plain, atol=1e-5)
+
+
+def test_matrices_of_one_size_are_done_together_and_stay_apart() -> None:
+    draws = torch.Generator().manual_seed(4)
+    shapes = [(4, 50), (16, 16), (30, 4), (4, 8), (16, 5)]
+    matrices = [torch.randn(shape, generator=draws) for shape in shapes]
+    for found, matrix in zip(orthogonal(matrices), matrices, strict=True):
+        torch.testing.assert_close(found, orthogonal([matrix])[0])
 
 
 def test_no_gradient_gives_no_update() -> None:
-    assert not orthogonal(torch.zeros(3, 5)).any()
+    assert not orthogonal([torch.zeros(3, 5)])[0].any()
 
 
 @pytest.mark.parametrize("laid_out", [torch.contiguous_format, torch.channels_last_3d])
@@ -44,7 +52,7 @@ def test_a_step_is_momentum_made_orthogonal_with_adamws_decay(laid_out: torch.me
         optimizer.step()
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
         looked_ahead = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
-        update = orthogonal(looked_ahead.flatten(1)).view_as(start) * RMS * (4 * 27) ** 0.5
+        update = orthogonal([looked_ahead.flatten(1)])[0].view_as(start) * RMS * (4 * 27) ** 0.5
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * update
     assert weight.is_contiguous(memory_format=laid_out)
     assert torch.allclose(weight, expected, atol=1e-5)

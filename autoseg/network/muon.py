@@ -37,45 +37,63 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step; AdamW leaves out weights without a gradient, and so what was updated here."""
-        skip = getattr(self, "found_inf", None)
         group = self.param_groups[0]
-        for weight in group["params"]:
-            if weight.grad is not None:
-                self._update(weight, weight.grad, group["lr"], group["weight_decay"], skip)
-                weight.grad = None
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        if weights:
+            self._update(weights, group["lr"], group["weight_decay"], getattr(self, "found_inf", None))
+        for weight in weights:
+            weight.grad = None
         super().step(closure)
 
-    def _update(self, weight: Tensor, gradient: Tensor, rate: float, decay: float, skip: Tensor | None) -> None:
-        state = self.state[weight]
-        if not state:
-            state |= {"momentum": torch.zeros_like(weight), "step": torch.zeros(())}  # AdamW looks for steps in a state
-        momentum = torch.lerp(gradient, state["momentum"], MOMENTUM)
-        matrix = torch.lerp(gradient, momentum, MOMENTUM).flatten(1)
-        size = RMS * math.sqrt(max(matrix.shape))
-        changed = torch.add(weight * (1 - rate * decay), orthogonal(matrix).view_as(weight), alpha=-rate * size)
+    def _update(self, weights: list[Tensor], rate: float, decay: float, skip: Tensor | None) -> None:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        kept = torch.ones((), device=weights[0].device) if skip is None else 1 - skip
         if skip is not None:  # on the device, so that the host never waits
-            momentum = torch.where(skip > 0, state["momentum"], momentum)
-            changed = torch.where(skip > 0, weight, changed)
-        state["momentum"].copy_(momentum)
-        weight.copy_(changed)
+            nothing, is_skipped = torch.zeros_like(skip), skip > 0
+            gradients = [torch.where(is_skipped, nothing, gradient) for gradient in gradients]
+        for weight in weights:
+            if not self.state[weight]:  # AdamW looks for steps in a state
+                self.state[weight] |= {"momentum": torch.zeros_like(weight), "step": torch.zeros(())}
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        towards = torch._foreach_sub(gradients, momenta)
+        torch._foreach_mul_(towards, (1 - MOMENTUM) * kept)
+        torch._foreach_add_(momenta, towards)
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        updates = orthogonal([each.flatten(1) for each in ahead])
+        torch._foreach_mul_(updates, [RMS * math.sqrt(max(each.shape)) for each in updates])
+        torch._foreach_mul_(updates, rate * kept)
+        torch._foreach_mul_(weights, 1 - rate * decay * kept)
+        torch._foreach_sub_(weights, [each.view_as(weight) for each, weight in zip(updates, weights, strict=True)])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix (M, N) with all singular values near 1: UV' of USV', by five Newton-Schulz iterations.
+def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Every matrix (M, N) with all singular values near 1: UV' of USV', by five Newton-Schulz iterations.
 
-    All iterations are polynomials of the Gram matrix, so they are done on the smaller side and applied once.
+    All iterations are polynomials of the Gram matrix, so they are done on the smaller side and applied once; those of
+    one size together, since a GPU's host takes longer to launch these products than they run.
     """
-    matrix = matrix.float()
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = [each if each.shape[0] <= each.shape[1] else each.T for each in (every.float() for every in matrices)]
+    sizes: dict[int, list[int]] = {}
+    for number, each in enumerate(wide):
+        sizes.setdefault(len(each), []).append(number)
+    found = list(wide)
+    for numbers in sizes.values():
+        grams = torch.stack([wide[number] @ wide[number].T for number in numbers])
+        for number, applied in zip(numbers, _iterated(grams), strict=True):
+            product = applied @ wide[number]
+            found[number] = product if matrices[number].shape[0] <= matrices[number].shape[1] else product.T
+    return found
+
+
+def _iterated(gram: Tensor) -> Tensor:
+    """What the iterations multiply matrices with, from their Gram matrices (B, M, M)."""
     a, b, c = POLYNOMIAL
-    gram = wide @ wide.T
-    length = gram.trace().sqrt() + TINY
+    length = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None] + TINY
     gram = gram / length.square()
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    applied = identity
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    applied = identity.expand_as(gram)
     for _ in range(ITERATIONS):
-        polynomial = a * identity + b * gram + c * gram @ gram
+        polynomial = torch.baddbmm(torch.add(a * identity, gram, alpha=b), gram, gram, alpha=c)
         applied = polynomial @ applied
         gram = polynomial @ gram @ polynomial
-    result = (applied / length) @ wide
-    return result if matrix.shape[0] <= matrix.shape[1] else result.T
+    return applied / length
