@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,8 +82,10 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_training_goes_on(monkeypa
 
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").is_file(), reason="needs /proc")
 def test_a_compiler_whose_process_dies_is_no_longer_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
 
+    monkeypatch.setattr(config, "compile_threads", 2)  # on one core torch has no such processes
     pools: list[Any] = []
     orphans: list[int] = []
 
@@ -174,6 +177,22 @@ def test_every_further_network_and_batch_is_compiled_for_its_own_sizes(monkeypat
             assert step is not None
             assert len(inputs) > before
     assert all(isinstance(each, Tensor) for each in inputs)  # no sizes that are left open
+
+
+def test_what_the_compiler_warns_of_is_not_said_and_other_warnings_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(whole: Callable[..., Tensor], mode: str | None, dynamic: bool) -> Callable[..., Tensor]:
+        def run(*tensors: Tensor) -> Tensor:
+            for name in ("torch._inductor.lowering", "torch._dynamo.variables", "torch.nn.functional"):
+                warnings.warn_explicit(f"by {name}", UserWarning, "file.py", 1, name)
+            return whole(*tensors)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert try_compile(a_network(), LOSS, a_batch(), CPU, lambda event: pytest.fail(f"{event}")) is not None
+    assert [str(each.message) for each in said] == ["by torch.nn.functional"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -428,8 +428,10 @@ def test_the_simulation_never_promises_less_than_a_card_needs() -> None:
     device = Device(torch.device("cuda", 0), "bf16")
     planned = configuration((96, 96, 96), features=(32, 64, 128, 256, 320))
     before = torch.cuda.memory_allocated(0)
-    simulated, measured = memory.compare(planned, device)
-    assert measured <= simulated <= 1.5 * measured
+    # without the context: in this process it also holds whatever other tests compiled
+    simulated = memory.needed_bytes(simulate.replay(planned, "bf16", "cuda")) - memory.CONTEXT_BYTES
+    _, reserved = memory.device_peaks(planned, device)
+    assert reserved <= simulated <= 1.5 * reserved
     assert torch.cuda.memory_allocated(0) == before
 
 

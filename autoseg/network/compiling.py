@@ -7,8 +7,9 @@ The network and its loss are one function. Only GPUs compile: on CPUs the eager 
 import gc
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def try_compile(
         torch.compiler.reset()
         compiled = torch.compile(whole, mode="reduce-overhead" if records else None, dynamic=False)
         run: Step = recorded if records else compiled
-        with _no_silent_eager(), compile_workers.watched():
+        with _no_silent_eager(), _compilers_remarks_unsaid(), compile_workers.watched():
             for _ in range(TRIALS if records else 1):
                 with device.autocast():
                     value = run(*batch)
@@ -107,3 +108,11 @@ def _no_silent_eager() -> AbstractContextManager[object]:
     if not hasattr(config, "fail_on_recompile_limit_hit"):
         return nullcontext()
     return config.patch(fail_on_recompile_limit_hit=True)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _compilers_remarks_unsaid() -> Iterator[None]:
+    """In this block torch's compiler does not warn: it speaks of its own choices, about which a user can do nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
+        yield
