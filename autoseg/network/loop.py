@@ -77,8 +77,8 @@ class TrainState:
 class Batch:
     """One augmented batch on the device: image (B, C, ...), labels (B, ...), its cases, and seconds it took to come.
 
+    Where a team shares the batch, tensors hold this process' part of it, and `cases` those of all samples.
     `annotated` is a bool table (B, K) of what somebody drew in each sample's case; None where that is everything.
-    `of`: samples of the whole batch, where a team shares it and this is one process' part.
     """
 
     image: Tensor
@@ -87,7 +87,6 @@ class Batch:
     wait_seconds: float
     augment_seconds: float
     annotated: Tensor | None = None
-    of: int | None = None
 
 
 def device_of(state: TrainState, device: Device) -> Device:
@@ -259,7 +258,7 @@ class _Sums:
         self.wait += batch.wait_seconds
         self.augment += batch.augment_seconds
         self.own += len(batch.image)
-        self.samples += batch.of or len(batch.image)
+        self.samples += len(batch.cases)
 
     def read(self) -> tuple[float, list[tuple[str, ...]]]:
         """The mean of the losses that are finite (NaN if none is), and the cases of the steps that were skipped."""
