@@ -297,10 +297,15 @@ def _left(state: TrainState, length: Length) -> float:
 
 
 def _epochs(state: TrainState, length: Length) -> int:
-    """Of how many epochs to speak: with a time limit, as many as the pace so far promises."""
-    if length.max_seconds is None:
-        return length.epochs
-    return max(state.epoch, math.ceil(state.step / max(length.done(state), 1e-6) / state.steps_per_epoch))
+    """Of how many epochs to speak: those so far and those to come, with a time limit as many as the pace promises.
+
+    One that an earlier time limit ended before its last step is among those so far.
+    """
+    done = length.done(state)
+    if done >= 1.0:
+        return state.epoch
+    steps = length.epochs * state.steps_per_epoch if length.max_seconds is None else state.step / max(done, 1e-6)
+    return state.epoch + math.ceil(steps / state.steps_per_epoch) - state.step // state.steps_per_epoch
 
 
 def _end_epoch(
