@@ -53,6 +53,18 @@ def test_drawn_shares_are_those_of_the_batches_that_were_used_since_the_last_tim
         assert set(coming.drawn_shares().values()) == {0.0}
 
 
+def test_a_batch_for_which_memory_ran_out_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory, as if")
+
+    with batches(1, "foreground") as coming:
+        with monkeypatch.context() as short:
+            short.setattr("autoseg.steps.training.batches.augment.apply", run_out)
+            with pytest.raises(torch.OutOfMemoryError):
+                coming.draw(CASES, "abcd", 0)
+        assert len(coming.draw(CASES, "abcd", 0).cases) == coming._drawn["samples"]
+
+
 @pytest.mark.parametrize("moves", [False, True])
 def test_with_an_ignore_label_nothing_is_learned_outside_the_image(moves: bool) -> None:
     augment = AugmentSpec(rotation_rad=(0.5,) * 3, rotation_chance=float(moves), scale_chance=0)

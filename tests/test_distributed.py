@@ -100,20 +100,24 @@ def test_the_shares_of_a_batch_are_the_batch() -> None:
         labels = chance.integers(0, 3, (9, 10, 12)).astype(np.int16)
         places = {k: np.argwhere(labels == k) for k in (1, 2)}
         sources.append(InMemory(chance.normal(size=(1, *labels.shape)).astype(np.float32), labels, places))
-    cpu, ids = Device(torch.device("cpu"), "fp32"), ("a", "b", "c")
+    cpu, ids, told = Device(torch.device("cpu"), "fp32"), ("a", "b", "c"), set[tuple[str, ...]]()
+    annotated = {"a": (True, True, False), "c": (True, False, True)}
 
-    def drawn(team: Team) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
-        with Batches(tiny(), 0, 1, 3, cpu, 1, team) as batches:
+    def drawn(team: Team) -> list[tuple[torch.Tensor, ...]]:
+        with Batches(tiny(), 0, 1, 3, cpu, 1, team, annotated=annotated) as batches:
             batch = batches.draw(sources, ids, 4)
-        assert batch.of == 3
-        return list(zip(batch.image, batch.labels, batch.cases, strict=True))
+        told.add(batch.cases)
+        assert batch.annotated is not None
+        return list(zip(batch.image, batch.labels, batch.annotated, strict=True))
 
     whole, first, second = drawn(ALONE), drawn(Team(0, 2)), drawn(Team(1, 2))
     assert (len(whole), len(first), len(second)) == (3, 2, 1)
     for one, other in zip(whole, (first[0], second[0], first[1]), strict=True):
         torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
         assert torch.equal(one[1], other[1])
-        assert one[2] == other[2]
+        assert torch.equal(one[2], other[2])
+    [cases] = told  # every process can name them all, as where one holds numbers that are not finite
+    assert [annotated.get(case, (True,) * 3) for case in cases] == [tuple(row[2].tolist()) for row in whole]
 
 
 def test_without_torchrun_there_is_one_process() -> None:

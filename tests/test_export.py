@@ -1,5 +1,6 @@
 """network/export.py: slab by slab gives what resampling everything at once gives."""
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -227,3 +228,19 @@ def test_no_slab_is_larger_than_allowed_and_the_first_may_be_lower(
     assert made[0].window == slice(0, 1)
     assert [each.window.start for each in made[1:]] == [each.window.stop for each in made[:-1]]
     assert made[-1].window.stop == 20
+
+
+def test_threads_to_come_are_as_many_as_before_when_slabs_are_left_early() -> None:
+    before, found = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    try:
+        scores = scores_of()
+        made = slabs([scores], scores.shape[1:], (None, None, None), Wanted(are_logits=True), first_height=1)
+        next(made)
+        made.close()
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert found == [2]
+    finally:
+        torch.set_num_threads(before)

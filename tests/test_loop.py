@@ -16,6 +16,7 @@ from autoseg.events import Event, Trained, Warned
 from autoseg.network import loop, losses, unet
 from autoseg.network.device import Device
 from autoseg.network.loop import Batch, Length, TrainState, fit
+from autoseg.network.muon import Muon
 from autoseg.network.step import (
     BETAS,
     follow_layout,
@@ -333,6 +334,16 @@ def test_a_time_limit_amid_an_epoch_ends_it_there(clock: Clock) -> None:
     assert training.run(Length(epochs=1000, max_seconds=5.0))
     assert (training.state.step, training.state.epoch) == (5, 1)
     assert training.saved == [(5, True)]
+
+
+def test_an_epoch_that_a_time_limit_cut_short_is_one_of_those_that_are_announced_when_it_goes_on(clock: Clock) -> None:
+    training = Training(a_train(steps_per_epoch=3), clock=clock)
+    training.run(Length(epochs=1000, max_seconds=4.0))
+    training.events.clear()
+    training.run(Length(epochs=3))
+    announced = [(event.epoch, event.epochs) for event in training.events if isinstance(event, Trained)]
+    assert announced == [(3, 4), (3, 4), (4, 4), (4, 4), (4, 4)]
+    assert len(training.state.history) == 4
 
 
 def test_a_training_that_is_over_does_nothing_more(clock: Clock) -> None:
@@ -659,6 +670,17 @@ def test_after_few_steps_the_gradient_signal_is_that_of_few(steps: int) -> None:
         assert gradient_signal(optimizer) == pytest.approx(mean / 2, abs=0.02)
 
 
+def test_under_muon_the_gradient_signal_is_that_of_the_weights_that_have_adamws_moments() -> None:
+    chance = torch.Generator().manual_seed(1)
+    kernel, norm = torch.nn.Parameter(torch.zeros(2, 2, 3, 3)), torch.nn.Parameter(torch.zeros(20_000))
+    optimizer = Muon([kernel], [{"params": [norm]}], 1e-3, 0.0, betas=BETAS)
+    for _ in range(60):
+        kernel.grad = torch.randn(kernel.shape, generator=chance)
+        norm.grad = 1.0 + torch.randn(20_000, generator=chance)
+        optimizer.step()
+    assert gradient_signal(optimizer) == pytest.approx(0.5, abs=0.02)
+
+
 def test_an_optimizer_without_moments_has_no_gradient_signal() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     assert math.isnan(gradient_signal(torch.optim.SGD([weight], 0.1, momentum=0.9)))
@@ -666,7 +688,7 @@ def test_an_optimizer_without_moments_has_no_gradient_signal() -> None:
 
 def test_the_loss_noise_of_an_epoch_is_that_from_step_to_step() -> None:
     sums = loop._Sums(CPU)
-    nothing = loop.Batch(torch.zeros(1, 1), torch.zeros(1), (), 0.0, 0.0)
+    nothing = loop.Batch(torch.zeros(1, 1), torch.zeros(1), ("a",), 0.0, 0.0)
     sums.add(torch.tensor(7.0), nothing, 0.0)
     assert math.isnan(sums.noise())
     sums = loop._Sums(CPU)
@@ -678,7 +700,6 @@ def test_the_loss_noise_of_an_epoch_is_that_from_step_to_step() -> None:
 def test_images_per_second_are_those_of_the_whole_team() -> None:
     """`own` images against the speed of this process, `samples` of all processes for the reader."""
     sums = loop._Sums(CPU)
-    sums.add(torch.tensor(1.0), loop.Batch(torch.zeros(2, 1), torch.zeros(2), ("a", "b"), 0.0, 0.0, of=7), 0.5)
-    assert (sums.own, sums.samples) == (2, 7)
-    sums.add(torch.tensor(1.0), loop.Batch(torch.zeros(2, 1), torch.zeros(2), ("a", "b"), 0.0, 0.0), 0.5)
+    for cases in (("a", "b", "c", "d", "e", "f", "g"), ("a", "b")):
+        sums.add(torch.tensor(1.0), loop.Batch(torch.zeros(2, 1), torch.zeros(2), cases, 0.0, 0.0), 0.5)
     assert (sums.own, sums.samples) == (4, 9)

@@ -380,8 +380,9 @@ def test_a_finished_training_is_extended_by_epochs_and_not_to_fewer(run: Path) -
 
 
 def test_a_training_that_ended_by_the_clock_is_extended_to_the_planned_epochs(run: Path) -> None:
-    """A time limit leaves the number of epochs as planned, though they were not reached."""
-    start(run, epochs=4, max_seconds=1e-3)
+    """A time limit leaves the number of epochs as planned, though they were not reached, not even the first."""
+    assert start(run, epochs=4, max_seconds=1e-3).steps < STEPS
+    assert start(run, resume="extend", epochs=1).steps == STEPS
     record = start(run, resume="extend", epochs=4)
     assert (record.max_seconds, record.steps) == (None, 4 * STEPS)
 

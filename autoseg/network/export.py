@@ -180,9 +180,11 @@ def _mapping(device: torch.device) -> Iterator[_Map]:
     if device.type != "cpu" or threads == 1:
         yield map
         return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool.map
-    torch.set_num_threads(threads)  # the number of other threads to come; each has its own
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)  # the number of other threads to come; each has its own
 
 
 def _piece(matrix: Tensor | None, start: int, stop: int, first: int = 0) -> tuple[slice, Tensor | None, slice]:

@@ -77,8 +77,8 @@ class TrainState:
 class Batch:
     """One augmented batch on the device: image (B, C, ...), labels (B, ...), its cases, and seconds it took to come.
 
+    Where a team shares the batch, tensors hold this process' part of it, and `cases` those of all samples.
     `annotated` is a bool table (B, K) of what somebody drew in each sample's case; None where that is everything.
-    `of`: samples of the whole batch, where a team shares it and this is one process' part.
     """
 
     image: Tensor
@@ -87,7 +87,6 @@ class Batch:
     wait_seconds: float
     augment_seconds: float
     annotated: Tensor | None = None
-    of: int | None = None
 
 
 def device_of(state: TrainState, device: Device) -> Device:
@@ -259,7 +258,7 @@ class _Sums:
         self.wait += batch.wait_seconds
         self.augment += batch.augment_seconds
         self.own += len(batch.image)
-        self.samples += batch.of or len(batch.image)
+        self.samples += len(batch.cases)
 
     def read(self) -> tuple[float, list[tuple[str, ...]]]:
         """The mean of the losses that are finite (NaN if none is), and the cases of the steps that were skipped."""
@@ -298,10 +297,15 @@ def _left(state: TrainState, length: Length) -> float:
 
 
 def _epochs(state: TrainState, length: Length) -> int:
-    """Of how many epochs to speak: with a time limit, as many as the pace so far promises."""
-    if length.max_seconds is None:
-        return length.epochs
-    return max(state.epoch, math.ceil(state.step / max(length.done(state), 1e-6) / state.steps_per_epoch))
+    """Of how many epochs to speak: those so far and those to come, with a time limit as many as the pace promises.
+
+    One that an earlier time limit ended before its last step is among those so far.
+    """
+    done = length.done(state)
+    if done >= 1.0:
+        return state.epoch
+    steps = length.epochs * state.steps_per_epoch if length.max_seconds is None else state.step / max(done, 1e-6)
+    return state.epoch + math.ceil(steps / state.steps_per_epoch) - state.step // state.steps_per_epoch
 
 
 def _end_epoch(

@@ -143,12 +143,13 @@ def gradient_signal(optimizer: torch.optim.Optimizer) -> float:
 
     Read off AdamW's moments, so it costs nothing and does not depend on the scale of the loss. With the mean gradient G
     and its variance S over batches, and m and v freed of their bias, E[v] = G^2 + S and E[m^2] = G^2 + cS with
-    c = (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)) after t steps, summed over all weights (the ratio S / G^2 is the
-    noise scale of McCandlish et al. 2018). Both are taken to change slowly. NaN without moments and after one step,
-    which says nothing of the others.
+    c = (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)) after t steps, summed over the weights that have such moments (the
+    ratio S / G^2 is the noise scale of McCandlish et al. 2018): under Muon the heads, norms and biases, whose batches
+    agree more, so that its figures are not to be compared with AdamW's. Both are taken to change slowly. NaN without
+    moments and after one step, which says nothing of the others.
     """
     states = [state for state in optimizer.state.values() if "exp_avg_sq" in state]
-    if len(states) < len(optimizer.state) or not states:
+    if not states:
         return math.nan
     squared_mean = torch.stack([state["exp_avg"].square().sum() for state in states]).sum().item()
     mean_square = torch.stack([state["exp_avg_sq"].sum() for state in states]).sum().item()

@@ -29,8 +29,8 @@ class Trial(Record):
     `dice` and `hd95_mm` are the foreground means over the validation cases. `loss_noise`: the loss' standard deviation
     from step to step, as a share of what the training lowered the loss by. `dice_noise`: the same of the Dice on
     validation patches from epoch to epoch in the second half. `gradient_signal`: median share of the squared gradient
-    that batches agree on. `reached_share`: share of the training until it had arrived (see `REACHED`), None if never;
-    `settled_share`: until it had settled (see `SETTLED`).
+    that batches agree on, under Muon that of heads and norms. `reached_share`: share of the training until it had
+    arrived (see `REACHED`), None if never; `settled_share`: until it had settled (see `SETTLED`).
     """
 
     seed: int

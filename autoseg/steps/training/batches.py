@@ -103,7 +103,6 @@ class Batches:
         else:
             image, labels, drawn, places, drawn_for = self._next(sources, step, history)
             waited = time.perf_counter() - start
-        self._drawn += drawn_for
         moved_image, moved_labels = self._to_device(image), self._to_device(labels)
         previous = said = None
         if self._said:
@@ -121,11 +120,11 @@ class Batches:
             said = augment.move(said, drawn, self._patch)
             result_labels = torch.cat((result_labels.unsqueeze(1).float(), said), 1)
         cases = tuple(ids[place.case] for place in places)
+        annotated_BK = self._annotated_in(share(self._team, cases))
         result = result.contiguous(memory_format=self._format)
+        self._drawn += drawn_for  # last: a batch for which memory runs out is asked for once more
         spent = time.perf_counter() - start - waited
-        return Batch(
-            result, result_labels, cases, waited, spent, self._annotated_in(cases), of=drawn_for["samples"]
-        )  # fmt: skip
+        return Batch(result, result_labels, cases, waited, spent, annotated_BK)
 
     def go_eager(self) -> None:
         """From now on the batches are for a network that is not compiled."""
@@ -234,10 +233,10 @@ class Batches:
         on_device = [source for source in sources if isinstance(source, OnDevice)]
         if len(on_device) == len(sources):
             image, labels = gather_on_device(on_device, places, self._patch, self._enlarged, moved, self._outside)
-            return image, labels, drawn, places, drawn_for
+            return image, labels, drawn, whole, drawn_for
         both = gather(sources, places, self._patch, self._enlarged, moved, self._outside)
         image, labels = (self._pinned(each) for each in both)
-        return image, labels, drawn, places, drawn_for
+        return image, labels, drawn, whole, drawn_for
 
     def _pinned(self, array: np.ndarray) -> Tensor:
         """On the host, in memory that a GPU reads while the host goes on."""

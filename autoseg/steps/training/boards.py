@@ -1,7 +1,8 @@
 """The history of a training for TensorBoard, which is an extra of the installation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ def writer_class() -> Callable[[str], Any]:
     return SummaryWriter
 
 
-def board(folder: Path, written: int) -> Callable[[Sequence[Row]], None]:
+@contextmanager
+def board(folder: Path, written: int) -> Iterator[Callable[[Sequence[Row]], None]]:
     """A function that writes what a history has gained since the last call as scalars over the training's steps.
+
+    Its file and thread are closed with the block.
 
     Args:
         written: rows of the history that an earlier part of the same training has written already.
@@ -41,4 +45,7 @@ def board(folder: Path, written: int) -> Callable[[Sequence[Row]], None]:
         done = len(history)
         writer.flush()
 
-    return write
+    try:
+        yield write
+    finally:
+        writer.close()

@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -51,20 +51,20 @@ def learn(work: Work, record: Run, sources: dict[str, Source]) -> tuple[TrainSta
     if record.max_seconds is not None:  # the time asked for is that of everything before validation
         state.seconds += _counted(seconds, record.max_seconds - state.seconds, work)
     _, state.seconds = agreed(work.team, False, state.seconds)  # learning rate and end go by it
-    save = _saver(work, state)
-    try:
-        reached = _fit(work, record, state, sources, compiled, save, capacity, pieces)
-    finally:
-        was_compiled = compiled is not None and is_as_compiled(state)
-        if compiled is not None:
-            compiled = None
-            forget_compiled()  # what comes next, validation or another training, has use for its memory
-    if work.team.is_first:
-        draw_curves(work.model.curves, state.history)
-    if not reached:
-        raise Interrupted(command_to_go_on(work))
-    if state.step:
-        save(state, False)
+    with _saving(work, state) as save:
+        try:
+            reached = _fit(work, record, state, sources, compiled, save, capacity, pieces)
+        finally:
+            was_compiled = compiled is not None and is_as_compiled(state)
+            if compiled is not None:
+                compiled = None
+                forget_compiled()  # what comes next, validation or another training, has use for its memory
+        if work.team.is_first:
+            draw_curves(work.model.curves, state.history)
+        if not reached:
+            raise Interrupted(command_to_go_on(work))
+        if state.step:
+            save(state, False)
     if work.team.is_first:
         mirror_axes = record.configuration.train.augment.mirror_axes
         checkpoint.save_weights(work.model.weights, state.network, state.average, mirror_axes)
@@ -203,22 +203,24 @@ def _tried(
     return try_compile(network, loss, batch, device, work.report, records)
 
 
-def _saver(work: Work, state: TrainState) -> Callable[[TrainState, bool], None]:
+@contextmanager
+def _saving(work: Work, state: TrainState) -> Iterator[Callable[[TrainState, bool], None]]:
     """The function that writes state, history and best weights; in a team only the first process does."""
     model = work.model
     if not work.team.is_first:
-        return lambda state, best: None
-    shown = board(model.tensorboard, len(state.history)) if work.machine.tensorboard else None
+        yield lambda state, best: None
+        return
 
     def save(state: TrainState, best: bool) -> None:
         if best:
             checkpoint.save_weights(model.best, state.network, state.average)
         store.write_text(model.history, "".join(json.dumps(_plain(row)) + "\n" for row in state.history))
         checkpoint.save_state(model.resume_tensors, state)  # last: a kill before it has the epoch done again
-        if shown is not None:
-            shown(state.history)
+        shown(state.history)
 
-    return save
+    wanted = work.machine.tensorboard
+    with board(model.tensorboard, len(state.history)) if wanted else nullcontext(lambda history: None) as shown:
+        yield save
 
 
 def _fit(

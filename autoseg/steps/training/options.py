@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from math import pi
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from autoseg.errors import UserError
-from autoseg.network import losses, sampling
+from autoseg.network import losses, sampling, simulate
 from autoseg.network.device import Device
 from autoseg.network.label_kinds import Labelling
 from autoseg.network.pieces import ran_out, too_little_memory
@@ -270,8 +271,6 @@ def seconds_per_sample(configuration: Configuration, device: Device, labelling: 
     With the whole batch on a GPU, where a small one takes as long, or what of it fits (the training splits it); and
     with as few samples as may be on a CPU. Raises UserError where not even one fits.
     """
-    import torch
-
     batch = configuration.batch_size if device.is_cuda else min(LEAST_BATCH, configuration.batch_size)
     while True:
         try:
@@ -288,13 +287,9 @@ def seconds_per_sample(configuration: Configuration, device: Device, labelling: 
 
 def _seconds_of_step(configuration: Configuration, device: Device, labelling: Labelling) -> float:
     """The shortest of three training steps, whose memory is given back."""
-    import torch
-
-    from autoseg.network.simulate import make_step
-
     one, times = None, []
     try:
-        one = make_step(configuration, device, labelling)
+        one = simulate.make_step(configuration, device, labelling)
         for _ in range(3):
             start = time.perf_counter()
             float(one.run())

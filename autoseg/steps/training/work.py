@@ -281,10 +281,11 @@ def is_of_other_length(record: Run, asked: Options) -> bool:
 def _check_length(done: Mapping[str, Any], resume: str, asked: Options, before: Run) -> None:
     """Refuse another length than before that is no longer than what is `done`, the counters of the saved state."""
     extends = resume == "extend"
-    fewer = asked.epochs is not None and asked.epochs <= done["epoch"]
+    whole = done["step"] / done["steps_per_epoch"]  # the epoch that a time limit cut short is none of them
+    fewer = asked.epochs is not None and asked.epochs <= whole
     if fewer and (extends or asked.epochs != before.configuration.train.epochs):
         raise UserError(
-            f"{'--extend-to' if extends else '--epochs'} {asked.epochs}: {done['epoch']} epochs are done already.",
+            f"{'--extend-to' if extends else '--epochs'} {asked.epochs}: {whole:g} epochs are done already.",
             fix="Give a larger number.",
         )
     shorter = asked.max_seconds is not None and asked.max_seconds <= done["seconds"]
