@@ -237,6 +237,12 @@ def test_the_learning_rate_rises_in_the_first_steps(number: int, share: float) -
     assert learning_rate(train, 0.0, number) == pytest.approx(0.01 * share)
 
 
+@pytest.mark.parametrize(("number", "share"), [(0, 0.02), (5, 0.5), (10, 1.0), (25, 1.0)])
+def test_warm_up_takes_no_more_than_a_fifth_of_a_short_training(number: int, share: float) -> None:
+    train = a_train(schedule="constant", learning_rate=0.01, warmup_steps=50)
+    assert learning_rate(train, number / 50, number) == pytest.approx(0.01 * share)
+
+
 # ------------------------------------------------------------------------------------------------ the loop
 
 

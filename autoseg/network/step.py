@@ -15,6 +15,8 @@ from autoseg.network.pieces import Pieces, whole_backward
 from autoseg.records import TrainSpec
 
 BETAS = (0.9, 0.99)
+WARMUP_SHARE = 0.2
+"""Trainings of 50 steps learned little in 50 steps of warm-up (docs/decisions/quality-per-minute.md)."""
 FUSED = ("cuda", "cpu")
 """Devices whose fused optimizers leave out a step by a flag; on others the host waits for the loss and decides."""
 
@@ -164,9 +166,13 @@ def gradient_signal(optimizer: torch.optim.Optimizer) -> float:
 
 
 def learning_rate(train: TrainSpec, done: float, number: int) -> float:
-    """Learning rate when the share `done` (0..1) of the training is over; rises linearly in the warm-up steps."""
-    falling = SCHEDULES[train.schedule](min(max(done, 0.0), 1.0))
-    return train.learning_rate * falling * min(1.0, (number + 1) / max(1, train.warmup_steps))
+    """Learning rate of step `number` when the share `done` (0..1) of the training is over.
+
+    It rises linearly in the warm-up steps, which are at most `WARMUP_SHARE` of the training.
+    """
+    done = min(max(done, 0.0), 1.0)
+    rising = max((number + 1) / max(1, train.warmup_steps), done / WARMUP_SHARE)
+    return train.learning_rate * SCHEDULES[train.schedule](done) * min(1.0, rising)
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:

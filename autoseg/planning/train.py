@@ -87,8 +87,8 @@ def describe_train(train: TrainSpec) -> tuple[Choice, ...]:
         Choice(
             field="train.optimizer",
             value=f"{train.optimizer}, learning rate {train.learning_rate:g}, weight decay {train.weight_decay:g}",
-            because=f"{REASONS[train.optimizer]} {train.warmup_steps} warm-up steps, then (1 - share done)^0.9; weight "
-            "decay is raised in shorter trainings.",
+            because=f"{REASONS[train.optimizer]} {train.warmup_steps} warm-up steps, but no more than a fifth "
+            "of the training, then (1 - share done)^0.9; weight decay is raised in shorter trainings.",
         ),
         Choice(
             field="train.epochs",
