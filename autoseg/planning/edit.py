@@ -5,14 +5,19 @@ It is checked as a whole, and told among its choices.
 
 import json
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from autoseg.errors import UserError
 from autoseg.planning.checks import check_plan
-from autoseg.records import Choice, Plan
+from autoseg.planning.spacing import resampled
+from autoseg.planning.wording import millimetres, voxels
+from autoseg.records import Choice, Configuration, Plan
 from autoseg.store import parse
 
 EXAMPLE = "3d.patch_voxels=48,64,48"
+MOST_VOXELS = 2**34
+"""A median image of more, 64 GiB per channel, is a slip of the pen."""
 
 
 def edit(plan: Plan, changes: Sequence[str]) -> Plan:
@@ -37,7 +42,39 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
     edited = parse({"autoseg": "plan", "schema": Plan.SCHEMA, **content}, Plan, f"--edit {' '.join(changes)}")
     check_plan(edited)
     _check_training(edited, plan)
-    return edited
+    return _with_median_shapes(edited, plan)
+
+
+def _with_median_shapes(edited: Plan, before: Plan) -> Plan:
+    """The plan where the median shape follows a spacing that was changed alone. Raises UserError where it gets huge."""
+    old = {each.name: each for each in before.configurations}
+    resized = {
+        each.name: _resized(each, old[each.name]) for each in edited.configurations
+        if each.name in old and each.spacing_mm != old[each.name].spacing_mm
+        and (each.axes, each.median_shape_voxels) == (old[each.name].axes, old[each.name].median_shape_voxels)
+    }  # fmt: skip
+    fields = {f"{name}.median_shape_voxels": each for name, each in resized.items()}
+    choices = [each for each in edited.choices if each.field not in fields]
+    for field, each in fields.items():
+        because = f"what the images come to at {millimetres(each.spacing_mm)}, set by hand."
+        choices.append(Choice(field=field, value=voxels(each.median_shape_voxels), because=because))
+    configurations = tuple(resized.get(each.name, each) for each in edited.configurations)
+    return edited.model_copy(update={"configurations": configurations, "choices": tuple(choices)})
+
+
+def _resized(configuration: Configuration, before: Configuration) -> Configuration:
+    old_mm, new_mm = (
+        (1.0 if each.spacing_mm[0] is None else each.spacing_mm[0], *each.spacing_mm[1:])
+        for each in (before, configuration)
+    )  # where slices are not resampled across, both are None
+    shape = resampled(before.median_shape_voxels, old_mm, new_mm)
+    if prod(shape) > MOST_VOXELS:
+        raise UserError(
+            f"Configuration {configuration.name}: at {millimetres(configuration.spacing_mm)} the median image would "
+            f"have {prod(shape):.2g} voxels.",
+            fix="Give a coarser spacing_mm.",
+        )
+    return configuration.model_copy(update={"median_shape_voxels": shape})
 
 
 def _check_training(edited: Plan, before: Plan) -> None:
@@ -60,6 +97,9 @@ def _set(configurations: list[dict[str, Any]], path: str, value: object) -> obje
     place: Any = found.get(name)
     if place is None or not fields:
         raise UserError(f"--edit {path}: begin with a configuration, such as {EXAMPLE}.", fix=_choose(found))
+    if fields[0] == "memory":
+        fix = "Edit patch_voxels or batch_size: the memory is read anew then."
+        raise UserError(f"--edit {path}: the memory of a step is read, not set.", fix=fix)
     for field in fields:
         holder: dict[str, Any] = place
         if not isinstance(holder, dict) or field not in holder:

@@ -111,9 +111,9 @@ def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
     before = load(layout.plan, Plan)
     dataset = load(layout.dataset, Dataset) if layout.dataset.is_file() else None  # none where planned without data
     after = edit(before, changes)
-    old = {each.name: (each.network, each.patch_voxels, each.batch_size) for each in before.configurations}
+    old = {each.name: _of_memory(each) for each in before.configurations}
     configurations = tuple(
-        each if (each.network, each.patch_voxels, each.batch_size) == old.get(each.name)
+        each if _of_memory(each) == old.get(each.name)
         else _read_again(each, before.budget, labelling_of(after, dataset), report)
         for each in after.configurations
     )  # fmt: skip
@@ -127,6 +127,13 @@ def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
     _warn_of_trained_models(layout, after, report)
     save(layout.plan, after)
     return after
+
+
+def _of_memory(configuration: Configuration) -> tuple[object, ...]:
+    """What the memory of a training step depends on."""
+    train = configuration.train
+    kept = train.optimizer, train.average_decay > 0, train.loss, configuration.batch_dice
+    return configuration.network, configuration.patch_voxels, configuration.batch_size, *kept
 
 
 def labelling_of(described: Plan | Fingerprint, dataset: Dataset | None) -> "Labelling":
