@@ -6,7 +6,7 @@ from statistics import median
 
 from autoseg.planning.train import few_cases_with, tubes
 from autoseg.planning.wording import millimetres, percent, some
-from autoseg.records import Choice, Fingerprint, Millimetres3, TrainSpec
+from autoseg.records import Choice, Fingerprint, Millimetres3, TrainSpec, indices_in
 from autoseg.specs import forced_of
 
 TINY_EDGE, ENOUGH_EDGE = 2, 3
@@ -31,6 +31,22 @@ def describe_empty(fingerprint: Fingerprint) -> Choice:
     if empty:
         because += f" No foreground at all in {some(empty)}; patches of such cases teach background only."
     return Choice(field="data.empty_cases", value=f"{len(empty)} of {len(cases)}", because=because)
+
+
+def warn_of_rare(fingerprint: Fingerprint) -> tuple[str, ...]:
+    """A warning for every class (or region) that no case has, or one alone."""
+    warnings, labels, regions = [], fingerprint.labels, fingerprint.regions
+    indices = indices_in(regions, labels) or tuple((k,) for k in range(1, len(labels)))
+    for output, members in zip(regions or labels[1:], indices, strict=True):
+        having = [case.id for case in fingerprint.cases if any(case.class_voxels[k] for k in members)]
+        if not having:
+            warnings.append(f"{output.name} occurs in no case, so nothing can be learned of it.")
+        elif len(having) == 1 < len(fingerprint.cases):
+            warnings.append(
+                f"{output.name} occurs in {having[0]} alone: the fold that validates on it learns nothing of "
+                f"{output.name}, and no other fold scores it."
+            )
+    return tuple(warnings)
 
 
 def describe_imbalance(fingerprint: Fingerprint, train: TrainSpec, batches: Mapping[str, int]) -> Choice:
@@ -109,9 +125,10 @@ def _raised(batches: Mapping[str, int], share: float) -> str:
 def _component_voxels(fingerprint: Fingerprint, spacing_mm: Millimetres3) -> dict[int, tuple[float, float]]:
     """Label index -> median over cases of the median and of the mean size of its components, in target voxels."""
     sizes: dict[int, tuple[float, float]] = {}
+    first = 3 - fingerprint.dimension  # slices are not resampled across
     for k in range(1, len(fingerprint.labels)):
         cases = [case for case in fingerprint.cases if k < len(case.class_components) and case.class_components[k]]
-        scales = [prod(case.spacing_mm) / prod(spacing_mm) for case in cases]
+        scales = [prod(case.spacing_mm[first:]) / prod(spacing_mm[first:]) for case in cases]
         medians = [c.class_median_component_voxels[k] * scale for c, scale in zip(cases, scales, strict=True)]
         means = [c.class_voxels[k] / c.class_components[k] * scale for c, scale in zip(cases, scales, strict=True)]
         if cases:
