@@ -34,7 +34,7 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
         path, equals, text = change.partition("=")
         if not equals:
             raise UserError(f"--edit {change}: a field and its value are needed.", fix=f"Such as {EXAMPLE}.")
-        before = _set(content["configurations"], path, _value(text))
+        before = _set(content["configurations"], path, written(text))
         because = f"set by hand; it was {json.dumps(before)}."
         replaced = (path, path.partition(".")[2]) if len(content["configurations"]) == 1 else (path,)
         others = [each for each in content["choices"] if each["field"] not in replaced]
@@ -43,6 +43,16 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
     check_plan(edited)
     _check_training(edited, plan)
     return _with_median_shapes(edited, plan)
+
+
+def written(text: str) -> object:
+    """The value that a text stands for: JSON, a list of JSON between commas, else the text itself."""
+    for written in (text, f"[{text}]"):
+        try:
+            return json.loads(written)
+        except json.JSONDecodeError:
+            continue
+    return text
 
 
 def _with_median_shapes(edited: Plan, before: Plan) -> Plan:
@@ -112,12 +122,3 @@ def _set(configurations: list[dict[str, Any]], path: str, value: object) -> obje
 
 def _choose(names: dict[str, Any]) -> str:
     return f"Choose one of {', '.join(names)}."
-
-
-def _value(text: str) -> object:
-    for written in (text, f"[{text}]"):
-        try:
-            return json.loads(written)
-        except json.JSONDecodeError:
-            continue
-    return text
