@@ -104,6 +104,19 @@ def test_no_low_resolution_where_coarser_grids_get_too_small_for_a_network() -> 
     assert because.endswith("but coarser grids get too small for a network before that changes.")
 
 
+def test_a_spacing_that_was_asked_for_is_planned_with_its_reason() -> None:
+    plan = make_plan(fingerprint(alike(20, shape=(36, 50, 35))), budget(8), counting(), spacing_mm=(1.0, 0.5, 2.0))
+    slices, volumes = plan.configurations
+    assert (volumes.axes, volumes.spacing_mm, slices.spacing_mm) == ((2, 0, 1), (2.0, 1.0, 0.5), (None, 1.0, 0.5))
+    assert volumes.median_shape_voxels == (18, 36, 100)
+    told = choice(plan, "spacing_mm")
+    assert told.value == "1 x 0.5 x 2 mm"
+    assert told.because.startswith("asked for by the user. From the data it would be 1 x 1 x 1 mm: the median over 20")
+    flat = fingerprint(alike(20, shape=(1, 64, 64), spacing=(5.0, 1.0, 1.0)), dimension=2)
+    [configuration] = make_plan(flat, budget(8), counting(), spacing_mm=(2.0, 0.5)).configurations
+    assert configuration.spacing_mm == (None, 2.0, 0.5)
+
+
 def test_slices_of_different_thickness_count_as_one_slice_each() -> None:
     cases = [case(f"c{n}", shape=(1, 64, 64), spacing=(thickness, 1.0, 1.0)) for n, thickness in enumerate((3, 6, 6))]
     [configuration] = make_plan(fingerprint(cases, dimension=2), budget(8), counting()).configurations

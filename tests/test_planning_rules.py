@@ -12,6 +12,7 @@ from autoseg.planning.batch import batch_cap, choose_norm
 from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.normalization import KNOWN, RULES, choose_masks, choose_normalization, warnings_of
 from autoseg.planning.spacing import (
+    asked_spacing,
     choose_axes,
     choose_spacing,
     coarser,
@@ -70,6 +71,23 @@ def test_the_coarsest_axis_comes_first() -> None:
     assert choose_axes((1.0, 1.0, 1.0), 3)[0] == (0, 1, 2)
     assert choose_axes((1.0, 2.0, 3.0), 2)[0] == (0, 1, 2)
     assert transposed(("z", "y", "x"), (2, 0, 1)) == ("x", "z", "y")
+
+
+@pytest.mark.parametrize(
+    ("asked", "dimension", "message"),
+    [
+        ((1.0, 1.0), 3, r"--spacing 1,1: 3 numbers above zero are needed for these 3D images. Write Z,Y,X"),
+        ((1.0, 0.0, 1.0), 3, "--spacing 1,0,1: 3 numbers above zero"),
+        ((1.0, float("nan"), 1.0), 3, "--spacing 1,nan,1: 3 numbers above zero"),
+        ((1.0, float("inf"), 1.0), 3, "--spacing 1,inf,1: 3 numbers above zero"),
+        ((1.0, 1.0, 1.0), 2, "2 numbers above zero are needed for these 2D images. Write Y,X"),
+        ((1e-6, 1.0, 1.0), 3, r"--spacing 1e-06,1,1: the median image would have 6.3e\+10 voxels"),
+    ],
+)
+def test_a_spacing_that_cannot_be_is_refused(asked: tuple, dimension: int, message: str) -> None:
+    cases = alike(3, shape=(36 if dimension == 3 else 1, 50, 35))
+    with pytest.raises(UserError, match=message):
+        asked_spacing(fingerprint(cases, dimension=dimension), asked)
 
 
 def test_of_several_coarsest_axes_none_is_called_the_coarsest() -> None:
@@ -328,7 +346,7 @@ def test_tiny_structures_warn_and_propose_a_spacing_that_makes_them_large_enough
     choice, warnings = awareness.describe_tiny(fingerprint(cases), (3.0, 1.0, 1.0))
     assert choice.value == "posterior"
     assert len(warnings) == 1
-    proposed = [float(each) for each in warnings[0].split("spacing of ")[1].split(" mm")[0].split(" x ")]
+    proposed = [float(each) for each in warnings[0].split("--spacing ")[1].split(", which")[0].split(",")]
     assert 4 * 3.0 / prod(proposed) == pytest.approx(27, rel=0.01)
     assert proposed[0] == pytest.approx(proposed[1], rel=0.5)
 
@@ -345,7 +363,7 @@ def test_large_structures_and_specks_beside_them_do_not_warn() -> None:
 def test_tiny_structures_in_2d_keep_the_slice_axis() -> None:
     dots = alike(3, shape=(1, 500, 500), class_voxels=(9000, 30), component_voxels=(9000, 1), components=(1, 30))
     _, (warning,) = awareness.describe_tiny(fingerprint(dots, dimension=2, classes=("dot",)), (1.0, 1.0, 1.0))
-    assert "1 x 0.3333 x 0.3333 mm" in warning
+    assert "plan with --spacing 0.3333,0.3333, which gives 9." in warning
     thick = [each.model_copy(update={"spacing_mm": (9.0, 1.0, 1.0)}) for each in dots]
     assert awareness.describe_tiny(fingerprint(thick, dimension=2, classes=("dot",)), (1.0, 1.0, 1.0))[1] == (warning,)
 

@@ -36,15 +36,16 @@ def describe_empty(fingerprint: Fingerprint) -> Choice:
 def warn_of_rare(fingerprint: Fingerprint) -> tuple[str, ...]:
     """A warning for every class (or region) that no case has, or one alone."""
     warnings, labels, regions = [], fingerprint.labels, fingerprint.regions
+    names = [each.name for each in regions] or [each.name for each in labels[1:]]
     indices = indices_in(regions, labels) or tuple((k,) for k in range(1, len(labels)))
-    for output, members in zip(regions or labels[1:], indices, strict=True):
+    for name, members in zip(names, indices, strict=True):
         having = [case.id for case in fingerprint.cases if any(case.class_voxels[k] for k in members)]
         if not having:
-            warnings.append(f"{output.name} occurs in no case, so nothing can be learned of it.")
+            warnings.append(f"{name} occurs in no case, so nothing can be learned of it.")
         elif len(having) == 1 < len(fingerprint.cases):
             warnings.append(
-                f"{output.name} occurs in {having[0]} alone: the fold that validates on it learns nothing of "
-                f"{output.name}, and no other fold scores it."
+                f"{name} occurs in {having[0]} alone: the fold that validates on it learns nothing of {name}, and no "
+                "other fold scores it."
             )
     return tuple(warnings)
 
@@ -99,10 +100,11 @@ def describe_tiny(fingerprint: Fingerprint, spacing_mm: Millimetres3) -> tuple[C
         because += " The small ones are taken for specks beside a large structure." if small else ""
         return Choice(field="data.tiny_structures", value="none", because=because), ()
     proposal = _finer(spacing_mm, enough / found[0][0], fingerprint.dimension)
+    wanted = ",".join(f"{each:.4g}" for each in proposal[3 - fingerprint.dimension :])
     named = some([f"{names[k]} ({size:.2g} voxels)" for size, k in found])
     warning = (
         f"{named}: the median component is under {tiny} voxels at {millimetres(spacing_mm)}. Unless these are specks "
-        f"of noise in the labels, try a spacing of {millimetres(proposal)}, which gives {enough}."
+        f"of noise in the labels, plan with --spacing {wanted}, which gives {enough}."
     )
     return Choice(field="data.tiny_structures", value=some([names[k] for _, k in found]), because=warning), (warning,)
 

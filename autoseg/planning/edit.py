@@ -5,19 +5,16 @@ It is checked as a whole, and told among its choices.
 
 import json
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from autoseg.errors import UserError
 from autoseg.planning.checks import check_plan
-from autoseg.planning.spacing import resampled
+from autoseg.planning.spacing import refuse_huge, resampled
 from autoseg.planning.wording import millimetres, voxels
 from autoseg.records import Choice, Configuration, Plan
 from autoseg.store import parse
 
 EXAMPLE = "3d.patch_voxels=48,64,48"
-MOST_VOXELS = 2**34
-"""A median image of more, 64 GiB per channel, is a slip of the pen."""
 
 
 def edit(plan: Plan, changes: Sequence[str]) -> Plan:
@@ -78,12 +75,7 @@ def _resized(configuration: Configuration, before: Configuration) -> Configurati
         for each in (before, configuration)
     )  # where slices are not resampled across, both are None
     shape = resampled(before.median_shape_voxels, old_mm, new_mm)
-    if prod(shape) > MOST_VOXELS:
-        raise UserError(
-            f"Configuration {configuration.name}: at {millimetres(configuration.spacing_mm)} the median image would "
-            f"have {prod(shape):.2g} voxels.",
-            fix="Give a coarser spacing_mm.",
-        )
+    refuse_huge(f"Configuration {configuration.name}: at {millimetres(configuration.spacing_mm)}", shape)
     return configuration.model_copy(update={"median_shape_voxels": shape})
 
 

@@ -12,6 +12,7 @@ from autoseg.planning.grid import Grid, Shared, Source, can_be_halved, chain_of,
 from autoseg.planning.normalization import choose_masks, choose_normalization, warnings_of
 from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patch, Readings, once
 from autoseg.planning.spacing import (
+    asked_spacing,
     choose_axes,
     choose_spacing,
     describe_shape,
@@ -36,6 +37,7 @@ def make_plan(
     source: Source = "simulated",
     preset: str = "standard",
     file_ending: str = ".nii.gz",
+    spacing_mm: Sequence[float] | None = None,
     report: Report = silent,
 ) -> Plan:
     """Decide everything about a data set, with a reason for each decision.
@@ -47,13 +49,16 @@ def make_plan(
         source: how `measure` knows, for the record.
         preset: one of architecture.PRESETS.
         file_ending: ending of the label files to write.
+        spacing_mm: Z Y X of the files, or Y X for 2D images; None: what the fingerprint suggests.
         report: receives what is noticed and each reading.
 
     Raises:
-        UserError: the fingerprint cannot be planned for, or the budget is too small for the smallest patch.
+        UserError: the fingerprint or the spacing cannot be planned for, or the budget is too small for the smallest
+            patch.
     """
     check_fingerprint(fingerprint)
-    spacing, spacing_choice = choose_spacing(fingerprint)
+    asked = None if spacing_mm is None else asked_spacing(fingerprint, spacing_mm)
+    spacing, spacing_choice = asked or choose_spacing(fingerprint)
     axes, axes_choice = choose_axes(spacing, fingerprint.dimension)
     shape = median_shape(fingerprint.cases, spacing, fingerprint.dimension)
     shared, shared_choices = _shared(fingerprint, budget, axes, preset, source)

@@ -5,10 +5,11 @@ Everything here is in the axes of the file (Z Y X) until `transposed`.
 
 from collections import Counter
 from collections.abc import Sequence
-from math import floor, prod
+from math import floor, inf, prod
 from statistics import median
 from typing import TypeVar
 
+from autoseg.errors import UserError
 from autoseg.image.resample import thick_axis
 from autoseg.planning.wording import millimetres, some, voxels
 from autoseg.records import CaseStats, Choice, Fingerprint, Millimetres3, Voxels3
@@ -17,7 +18,33 @@ STRONG_ANISOTROPY = 3.0
 LOWRES_STEP = 1.03
 FAR_OFF = 7.0
 """A spacing that differs by this factor on the mean of its axes was hardly given in the same unit: cm are ten mm."""
+MOST_VOXELS = 2**34
+"""A median image of more, 64 GiB per channel, comes from a slip of the pen."""
 Number = TypeVar("Number")
+
+
+def asked_spacing(fingerprint: Fingerprint, asked_mm: Sequence[float]) -> tuple[Millimetres3, Choice]:
+    """The spacing that the user asked for: Z Y X of the files in mm, or Y X for 2D images.
+
+    Raises UserError for another number of axes, for what is not above zero, and where the median image would get huge.
+    """
+    suggested_mm, choice = choose_spacing(fingerprint)
+    option, dimension = f"--spacing {','.join(f'{each:g}' for each in asked_mm)}", fingerprint.dimension
+    if len(asked_mm) != dimension or not all(0 < each < inf for each in asked_mm):
+        fix = f"Write {'Z,Y,X' if dimension == 3 else 'Y,X'} in mm, such as {'2,0.5,0.5' if dimension == 3 else '2,2'}."
+        raise UserError(f"{option}: {dimension} numbers above zero are needed for these {dimension}D images.", fix=fix)
+    z, y, x = (*suggested_mm[: 3 - dimension], *asked_mm)
+    refuse_huge(option, median_shape(fingerprint.cases, (z, y, x), dimension))
+    because = f"asked for by the user. From the data it would be {choice.value}: {choice.because}"
+    return (z, y, x), choice.model_copy(update={"value": millimetres((z, y, x)), "because": because})
+
+
+def refuse_huge(what: str, shape_voxels: Voxels3) -> None:
+    """Raise UserError where a spacing, named by `what`, gives a median image that no machine would hold."""
+    if prod(shape_voxels) > MOST_VOXELS:
+        raise UserError(
+            f"{what}: the median image would have {prod(shape_voxels):.2g} voxels.", fix="Give a coarser spacing."
+        )
 
 
 def choose_spacing(fingerprint: Fingerprint) -> tuple[Millimetres3, Choice]:
