@@ -219,8 +219,8 @@ WORDS = {
     "metrics": "NAMES", "model": "MODEL", "name": "NAME", "on_error": "WHAT", "output": "FOLDER", "part": "K/N",
     "precision": "NAME", "predictions": "PREDICTIONS", "preset": "NAME", "probability_kind": "KIND",
     "references": "REFERENCES", "resume": "[auto]", "run": "RUN", "sampling": "MODE", "scores": "SCORES", "seed": "N",
-    "seeds": "N", "speed": "NAME", "student": "SIZE", "teachers": "NAMES", "temperature": "T", "tolerance": "MM",
-    "unlabelled": "FOLDER", "vary": "FIELD=VALUES", "weights": "NUMBERS", "workers": "N",
+    "seeds": "N", "spacing": "MM", "speed": "NAME", "student": "SIZE", "teachers": "NAMES", "temperature": "T",
+    "tolerance": "MM", "unlabelled": "FOLDER", "vary": "FIELD=VALUES", "weights": "NUMBERS", "workers": "N",
 }  # fmt: skip
 """Parameter of a command -> what `--help` calls its value."""
 

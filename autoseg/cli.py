@@ -31,6 +31,7 @@ from autoseg.arguments import (
     parse_length,
     show_all,
 )
+from autoseg.arguments import decimals as _decimals
 from autoseg.arguments import names as _names
 from autoseg.arguments import numbers as _numbers
 from autoseg.arguments import resumes as _resumes
@@ -65,6 +66,10 @@ def plan(
     ] = None,
     device: Device = None,
     preset: Annotated[str, typer.Option(help="standard, or the residual M, L, XL.")] = "standard",
+    spacing: Annotated[
+        str | None,
+        typer.Option(help="Grid in mm, Z,Y,X of the files, such as 2,0.5,0.5. [default: chosen from the data]"),
+    ] = None,
     workers: Workers = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty cases out instead of stopping.")] = False,
     explain: Annotated[
@@ -85,23 +90,24 @@ def plan(
         is_planned = data is not None and run is None and Layout(data).plan.is_file()
         if edit and not is_planned:
             raise UserError("--edit changes the plan of a run.", fix="Name its folder alone: autoseg plan RUN.")
-        if is_planned and (memory or device or preset != "standard" or skip_bad):
+        if is_planned and (memory or device or preset != "standard" or spacing or skip_bad):
             raise UserError(
-                "--memory, --device, --preset and --skip-bad are for planning a data set; this shows a run.",
+                "--memory, --device, --preset, --spacing and --skip-bad are for planning a data set; this shows a run.",
                 fix="Name the data: autoseg plan DATA -o RUN.",
             )
+        spacing_mm = _decimals(spacing, "--spacing")
         if data is not None and is_planned:
             made = step.edited(data, edit, report) if edit else step.checked(data)
         elif data is not None and run is None:
             raise UserError("Where shall the run be written?", fix="Name a folder: -o RUN.")
         elif data is not None and run is not None:
             made = step.plan(
-                data, run, memory=memory, device=device, preset=preset, workers=workers, skip_bad=skip_bad,
-                report=report,
+                data, run, memory=memory, device=device, preset=preset, spacing_mm=spacing_mm, workers=workers,
+                skip_bad=skip_bad, report=report,
             )  # fmt: skip
         elif fingerprint is not None:
             made = step.from_fingerprint(
-                fingerprint, run, memory=memory, device=device, preset=preset, report=report
+                fingerprint, run, memory=memory, device=device, preset=preset, spacing_mm=spacing_mm, report=report
             )
     _show(made, as_json, explain)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from autoseg.record import FileName, Positive, Record, Saved, Share
+from autoseg.record import BelowOne, FileName, Positive, Record, Saved, Share
 from autoseg.specs import AugmentSpec, NetworkSpec
 
 Voxels3 = tuple[int, int, int]
@@ -196,7 +196,7 @@ class TrainSpec(Record):
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    momentum: BelowOne = 0.99
     schedule: Literal["polynomial", "cosine", "constant"] = "polynomial"
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     epochs: Positive = 1000
@@ -206,7 +206,7 @@ class TrainSpec(Record):
     foreground_share: Share = 0.33
     sampling: Literal["foreground", "class_balanced", "case_balanced", "hard"] = "foreground"
     class_rates: tuple[tuple[str, Share], ...] = ()
-    average_decay: Share = 0.0
+    average_decay: BelowOne = 0.0
     augment: AugmentSpec
 
 
@@ -215,7 +215,7 @@ class Resampling(Record):
 
     image_order: Literal[0, 1, 3] = 3
     label_order: Literal[0, 1] = 1
-    anisotropy: float = 3.0
+    anisotropy: Annotated[float, Field(ge=1)] = 3.0
 
 
 class Configuration(Record):
@@ -229,7 +229,7 @@ class Configuration(Record):
     dimension: Literal[2, 3]
     axes: Voxels3 = (0, 1, 2)
     spacing_mm: tuple[float | None, float, float]
-    median_shape_voxels: Voxels3
+    median_shape_voxels: tuple[Positive, Positive, Positive]
     patch_voxels: tuple[int, ...]
     batch_size: Annotated[int, Field(ge=1)]
     normalization: tuple[str, ...]

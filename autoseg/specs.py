@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from autoseg.record import Positive, Record, Share
+from autoseg.record import BelowOne, Positive, Record, Share
 
 RESIDUAL_ONLY = ("block", "bottleneck_features", "stochastic_depth", "squeeze_excitation")
 
@@ -12,7 +12,8 @@ RESIDUAL_ONLY = ("block", "bottleneck_features", "stochastic_depth", "squeeze_ex
 class NetworkSpec(Record):
     """A U-Net. Stage s halves the axes where `strides[s]` is 2 and convolves with `kernels[s]`, giving `features[s]`.
 
-    All per-stage tuples have the same length; `decoder_blocks` has one entry less. `strides[0]` is all ones.
+    All per-stage tuples have the same length, two at least; `decoder_blocks` has one entry less. `strides[0]` is all
+    ones, sizes of kernels are odd.
     What only a residual encoder has: `block` (two convolutions, or a wide one between two of size 1 with
     `bottleneck_features` channels, a quarter of the features where that is empty), `stochastic_depth` (chance that the
     last block is left out for a sample; it rises linearly with depth) and `squeeze_excitation` (the factor by which
@@ -23,23 +24,23 @@ class NetworkSpec(Record):
     dimension: Literal[2, 3]
     in_channels: Positive
     classes: Positive
-    features: tuple[Positive, ...]
+    features: Annotated[tuple[Positive, ...], Field(min_length=2)]
     strides: tuple[tuple[Positive, ...], ...]
     kernels: tuple[tuple[Positive, ...], ...]
     encoder_blocks: tuple[Positive, ...]
-    decoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[Positive, ...]
     norm: Literal["instance", "batch", "group"] = "instance"
     deep_supervision: bool = True
-    dropout: Share = 0.0
+    dropout: BelowOne = 0.0
     block: Literal["basic", "bottleneck"] = "basic"
     bottleneck_features: tuple[Positive, ...] = ()
-    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    stochastic_depth: BelowOne = 0.0
     squeeze_excitation: Annotated[int, Field(ge=0)] = 0
     upsampling: Literal["transposed", "linear"] = "transposed"
     bias: bool = False
 
     @model_validator(mode="after")
-    def _same_lengths(self) -> "NetworkSpec":
+    def _can_be_built(self) -> "NetworkSpec":
         stages = len(self.features)
         for name in ("strides", "kernels", "encoder_blocks"):
             if len(getattr(self, name)) != stages:
@@ -48,6 +49,10 @@ class NetworkSpec(Record):
             raise ValueError(f"decoder_blocks needs {stages - 1} entries, has {len(self.decoder_blocks)}")
         if any(len(each) != self.dimension for each in (*self.strides, *self.kernels)):
             raise ValueError(f"strides and kernels need {self.dimension} numbers per stage")
+        if max(self.strides[0]) > 1:
+            raise ValueError(f"strides begin with {self.strides[0]}, but the first stage has the size of the patch")
+        if even := [kernel for kernel in self.kernels if any(size % 2 == 0 for size in kernel)]:
+            raise ValueError(f"kernels have {even[0]}, but only odd sizes have a voxel in the middle")
         if len(self.bottleneck_features) not in (0, stages):
             raise ValueError(f"bottleneck_features needs {stages} entries or none, has {len(self.bottleneck_features)}")
         if self.kind == "plain":
@@ -105,6 +110,13 @@ class AugmentSpec(Record):
     extra_movement_chance: Share = 0.6
     extra_movement_to_patches: Annotated[int, Field(ge=0)] = 200_000
     turn_in_plane_only: bool = False
+
+    @model_validator(mode="after")
+    def _scales(self) -> "AugmentSpec":
+        smallest, largest = self.scale_range
+        if not 0 < smallest <= largest:
+            raise ValueError(f"scale_range is {self.scale_range}: the smallest and the largest factor, above 0")
+        return self
 
 
 def forced_of(batch_size: int, foreground_share: float) -> int:

@@ -198,11 +198,27 @@ def test_a_demo_prints_nothing_but_json_if_asked_to(monkeypatch: pytest.MonkeyPa
     assert json.loads(ended.stdout)["members"] == ["a", "b"]
 
 
-def test_what_a_plan_is_made_with_is_not_ignored_where_one_is_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--memory", "24GB"], ["--spacing", "1,1,1"]])
+def test_what_a_plan_is_made_with_is_not_ignored_where_one_is_shown(tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "plan.json").touch()
-    ended = CliRunner().invoke(cli.app, ["plan", str(tmp_path), "--memory", "24GB"])
+    ended = CliRunner().invoke(cli.app, ["plan", str(tmp_path), *options])
     assert ended.exit_code == 2
     assert "autoseg plan DATA -o RUN" in ended.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments"), [("plan", ["DATA", "-o", "RUN"]), ("from_fingerprint", ["--fingerprint", "F"])]
+)
+def test_the_spacing_of_a_plan_reaches_the_planner(monkeypatch: pytest.MonkeyPatch, step: str, arguments: list) -> None:
+    asked: list = []
+
+    def planning(*_: object, spacing_mm: object, **__: object) -> None:
+        asked.append(spacing_mm)
+        raise Interrupted("-")
+
+    monkeypatch.setattr(f"autoseg.steps.plan.{step}", planning)
+    CliRunner().invoke(cli.app, ["plan", *arguments, "--spacing", "2,0.5,1"])
+    assert asked == [(2.0, 0.5, 1.0)]
 
 
 def test_commands_of_several_steps_go_on_by_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

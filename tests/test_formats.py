@@ -435,15 +435,22 @@ def test_a_file_that_may_not_be_read_and_a_name_that_is_no_text_are_not_called_d
             read(tmp_path / "a.jpg")
 
 
-@pytest.mark.parametrize(("name", "line"), [("a.mha", "ElementSpacing = 1 -1 2"), ("a.nrrd", "spacings: 1 -1 2")])
-def test_a_spacing_below_zero_is_refused_in_every_format(tmp_path: Path, name: str, line: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("a.mha", "ElementSpacing = 1 -1 2", r"the voxel spacing is \(2\.0, -1\.0, 1\.0\) mm \(Z Y X\)"),
+        ("a.nrrd", "spacings: 1 -1 2", r"the voxel spacing is \(2\.0, -1\.0, 1\.0\) mm \(Z Y X\)"),
+        ("a.mha", "TransformMatrix = 1 0 0 1 0 0 0 0 1", "two axes run the same way in its header"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_in_every_format(tmp_path: Path, name: str, line: str, message: str) -> None:
     nrrd = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 5 4 3\nencoding: raw\n{line}\n\n"
     mha = (
         "ObjectType = Image\nNDims = 3\nDimSize = 5 4 3\nElementType = MET_UCHAR\n"
         f"{line}\nElementDataFile = LOCAL\n"
     )
     (tmp_path / name).write_bytes((mha if name == "a.mha" else nrrd).encode() + bytes(60))
-    with pytest.raises(UserError, match=r"a\.\w+: the voxel spacing is \(2\.0, -1\.0, 1\.0\) mm \(Z Y X\)"):
+    with pytest.raises(UserError, match=rf"a\.\w+: {message}"):
         read_image([tmp_path / name])
 
 

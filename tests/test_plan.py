@@ -226,6 +226,8 @@ def test_an_edit_is_saved_with_the_memory_it_needs(tmp_path: Path) -> None:
     assert before.memory.peak_bytes < after.memory.peak_bytes
     assert {choice.field: choice for choice in changed.choices}["2d.memory"].because == "simulated after the edit."
     assert not events
+    [other] = edited(tmp_path / "run", ["2d.train.optimizer=sgd", "2d.train.epochs=3"]).configurations
+    assert other.memory.peak_bytes < after.memory.peak_bytes
     edited(tmp_path / "run", ["2d.batch_size=100000"], events.append)
     assert "more than the budget of 3.75 GB" in events[0].text
 

@@ -24,6 +24,24 @@ def test_an_edit_changes_its_field_and_says_what_it_was() -> None:
     assert PLAN.configurations[1].patch_voxels == (40, 56, 40)
 
 
+def test_the_median_shape_follows_a_spacing_set_by_hand() -> None:
+    slices, volumes = (each.median_shape_voxels for each in PLAN.configurations)
+    assert (slices, volumes) == ((36, 50, 35), (36, 50, 35))
+    edited = edit(PLAN, ["2d.spacing_mm=null,0.5,1", "3d.spacing_mm=2,0.5,1"])
+    assert [each.median_shape_voxels for each in edited.configurations] == [(36, 100, 35), (18, 100, 35)]
+    [choice] = [each for each in edited.choices if each.field == "3d.median_shape_voxels"]
+    assert choice.value == "18 x 100 x 35"
+    assert choice.because == "what the images come to at 2 x 0.5 x 1 mm, set by hand."
+    both = edit(PLAN, ["3d.spacing_mm=2,0.5,1", "3d.median_shape_voxels=9,9,9"])
+    assert both.configurations[1].median_shape_voxels == (9, 9, 9)
+
+
+def test_slices_of_2d_files_stay_the_first_axis() -> None:
+    flat = make_plan(fingerprint(alike(20, shape=(1, 64, 64)), dimension=2), budget(8), counting())
+    with pytest.raises(UserError, match=r"axes is \(1, 0, 2\), but the first has to be that of the slice"):
+        edit(flat, ["2d.axes=1,0,2"])
+
+
 def test_an_edit_takes_the_place_of_what_was_said_for_all_where_there_is_one_configuration() -> None:
     flat = make_plan(fingerprint(alike(20, shape=(1, 64, 64)), dimension=2), budget(8), counting())
     fields = [choice.field for choice in edit(flat, ["2d.train.epochs=9"]).choices]
@@ -49,6 +67,20 @@ def test_an_edit_takes_the_place_of_what_was_said_for_all_where_there_is_one_con
         ('3d.train.class_rates=[["nobody",0.5]]', "there is no class 'nobody'", "The classes are"),
         ("3d.axes=0,0,1", r"axes is \(0, 0, 1\)", "in the order"),
         ("2d.train.augment.mirror_axes=2", r"mirror_axes is \(2,\), but the patch has 2 axes", "0, 1"),
+        ("3d.median_shape_voxels=0,0,0", "median_shape_voxels.0: Input should be greater than 0", ""),
+        ("3d.resampling.anisotropy=0", "resampling.anisotropy: Input should be greater than or equal to 1", ""),
+        ("3d.network.strides=[[2,2,2],[2,2,2],[2,2,2],[1,1,1]]", r"strides begin with \(2, 2, 2\)", ""),
+        ("3d.network.kernels=[[2,2,2],[3,3,3],[3,3,3],[3,3,3]]", r"kernels have \(2, 2, 2\), but only odd", ""),
+        ("3d.network.decoder_blocks=0,2,2", "decoder_blocks.0: Input should be greater than 0", ""),
+        ("3d.network.dropout=1", "network.dropout: Input should be less than 1", ""),
+        ("3d.train.average_decay=1", "train.average_decay: Input should be less than 1", ""),
+        ("3d.train.augment.rotation_rad=0.5", "rotation_rad has 1 angles for a patch with 3 axes", "three angles"),
+        ("3d.train.augment.scale_range=1.4,0.7", r"scale_range is \(1.4, 0.7\)", ""),
+        ("3d.spacing_mm=null,1,1", r"spacing_mm is \[null, 1.0, 1.0\], but a volume has three", "null in 2D"),
+        ("2d.spacing_mm=1,1,1", "but slices are never resampled across", "null in 2D"),
+        ("3d.spacing_mm=1e-9,1,1", "the median image would have 6.3e\\+13 voxels", "coarser"),
+        ("3d.memory.peak_bytes=5", "is read, not set", "patch_voxels"),
+        ("3d.previous=3d", "3d follows itself: 3d after 3d", ""),
     ],
 )
 def test_an_edit_that_makes_no_sense_is_refused(change: str, message: str, fix: str) -> None:

@@ -60,8 +60,8 @@ def test_rows_that_the_plan_does_not_hold_any_more_say_what_it_holds() -> None:
         "train.epochs": "now 7 of 250 steps in 3d)",
         "data.imbalance": "now ce, 2 of 7 in 3d)",
         "spacing_mm": "now 2 x 1 x 1 mm in 3d)",
-        "3d.patch_voxels": "now [48, 64, 40])",
-        "3d.batch_dice": "now true)",
+        "3d.patch_voxels": "now 48 x 64 x 40)",
+        "3d.batch_dice": "now yes)",
         "3d.train.augment.rotation_rad": "now 29 0 0 degrees at most)",
         "3d.train.augment.mirror_axes": "now X of the files)",
     }

@@ -97,6 +97,39 @@ def test_no_low_resolution_when_it_would_save_less_than_half() -> None:
     assert "more than half" in choice(plan, "configurations.3d_lowres").because
 
 
+def test_no_low_resolution_where_coarser_grids_get_too_small_for_a_network() -> None:
+    plan = planned(2, 20, shape=(300, 12, 300), spacing=(3.0, 0.5, 1.2))
+    assert list(by_name(plan)) == ["2d", "3d"]
+    because = choice(plan, "configurations.3d_lowres").because
+    assert because.endswith("but coarser grids get too small for a network before that changes.")
+
+
+def test_a_spacing_that_was_asked_for_is_planned_with_its_reason() -> None:
+    plan = make_plan(fingerprint(alike(20, shape=(36, 50, 35))), budget(8), counting(), spacing_mm=(1.0, 0.5, 2.0))
+    slices, volumes = plan.configurations
+    assert (volumes.axes, volumes.spacing_mm, slices.spacing_mm) == ((2, 0, 1), (2.0, 1.0, 0.5), (None, 1.0, 0.5))
+    assert volumes.median_shape_voxels == (18, 36, 100)
+    told = choice(plan, "spacing_mm")
+    assert told.value == "1 x 0.5 x 2 mm"
+    assert told.because.startswith("asked for by the user. From the data it would be 1 x 1 x 1 mm: the median over 20")
+    flat = fingerprint(alike(20, shape=(1, 64, 64), spacing=(5.0, 1.0, 1.0)), dimension=2)
+    [configuration] = make_plan(flat, budget(8), counting(), spacing_mm=(2.0, 0.5)).configurations
+    assert configuration.spacing_mm == (None, 2.0, 0.5)
+
+
+def test_slices_of_different_thickness_count_as_one_slice_each() -> None:
+    cases = [case(f"c{n}", shape=(1, 64, 64), spacing=(thickness, 1.0, 1.0)) for n, thickness in enumerate((3, 6, 6))]
+    [configuration] = make_plan(fingerprint(cases, dimension=2), budget(8), counting()).configurations
+    assert configuration.median_shape_voxels == (1, 64, 64)
+
+
+def test_the_reason_of_a_batch_of_two_holds_for_small_data_sets() -> None:
+    because = choice(planned(8, 2, **HIPPOCAMPUS), "3d.batch_size").because
+    assert "come to 0.07 patches, and a batch has at least 2" in because
+    because = choice(planned(8, 60, **HIPPOCAMPUS), "3d.batch_size").because
+    assert because.startswith("a batch may hold about 5 % of the data set's 3.78e+06 voxels: 2.")
+
+
 def test_the_coarse_axis_comes_first_and_its_kernels_open_late() -> None:
     axial, sagittal = by_name(planned(8, 30, **PROSTATE)), by_name(planned(8, 30, **SAGITTAL))
     assert sagittal["3d"].axes == (2, 0, 1)
@@ -139,11 +172,17 @@ def test_every_configuration_fits_and_uses_its_budget(memory: int, preset: str) 
 
 
 def test_more_memory_never_gives_a_smaller_patch() -> None:
-    volumes = [
-        prod(by_name(planned(memory, 60, **LIVER))["3d"].patch_voxels) for memory in (4, 6, 8, 11, 16, 24, 40, 80)
-    ]
+    plans = [planned(memory, 60, **LIVER) for memory in (4, 6, 8, 11, 16, 24, 40, 80)]
+    volumes = [prod(by_name(plan)["3d"].patch_voxels) for plan in plans]
     assert volumes == sorted(volumes)
     assert volumes[0] < volumes[-1]
+    needs = []
+    for plan in plans[:6]:
+        _, _, larger = choice(plan, "3d.patch_voxels").because.partition("the next larger, ")
+        patch = tuple(int(each) for each in larger.partition(",")[0].split(" x "))
+        read = {each.patch_voxels for each in by_name(plan)["3d"].memory.attempts}
+        needs.append((" needs " in larger, patch in read))
+    assert set(needs) == {(True, True), (False, False)}
 
 
 def test_presets_have_residual_encoders() -> None:

@@ -11,7 +11,16 @@ from autoseg.planning import awareness
 from autoseg.planning.batch import batch_cap, choose_norm
 from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.normalization import KNOWN, RULES, choose_masks, choose_normalization, warnings_of
-from autoseg.planning.spacing import choose_axes, choose_spacing, coarser, median_shape, percentile, transposed
+from autoseg.planning.spacing import (
+    asked_spacing,
+    choose_axes,
+    choose_spacing,
+    coarser,
+    median_shape,
+    percentile,
+    transposed,
+    warn_of_spacings,
+)
 from autoseg.planning.train import (
     AXIAL,
     choose_augment,
@@ -22,7 +31,7 @@ from autoseg.planning.train import (
     tubes,
     warn_of_mixed,
 )
-from autoseg.records import PatientAxes3
+from autoseg.records import PatientAxes3, Region
 
 
 def test_target_spacing_is_the_median_per_axis() -> None:
@@ -62,6 +71,64 @@ def test_the_coarsest_axis_comes_first() -> None:
     assert choose_axes((1.0, 1.0, 1.0), 3)[0] == (0, 1, 2)
     assert choose_axes((1.0, 2.0, 3.0), 2)[0] == (0, 1, 2)
     assert transposed(("z", "y", "x"), (2, 0, 1)) == ("x", "z", "y")
+
+
+@pytest.mark.parametrize(
+    ("asked", "dimension", "message"),
+    [
+        ((1.0, 1.0), 3, r"--spacing 1,1: 3 numbers above zero are needed for these 3D images. Write Z,Y,X"),
+        ((1.0, 0.0, 1.0), 3, "--spacing 1,0,1: 3 numbers above zero"),
+        ((1.0, float("nan"), 1.0), 3, "--spacing 1,nan,1: 3 numbers above zero"),
+        ((1.0, float("inf"), 1.0), 3, "--spacing 1,inf,1: 3 numbers above zero"),
+        ((1.0, 1.0, 1.0), 2, "2 numbers above zero are needed for these 2D images. Write Y,X"),
+        ((1e-6, 1.0, 1.0), 3, r"--spacing 1e-06,1,1: the median image would have 6.3e\+10 voxels"),
+    ],
+)
+def test_a_spacing_that_cannot_be_is_refused(asked: tuple, dimension: int, message: str) -> None:
+    cases = alike(3, shape=(36 if dimension == 3 else 1, 50, 35))
+    with pytest.raises(UserError, match=message):
+        asked_spacing(fingerprint(cases, dimension=dimension), asked)
+
+
+def test_of_several_coarsest_axes_none_is_called_the_coarsest() -> None:
+    assert "axis Y of the files is one of the coarsest with 1 mm" in choose_axes((0.5, 1.0, 1.0), 3)[1].because
+    assert "axis Z of the files is the coarsest with 3 mm" in choose_axes((3.0, 1.0, 1.0), 3)[1].because
+
+
+def test_slices_of_2d_data_have_the_median_thickness() -> None:
+    cases = [case(shape=(1, 300, 300), spacing=(z, 1.0, 1.0)) for z in (2.0, 4.0, 5.0, 5.0, 6.0)]
+    spacing, choice = choose_spacing(fingerprint(cases, dimension=2))
+    assert spacing == (5.0, 1.0, 1.0)
+    assert "Z counts for nothing" in choice.because
+
+
+@pytest.mark.parametrize(
+    ("own", "dimension", "message"),
+    [
+        ([(5.0, 1.0, 1.0)] * 12 + [(1.0, 1.0, 5.0)] * 8, 3, "Z in 12, X in 8 of 20 cases"),
+        ([(1.0, 1.0, 1.0)] * 3 + [(0.001, 0.001, 0.001)], 3, "case_003: a spacing such as 0.001 x 0.001 x 0.001 mm"),
+        ([(5.0, 1.0, 1.0)] * 3 + [(5.0, 10.0, 10.0)], 2, "case_003: a spacing such as 5 x 10 x 10 mm"),
+        ([(5.0, 1.0, 1.0)] * 3 + [(0.5, 1.0, 1.0), (1.0, 0.5, 0.5)], 3, ""),
+        ([(5.0, 1.0, 1.0)] * 3 + [(0.005, 1.0, 1.0)], 2, ""),
+    ],
+)
+def test_spacings_that_do_not_belong_together_are_warned_of(own: list, dimension: int, message: str) -> None:
+    cases = [case(f"case_{n:03d}", spacing=each) for n, each in enumerate(own)]
+    found = fingerprint(cases, dimension=dimension)
+    warnings = warn_of_spacings(found, choose_spacing(found)[0])
+    assert len(warnings) == bool(message)
+    assert message in "".join(warnings)
+
+
+def test_classes_and_regions_that_one_case_or_none_has_are_warned_of() -> None:
+    cases = [*alike(3, class_voxels=(9000, 500, 0)), case("odd", class_voxels=(9000, 0, 7))]
+    [alone] = awareness.warn_of_rare(fingerprint(cases))
+    assert alone.startswith("posterior occurs in odd alone: the fold that validates on it learns nothing of posterior")
+    [none] = awareness.warn_of_rare(fingerprint(cases[:3]))
+    assert none == "posterior occurs in no case, so nothing can be learned of it."
+    assert awareness.warn_of_rare(fingerprint(alike(1))) == ()
+    whole = Region(name="whole", labels=(1, 2), paint=1)
+    assert awareness.warn_of_rare(fingerprint(cases).model_copy(update={"regions": (whole,)})) == ()
 
 
 def test_median_shape_is_that_after_resampling_with_halves_rounded_up() -> None:
@@ -279,7 +346,7 @@ def test_tiny_structures_warn_and_propose_a_spacing_that_makes_them_large_enough
     choice, warnings = awareness.describe_tiny(fingerprint(cases), (3.0, 1.0, 1.0))
     assert choice.value == "posterior"
     assert len(warnings) == 1
-    proposed = [float(each) for each in warnings[0].split("spacing of ")[1].split(" mm")[0].split(" x ")]
+    proposed = [float(each) for each in warnings[0].split("--spacing ")[1].split(", which")[0].split(",")]
     assert 4 * 3.0 / prod(proposed) == pytest.approx(27, rel=0.01)
     assert proposed[0] == pytest.approx(proposed[1], rel=0.5)
 
@@ -296,7 +363,9 @@ def test_large_structures_and_specks_beside_them_do_not_warn() -> None:
 def test_tiny_structures_in_2d_keep_the_slice_axis() -> None:
     dots = alike(3, shape=(1, 500, 500), class_voxels=(9000, 30), component_voxels=(9000, 1), components=(1, 30))
     _, (warning,) = awareness.describe_tiny(fingerprint(dots, dimension=2, classes=("dot",)), (1.0, 1.0, 1.0))
-    assert "1 x 0.3333 x 0.3333 mm" in warning
+    assert "plan with --spacing 0.3333,0.3333, which gives 9." in warning
+    thick = [each.model_copy(update={"spacing_mm": (9.0, 1.0, 1.0)}) for each in dots]
+    assert awareness.describe_tiny(fingerprint(thick, dimension=2, classes=("dot",)), (1.0, 1.0, 1.0))[1] == (warning,)
 
 
 @pytest.mark.parametrize("spacing", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0)])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from skimage.transform import resize
 
 from autoseg.errors import UserError
@@ -44,6 +45,24 @@ def test_images_equal_scikit_image(old: tuple, new: tuple, order: int) -> None:
     assert resampled.dtype == np.float32
     for index in range(2):
         assert np.abs(resampled[index] - reference(image[index], new, order)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("order", "interpolator"), [(0, sitk.sitkNearestNeighbor), (1, sitk.sitkLinear), (3, sitk.sitkBSpline)]
+)
+def test_new_voxels_hold_what_lies_at_their_place_in_the_patient(order: int, interpolator: int) -> None:
+    """Both grids begin at the outer edge of the first voxel and end at that of the last."""
+    image_ZYX = np.random.default_rng(0).normal(size=(31, 40, 37)).astype(np.float32)
+    spacing_mm = np.array([1.0, 0.8, 1.2])
+    new = resampled_shape(image_ZYX.shape, spacing_mm, (1.3, 0.5, 2.0))
+    found_ZYX = resample_image(image_ZYX[None], spacing_mm, (1.3, 0.5, 2.0), new, order, anisotropy=9)[0]
+    new_mm = spacing_mm * image_ZYX.shape / new
+    image = sitk.GetImageFromArray(image_ZYX)
+    image.SetSpacing(spacing_mm[::-1].tolist())
+    begin_mm = ((new_mm - spacing_mm) / 2)[::-1].tolist()
+    moved = sitk.Resample(image, new[::-1], sitk.Transform(), interpolator, begin_mm, new_mm[::-1].tolist())
+    inner = (slice(10, -10), slice(16, -16), slice(7, -7))  # near the edges splines go on differently
+    np.testing.assert_allclose(found_ZYX[inner], sitk.GetArrayFromImage(moved)[inner], atol=2e-4)
 
 
 def test_nearest_neighbour_takes_the_voxel_that_holds_the_centre() -> None:

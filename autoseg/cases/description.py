@@ -45,7 +45,7 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
 
     `labels` may map values to names (Decathlon) or names to values (nnU-Net); values that occur only in regions
     (several values for a name) are named by their number. Raises UserError for values that are no whole numbers, two
-    names for one value, and two values for one name.
+    names for one value, two values for one name, and regions that hold the background or what is ignored.
     """
     named = description.get("labels")
     if not isinstance(named, Mapping):
@@ -64,7 +64,8 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
             )
         found.append(Label(name=str(name), value=int(value)))
     values = [label.value for label in found]
-    members = {value for region in read_regions(description, where) for value in region.labels}
+    regions = read_regions(description, where)
+    members = {value for region in regions for value in region.labels}
     found += [Label(name=f"label_{value}", value=value) for value in sorted(members - set(values))]
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise UserError(f"{where}: label value {twice[0]} has two names.", fix="Name each value once.")
@@ -79,6 +80,9 @@ def read_label_names(description: Mapping[str, Any], where: str) -> tuple[tuple[
     foreground = sorted((label for label in classes if label != background), key=lambda label: label.value)
     if not foreground:
         raise UserError(f"{where}: it names no label beside the background.", fix="Name at least one class.")
+    for value, what in ((background.value, "the background"), (ignored, "what nobody annotated")):
+        if named_in := [region.name for region in regions if value in region.labels]:
+            raise UserError(f"{where}: region {named_in[0]!r} holds {value}, which is {what}.", fix="Leave it out.")
     return (background, *foreground), ignored
 
 
@@ -107,6 +111,11 @@ def read_regions(description: Mapping[str, Any], where: str) -> tuple[Region, ..
             f"{where}: the regions {', '.join(regions)} need 'regions_class_order' with {len(regions)} of the values "
             f"{', '.join(map(str, known))}{'' if order is None else f', not {order}'}.",
             fix="It says what each region paints in a label map, the later ones over the earlier.",
+        )
+    if len(set(order)) < len(order):
+        raise UserError(
+            f"{where}: 'regions_class_order' is {order}, but regions that paint the same value cannot be told apart.",
+            fix="Give each region a value of its own.",
         )
     return tuple(
         Region(name=name, labels=values, paint=paint)

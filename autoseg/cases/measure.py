@@ -6,10 +6,10 @@ Axes: C channel, Z Y X voxels.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from autoseg.cases.prepare import occupied
 from autoseg.errors import UserError
+from autoseg.image.components import label_components
 from autoseg.image.crop import box_of, crop
 from autoseg.records import CaseStats, Dataset, Fingerprint, Intensities, Millimetres3, PatientAxes3
 
@@ -88,17 +88,9 @@ def fingerprint_of(dataset: Dataset, stats: Sequence[CaseStats], source: str = "
 
 
 def _component_sizes(indices_ZYX: np.ndarray, classes: int) -> list[np.ndarray]:
-    """Voxels of every connected component (over faces) per class; each class is searched in its own bounding box."""
-    sizes = [np.zeros(0, np.int64)]  # nobody asks for the background's, and they would cost more than all others
-    boxes = ndimage.find_objects(np.maximum(indices_ZYX, 0), max_label=classes - 1)
-    for index, box in enumerate(boxes, start=1):
-        sizes.append(np.zeros(0, np.int64) if box is None else _sizes(indices_ZYX[box] == index))
-    return sizes
-
-
-def _sizes(mask_ZYX: np.ndarray) -> np.ndarray:
-    labelled_ZYX, _ = ndimage.label(mask_ZYX)
-    return np.bincount(labelled_ZYX.ravel())[1:]
+    """Voxels of every connected component (over faces) per class; none of the background's, for which nobody asks."""
+    found = label_components(indices_ZYX)
+    return [found.sizes_voxels[found.label_of == index] for index in range(classes)]
 
 
 def _intensities(values: np.ndarray) -> tuple[Intensities, tuple[float, ...]]:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage, sparse
+from scipy import sparse
 from scipy.sparse import csgraph
 
 from autoseg.errors import UserError
+from autoseg.image.crop import fill_holes_in
 
 Box = tuple[slice, ...]
 
@@ -115,10 +116,7 @@ def fill_holes(mask_ZYX: np.ndarray) -> np.ndarray:
     filled_ZYX = mask_ZYX.astype(bool)
     box = bounding_box(mask_ZYX)
     if box is not None:
-        thick = tuple(slice(None) if n > 1 else 0 for n in mask_ZYX.shape)
-        part = filled_ZYX[box]
-        if part[thick].ndim:
-            part[thick] = ndimage.binary_fill_holes(part[thick])
+        fill_holes_in(filled_ZYX[box], mask_ZYX.shape)
     return filled_ZYX
 
 

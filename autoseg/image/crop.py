@@ -21,19 +21,20 @@ def nonzero_mask(image_CZYX: np.ndarray) -> np.ndarray:
         mask_ZYX |= channel_ZYX != 0
     inside_ZYX = crop(mask_ZYX, box_of(mask_ZYX))  # a view; what lies around the box is connected with the border
     if not inside_ZYX.all():
-        _fill_holes(inside_ZYX, [axis for axis in range(3) if mask_ZYX.shape[axis] > 1])
+        fill_holes_in(inside_ZYX, mask_ZYX.shape)
     return mask_ZYX
 
 
-def _fill_holes(mask_ZYX: np.ndarray, axes: Sequence[int]) -> None:
-    """Fill in place what no border across `axes` touches (a 2D image has no border along the third axis).
+def fill_holes_in(mask_ZYX: np.ndarray, whole: Sequence[int]) -> None:
+    """Fill in place what no border touches, in a part of a mask of shape `whole` that holds all its True voxels.
 
-    Labelling the background once takes linear time, unlike dilation until nothing changes.
+    An axis of one voxel in the whole has no border: a slice is filled in its plane. Labelling the background once takes
+    linear time, unlike dilation until nothing changes.
     """
     parts_ZYX, count = ndimage.label(~mask_ZYX)
     is_hole = np.ones(count + 1, bool)
     is_hole[0] = False  # the mask itself
-    for axis in axes:
+    for axis in (axis for axis, voxels in enumerate(whole) if voxels > 1):
         for side in (0, -1):
             is_hole[np.take(parts_ZYX, side, axis)] = False
     if is_hole.any():

@@ -259,6 +259,8 @@ def _read_with_itk(path: Path) -> np.ndarray:
 
 
 def _unreadable(path: Path, error: RuntimeError) -> UserError:
+    if "Bad direction" in str(error):  # of several lines, of which the last is a row of a matrix
+        return UserError(f"{path}: two axes run the same way in its header.", fix="Correct its directions.")
     last_line = str(error).strip().splitlines()[-1]
     if "Unable to determine ImageIO reader" in last_line:
         return UserError(f"{path}: its content is not that of a {ending_of(path)} file.", fix=DAMAGED)

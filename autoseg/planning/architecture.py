@@ -82,8 +82,7 @@ def describe_network(spec: NetworkSpec, patch_voxels: tuple[int, ...]) -> tuple[
     kernels = "3 on every axis, since the spacings agree within a factor of two."
     if thin:
         kernels = (
-            f"stage {', '.join(map(str, thin))}: not across the coarse axis, whose spacing is still at least twice the "
-            "finest there."
+            f"stage {', '.join(map(str, thin))}: 1 along axes whose spacing is still at least twice the finest there."
         )
     base = spec.features[0]
     slow = "" if base == BASE_FEATURES else (

@@ -6,7 +6,7 @@ from statistics import median
 
 from autoseg.planning.train import few_cases_with, tubes
 from autoseg.planning.wording import millimetres, percent, some
-from autoseg.records import Choice, Fingerprint, Millimetres3, TrainSpec
+from autoseg.records import Choice, Fingerprint, Millimetres3, TrainSpec, indices_in
 from autoseg.specs import forced_of
 
 TINY_EDGE, ENOUGH_EDGE = 2, 3
@@ -31,6 +31,23 @@ def describe_empty(fingerprint: Fingerprint) -> Choice:
     if empty:
         because += f" No foreground at all in {some(empty)}; patches of such cases teach background only."
     return Choice(field="data.empty_cases", value=f"{len(empty)} of {len(cases)}", because=because)
+
+
+def warn_of_rare(fingerprint: Fingerprint) -> tuple[str, ...]:
+    """A warning for every class (or region) that no case has, or one alone."""
+    warnings, labels, regions = [], fingerprint.labels, fingerprint.regions
+    names = [each.name for each in regions] or [each.name for each in labels[1:]]
+    indices = indices_in(regions, labels) or tuple((k,) for k in range(1, len(labels)))
+    for name, members in zip(names, indices, strict=True):
+        having = [case.id for case in fingerprint.cases if any(case.class_voxels[k] for k in members)]
+        if not having:
+            warnings.append(f"{name} occurs in no case, so nothing can be learned of it.")
+        elif len(having) == 1 < len(fingerprint.cases):
+            warnings.append(
+                f"{name} occurs in {having[0]} alone: the fold that validates on it learns nothing of {name}, and no "
+                "other fold scores it."
+            )
+    return tuple(warnings)
 
 
 def describe_imbalance(fingerprint: Fingerprint, train: TrainSpec, batches: Mapping[str, int]) -> Choice:
@@ -83,10 +100,11 @@ def describe_tiny(fingerprint: Fingerprint, spacing_mm: Millimetres3) -> tuple[C
         because += " The small ones are taken for specks beside a large structure." if small else ""
         return Choice(field="data.tiny_structures", value="none", because=because), ()
     proposal = _finer(spacing_mm, enough / found[0][0], fingerprint.dimension)
+    wanted = ",".join(f"{each:.4g}" for each in proposal[3 - fingerprint.dimension :])
     named = some([f"{names[k]} ({size:.2g} voxels)" for size, k in found])
     warning = (
         f"{named}: the median component is under {tiny} voxels at {millimetres(spacing_mm)}. Unless these are specks "
-        f"of noise in the labels, try a spacing of {millimetres(proposal)}, which gives {enough}."
+        f"of noise in the labels, plan with --spacing {wanted}, which gives {enough}."
     )
     return Choice(field="data.tiny_structures", value=some([names[k] for _, k in found]), because=warning), (warning,)
 
@@ -109,9 +127,10 @@ def _raised(batches: Mapping[str, int], share: float) -> str:
 def _component_voxels(fingerprint: Fingerprint, spacing_mm: Millimetres3) -> dict[int, tuple[float, float]]:
     """Label index -> median over cases of the median and of the mean size of its components, in target voxels."""
     sizes: dict[int, tuple[float, float]] = {}
+    first = 3 - fingerprint.dimension  # slices are not resampled across
     for k in range(1, len(fingerprint.labels)):
         cases = [case for case in fingerprint.cases if k < len(case.class_components) and case.class_components[k]]
-        scales = [prod(case.spacing_mm) / prod(spacing_mm) for case in cases]
+        scales = [prod(case.spacing_mm[first:]) / prod(spacing_mm[first:]) for case in cases]
         medians = [c.class_median_component_voxels[k] * scale for c, scale in zip(cases, scales, strict=True)]
         means = [c.class_voxels[k] / c.class_components[k] * scale for c, scale in zip(cases, scales, strict=True)]
         if cases:

@@ -13,8 +13,12 @@ BATCH_NORM_FROM = 32
 
 
 def batch_cap(dataset_voxels: int, patch_voxels: Sequence[int]) -> int:
-    """Most samples per batch: together at most 5 % of the data set's voxels, but at least 2."""
-    return max(SMALLEST_BATCH, round(LARGEST_SHARE_OF_DATA * dataset_voxels / prod(patch_voxels)))
+    """Most samples per batch: together about 5 % of the data set's voxels, but at least 2."""
+    return max(SMALLEST_BATCH, round(_patches_in_share(dataset_voxels, patch_voxels)))
+
+
+def _patches_in_share(dataset_voxels: int, patch_voxels: Sequence[int]) -> float:
+    return LARGEST_SHARE_OF_DATA * dataset_voxels / prod(patch_voxels)
 
 
 def choose_norm(batch_size: int) -> Literal["instance", "batch"]:
@@ -32,10 +36,13 @@ def describe_norm(batch_size: int) -> Choice:
     return Choice(field="network.norm", value=choose_norm(batch_size), because=because)
 
 
-def describe_cap(cap: int, dataset_voxels: int, preset: str) -> str:
-    """Why a batch ended at the cap, as a clause."""
-    share = percent(LARGEST_SHARE_OF_DATA)
-    clause = f"a batch may hold at most {share} of the data set's {dataset_voxels:.3g} voxels: {cap}"
+def describe_cap(dataset_voxels: int, patch_voxels: Sequence[int], preset: str) -> str:
+    """The most samples that the data set allows, as a clause."""
+    share = f"{percent(LARGEST_SHARE_OF_DATA)} of the data set's {dataset_voxels:.3g} voxels"
+    held = _patches_in_share(dataset_voxels, patch_voxels)
+    if round(held) < SMALLEST_BATCH:
+        return f"{share} come to {held:.2g} patches, and a batch has at least {SMALLEST_BATCH}"
+    clause = f"a batch may hold about {share}: {batch_cap(dataset_voxels, patch_voxels)}"
     if preset != "standard":
         clause += " (nnU-Net lifts this for its residual presets, but the sets it published them on never reach it)"
     return clause

@@ -1,5 +1,6 @@
 """What planning refuses: wrong spacings, slices among volumes, broken edits."""
 
+import json
 from math import prod
 
 from autoseg.errors import UserError
@@ -42,12 +43,23 @@ def check_plan(plan: Plan) -> None:
         if not configuration.name or configuration.name.startswith(".") or set("/\\") & set(configuration.name):
             what = f"The plan has a configuration called {configuration.name!r}, and folders are called after it."
             raise UserError(what, fix="Give it a name without / and \\ that begins with no dot.")
-        if configuration.previous is not None and configuration.previous not in names:
-            raise UserError(
-                f"Configuration {configuration.name} follows {configuration.previous!r}, which the plan does not have.",
-                fix=f"Choose one of {', '.join(names)}.",
-            )
+        _check_previous(configuration, plan)
         _check_configuration(configuration, plan)
+
+
+def _check_previous(configuration: Configuration, plan: Plan) -> None:
+    """Raise UserError where the stages before a configuration do not end: one is not there, or comes twice."""
+    previous = {each.name: each.previous for each in plan.configurations}
+    stages = [configuration.name]
+    while (before := previous[stages[-1]]) is not None:
+        if before not in previous:
+            raise UserError(
+                f"Configuration {stages[-1]} follows {before!r}, which the plan does not have.",
+                fix=f"Choose one of {', '.join(previous)}.",
+            )
+        if before in stages:
+            raise UserError(f"Configuration {before} follows itself: {' after '.join([*stages, before])}.")
+        stages.append(before)
 
 
 def _check_case(case: CaseStats, fingerprint: Fingerprint) -> None:
@@ -78,10 +90,8 @@ def _check_configuration(configuration: Configuration, plan: Plan) -> None:
             f"Configuration {name}: there is no normalization {unknown[0]!r}.",
             fix=f"Choose one of {', '.join(NORMALIZATIONS)}.",
         )
-    spacing = [each for each in configuration.spacing_mm if each is not None]
-    if min(spacing) <= 0 or (configuration.dimension == 3 and len(spacing) < 3):
-        raise UserError(f"Configuration {name}: spacing_mm is {configuration.spacing_mm}, but has to be above zero.")
-    _check_axes(configuration)
+    _check_spacing(configuration)
+    _check_axes(configuration, plan)
     inputs = channels + (plan.classes - 1 if configuration.previous else 0)
     if configuration.network.in_channels != inputs or configuration.network.classes != len(plan.outputs):
         raise UserError(
@@ -97,12 +107,33 @@ def _check_configuration(configuration: Configuration, plan: Plan) -> None:
         )
 
 
-def _check_axes(configuration: Configuration) -> None:
-    name, mirrored = configuration.name, configuration.train.augment.mirror_axes
+def _check_spacing(configuration: Configuration) -> None:
+    what = f"Configuration {configuration.name}: spacing_mm is {json.dumps(configuration.spacing_mm)}, but"
+    first, *in_plane = configuration.spacing_mm
+    if (first is None) != (configuration.dimension == 2):
+        whole = "a volume has three numbers." if first is None else "slices are never resampled across."
+        raise UserError(f"{what} {whole}", fix="The first is null in 2D, and only there.")
+    if min(in_plane) <= 0 or (first is not None and first <= 0):
+        raise UserError(f"{what} has to be above zero.")
+
+
+def _check_axes(configuration: Configuration, plan: Plan) -> None:
+    name, augment = configuration.name, configuration.train.augment
+    mirrored, angles = augment.mirror_axes, 3 if configuration.dimension == 3 else 1
     if sorted(configuration.axes) != [0, 1, 2]:
         raise UserError(
             f"Configuration {name}: axes is {configuration.axes}, but has to name each axis of the files once.",
             fix="Write 0, 1 and 2 in the order the patch shall have, such as [2, 0, 1].",
+        )
+    if plan.dimension == 2 and configuration.axes[0] != 0:
+        raise UserError(
+            f"Configuration {name}: axes is {configuration.axes}, but the first has to be that of the slice, 0, in 2D."
+        )
+    if len(augment.rotation_rad) < angles:
+        raise UserError(
+            f"Configuration {name}: rotation_rad has {len(augment.rotation_rad)} angles for a patch with "
+            f"{configuration.dimension} axes.",
+            fix="Give three angles (Z Y X) in 3D and one in 2D.",
         )
     if not set(mirrored) <= set(range(configuration.dimension)):
         raise UserError(

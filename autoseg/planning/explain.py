@@ -5,13 +5,14 @@ These are its choices, readings, costs, and a drawing of each network. Nothing h
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import degrees
 from typing import Any
 
+from autoseg.planning.architecture import describe_network
 from autoseg.planning.cost import parameters, receptive_fields, sizes_per_stage, training_operations
+from autoseg.planning.edit import written
 from autoseg.planning.train import describe_train
 from autoseg.planning.wording import device, gigabytes, millimetres, voxels
 from autoseg.records import Budget, Choice, Configuration, Plan
@@ -155,32 +156,43 @@ def _edited(choice: Choice, plan: Plan) -> str:
 
 def _held_instead(field: str, value: str, one: Configuration) -> str:
     """What a field of the configuration holds, where that is not the value of its choice; else ""."""
-    train, of_file = one.train, one.axes[3 - one.dimension :]
     if field == "data.imbalance":
-        forced = f"{forced_of(one.batch_size, train.foreground_share)} of {one.batch_size}"
-        return "" if value.startswith(f"{train.loss},") and f" {forced} (" in value else f"{train.loss}, {forced}"
-    turns, mirrored = train.augment.rotation_rad, train.augment.mirror_axes
-    letters = ["ZYX"[axis : axis + 1] for a, axis in enumerate(of_file) if a in mirrored]  # of any axes: not checked
+        forced = f"{forced_of(one.batch_size, one.train.foreground_share)} of {one.batch_size}"
+        held = f"{one.train.loss}, {forced}"
+        return "" if value.startswith(f"{one.train.loss},") and f" {forced} (" in value else held
+    worded, typed = _worded(one).get(field), _at(one, field)
+    by_hand = written(value)
+    if value == worded or typed in (by_hand, [by_hand]) or (worded is typed is None):
+        return ""
+    return worded or json.dumps(typed)
+
+
+def _worded(one: Configuration) -> dict[str, str]:
+    """What a configuration holds now, as its choices would word it; by field."""
+    of_file, augment = one.axes[3 - one.dimension :], one.train.augment
+    letters = ["ZYX"[axis : axis + 1] for a, axis in enumerate(of_file) if a in augment.mirror_axes]  # any axes
+    turns = " ".join(f"{degrees(turn):.0f}" for turn in augment.rotation_rad)
     spacing_mm = [each for _, each in sorted(zip(one.axes, one.spacing_mm, strict=True), key=lambda pair: pair[0])]
-    said = {choice.field: choice.value for choice in describe_train(train)} | {
+    described = (*describe_network(one.network, one.patch_voxels), *describe_train(one.train))
+    return {choice.field: choice.value for choice in described} | {
+        "patch_voxels": voxels(one.patch_voxels),
+        "median_shape_voxels": voxels(one.median_shape_voxels),
+        "axes": " ".join(map(str, one.axes)),
+        "mask_for_normalization": " ".join("yes" if each else "no" for each in one.mask_for_normalization),
+        "batch_dice": "yes" if one.batch_dice else "no",
         "memory": gigabytes(one.memory.peak_bytes),
         "spacing_mm": millimetres(spacing_mm),
-        "train.augment.rotation_rad": f"{' '.join(f'{degrees(turn):.0f}' for turn in turns)} degrees at most",
+        "train.augment.rotation_rad": f"{turns} degrees at most",
         "train.augment.mirror_axes": f"{' '.join(letters) or 'none'} of the files",
     }
+
+
+def _at(one: Configuration, field: str) -> object:
+    """The value at a path such as "train.loss", as in JSON; None where there is none, or a record."""
     held: Any = one.model_dump(mode="json")
     for part in field.split("."):
         held = held.get(part) if isinstance(held, dict) else held[int(part)] if part.isdigit() else None
-    ways = [said[field]] if field in said else []
-    ways += [] if held is None or isinstance(held, dict) else [json.dumps(held)]
-    return "" if not ways or _words(value) in map(_words, ways) else ways[0]
-
-
-def _words(text: str) -> list[float | str]:
-    """Numbers and words, however they are joined: "40 x 56 x 40", "40,56,40" and "[40, 56, 40]" are the same."""
-    found = re.findall(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?|[A-Za-z_]+", text)
-    known = {"yes": "true", "no": "false"}
-    return [float(word) if word[-1].isdigit() else known.get(word, word) for word in found if word != "x"]
+    return None if isinstance(held, dict) else held
 
 
 def _stage_rows(configuration: Configuration) -> Iterator[tuple[str, ...]]:

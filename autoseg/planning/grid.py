@@ -77,7 +77,8 @@ def chain_of(grid: Grid) -> tuple[Topology, ...]:
         raise UserError(
             f"Configuration {grid.name}: the median image has only {voxels(grid.patch_median_voxels)} voxels at "
             f"{millimetres(grid.patch_spacing_mm)}, too few to be halved even once.",
-            fix=f"Two axes of at least {2 * SMALLEST_EDGE} voxels are needed: crop less, or resample the images.",
+            fix=f"Two axes of similar spacing need {2 * SMALLEST_EDGE} voxels each, or the finest one "
+            f"{3 * SMALLEST_EDGE}: crop less, or resample the images.",
         )
     return chain
 
@@ -190,21 +191,21 @@ def _patch_choice(
         )
         because += f"; it is {largest}, and it fits."
     else:
-        larger, need = found.too_large
+        larger, need, is_read = found.too_large
         because += (
             f"; shrunk from {voxels(tops[0])} until a step at batch {SMALLEST_BATCH} fit {gigabytes(budget_bytes)}: "
-            f"the next larger, {voxels(larger)}, needs {gigabytes(need)}."
+            f"the next larger, {voxels(larger)}, {'needs' if is_read else 'is expected to need'} {gigabytes(need)}."
         )
     return Choice(field="patch_voxels", value=voxels(found.patch_voxels), because=because)
 
 
 def _batch_choice(grid: Grid, shared: Shared, found: Fit, budget_bytes: int) -> Choice:
-    cap = describe_cap(found.batch_cap, shared.cases * prod(grid.median_shape_voxels), shared.preset_name)
+    cap = describe_cap(shared.cases * prod(grid.median_shape_voxels), found.patch_voxels, shared.preset_name)
     if found.batch_size < found.batch_cap:
         most = "as many as fit, to 5 %" if found.batch_size * CLOSE_ENOUGH > 1 else "the most that fits"
         because = f"{most}: {gigabytes(found.peak_bytes)} of {gigabytes(budget_bytes)}; {cap}."
     elif found.batch_size > SMALLEST_BATCH:
         because = f"{cap}; it needs {gigabytes(found.peak_bytes)} of {gigabytes(budget_bytes)}."
     else:
-        because = f"{cap}; a batch has at least {SMALLEST_BATCH} samples."
+        because = f"{cap}."
     return Choice(field="batch_size", value=str(found.batch_size), because=because)

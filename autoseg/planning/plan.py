@@ -11,7 +11,15 @@ from autoseg.planning.checks import check_fingerprint
 from autoseg.planning.grid import Grid, Shared, Source, can_be_halved, chain_of, drafter, plan_grid, quick_enough
 from autoseg.planning.normalization import choose_masks, choose_normalization, warnings_of
 from autoseg.planning.search import CONTEXT_BYTES, SMALLEST_BATCH, Measure, Patch, Readings, once
-from autoseg.planning.spacing import choose_axes, choose_spacing, describe_shape, median_shape, transposed
+from autoseg.planning.spacing import (
+    asked_spacing,
+    choose_axes,
+    choose_spacing,
+    describe_shape,
+    median_shape,
+    transposed,
+    warn_of_spacings,
+)
 from autoseg.planning.train import choose_sampling, describe_train, orientations_of, sided_labels, warn_of_mixed
 from autoseg.planning.wording import device, gigabytes, some, voxels
 from autoseg.records import Budget, Choice, Configuration, Fingerprint, Millimetres3, Plan
@@ -29,6 +37,7 @@ def make_plan(
     source: Source = "simulated",
     preset: str = "standard",
     file_ending: str = ".nii.gz",
+    spacing_mm: Sequence[float] | None = None,
     report: Report = silent,
 ) -> Plan:
     """Decide everything about a data set, with a reason for each decision.
@@ -40,15 +49,18 @@ def make_plan(
         source: how `measure` knows, for the record.
         preset: one of architecture.PRESETS.
         file_ending: ending of the label files to write.
+        spacing_mm: Z Y X of the files, or Y X for 2D images; None: what the fingerprint suggests.
         report: receives what is noticed and each reading.
 
     Raises:
-        UserError: the fingerprint cannot be planned for, or the budget is too small for the smallest patch.
+        UserError: the fingerprint or the spacing cannot be planned for, or the budget is too small for the smallest
+            patch.
     """
     check_fingerprint(fingerprint)
-    spacing, spacing_choice = choose_spacing(fingerprint)
+    asked = None if spacing_mm is None else asked_spacing(fingerprint, spacing_mm)
+    spacing, spacing_choice = asked or choose_spacing(fingerprint)
     axes, axes_choice = choose_axes(spacing, fingerprint.dimension)
-    shape = median_shape(fingerprint.cases, spacing)
+    shape = median_shape(fingerprint.cases, spacing, fingerprint.dimension)
     shared, shared_choices = _shared(fingerprint, budget, axes, preset, source)
     full = Grid("3d", 3, transposed(spacing, axes), transposed(shape, axes))
     measure = once(measure)
@@ -91,35 +103,39 @@ def plan_volumes(
 ) -> tuple[list[PlannedOne], Choice]:
     """3d, and where its patch sees too little also 3d_lowres and 3d_cascade; nothing for flat images."""
     if dimension == 2 or full.median_shape_voxels[0] == 1:
-        why = "the images are 2D." if dimension == 2 else "the median image is a single slice thick after cropping."
+        why = "the images are 2D."
+        if dimension == 3:
+            why = "the median image is a single slice thick after cropping and resampling."
+        return [], Choice(field="configurations", value="2d", because=why)
+    if not can_be_halved(full):
+        why = f"volumes of {voxels(full.median_shape_voxels)} voxels cannot be halved even once; slices can."
         return [], Choice(field="configurations", value="2d", because=why)
     readings = _readings("3d", measure, budget, report)
     volumes, choices = plan_grid(full, _patches(full), shared, readings)
     low = _plan_lowres(full, volumes.patch_voxels, shared, readings)
-    choice = lowres.describe(full, volumes.patch_voxels, low[2] if low else None)
-    if low is None:
+    choice = lowres.describe(full, volumes.patch_voxels, low if isinstance(low, str) else "")
+    if isinstance(low, str):
         return [_with_batch_dice((volumes, choices), False, _NO_LOWRES)], choice
-    coarse, coarse_choices, _ = low
     cascade = _plan_cascade(full, volumes, shared, budget, measure, report)
     little = (
         "patches see less than a quarter of the image and often lack a class, so Dice is taken over the whole batch."
     )
     return [
         _with_batch_dice((volumes, choices), True, little),
-        _with_batch_dice((coarse, coarse_choices), False, _LOWRES),
+        _with_batch_dice(low, False, _LOWRES),
         _with_batch_dice(cascade, True, little),
     ], choice
 
 
 def _plan_lowres(
     full: Grid, patch: Patch, shared: Shared, readings_3d: Readings
-) -> tuple[Configuration, tuple[Choice, ...], Grid] | None:
-    """The low-resolution configuration, or None where it is not wanted or saves too little.
+) -> PlannedOne | str:
+    """The low-resolution configuration; or why there is none, nothing where none is wanted.
 
     The grid is found with patches predicted from the 3d readings, quick ones on CPUs, and confirmed with its own.
     """
     if not lowres.is_wanted(full, patch):
-        return None
+        return ""
     readings = replace(readings_3d, name="3d_lowres", taken={})
 
     def predicted_patch(grid: Grid) -> Patch:
@@ -129,12 +145,12 @@ def _plan_lowres(
         return next(fitting, chain[-1])
 
     grid = lowres.lowres_grid(full, predicted_patch)
-    while grid is not None:
-        configuration, choices = plan_grid(grid, _patches(grid), shared, readings)
-        if not lowres.is_wanted(grid, configuration.patch_voxels):
-            return configuration, choices, grid
+    while isinstance(grid, Grid):
+        planned = plan_grid(grid, _patches(grid), shared, readings)
+        if not lowres.is_wanted(grid, planned[0].patch_voxels):
+            return planned
         grid = lowres.lowres_grid(full, predicted_patch, start=grid)
-    return None
+    return grid
 
 
 def _plan_cascade(
@@ -186,7 +202,8 @@ def _notice(
 ) -> tuple[Choice, ...]:
     """What the data itself suggests, announced where it matters."""
     tiny, warnings = awareness.describe_tiny(fingerprint, spacing_mm)
-    for warning in (*warnings_of(fingerprint.channels), *warnings):
+    unfit = *warnings_of(fingerprint.channels), *warn_of_spacings(fingerprint, spacing_mm)
+    for warning in (*unfit, *awareness.warn_of_rare(fingerprint), *warnings):
         report(Warned(warning))
     sided = sided_labels([label.name for label in fingerprint.labels[1:]])
     if sided:

@@ -91,12 +91,13 @@ class Readings:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The patch and batch size found; `too_large` is the next larger patch, if there is one, with bytes at batch 2."""
+    """The patch and batch size found; `too_large` is the next larger patch, if there is one, with its bytes at batch 2,
+    and whether these were read or predicted."""
 
     patch_voxels: Patch
     batch_size: int
     peak_bytes: int
-    too_large: tuple[Patch, float] | None
+    too_large: tuple[Patch, float, bool] | None
     batch_cap: int
 
 
@@ -115,9 +116,7 @@ def fit(chain: Sequence[Patch], cap: Callable[[Patch], int], draft: Draft, readi
         return None
     patch = chain[index]
     batch, attempt = largest_batch(patch, cap(patch), draft, readings)
-    too_large = (
-        (chain[index - 1], _known_or_predicted(draft(chain[index - 1], SMALLEST_BATCH), readings)) if index else None
-    )
+    too_large = _need(chain[index - 1], draft, readings) if index else None
     return Fit(patch, batch, attempt.peak_bytes, too_large, cap(patch))
 
 
@@ -229,6 +228,7 @@ def _line(seen: dict[int, Attempt], fixed: int, budget_bytes: int) -> tuple[Call
     return lambda batch: bytes_b + slope * (batch - batch_b), is_read
 
 
-def _known_or_predicted(configuration: Configuration, readings: Readings) -> float:
-    known = readings.taken.get((configuration.network, configuration.patch_voxels, configuration.batch_size))
-    return known.peak_bytes if known else readings.predict(configuration)
+def _need(patch: Patch, draft: Draft, readings: Readings) -> tuple[Patch, float, bool]:
+    configuration = draft(patch, SMALLEST_BATCH)
+    known = readings.taken.get((configuration.network, patch, SMALLEST_BATCH))
+    return (patch, known.peak_bytes, True) if known else (patch, readings.predict(configuration), False)

@@ -34,6 +34,7 @@ def plan(
     memory: str | None = None,
     device: str | None = None,
     preset: str = "standard",
+    spacing_mm: Sequence[float] | None = None,
     workers: int | None = None,
     skip_bad: bool = False,
     report: Report = silent,
@@ -47,6 +48,7 @@ def plan(
             where there is no card.
         device: e.g. "cuda:1" or "cpu"; None: the first card, if any.
         preset: "standard", "M", "L" or "XL".
+        spacing_mm: Z Y X of the files, or Y X for 2D images; None: chosen from the data.
         workers: processes that read images; None: one per core.
         skip_bad: leave out cases with problems instead of stopping.
         report: receives progress.
@@ -65,11 +67,11 @@ def plan(
     _warn_of_too_few(dataset, report)
     fingerprint = fingerprint_of(dataset, stats)
     import_early.join()
-    if _has_moved(layout, dataset, fingerprint) and not (memory or device or preset != "standard"):
+    if _has_moved(layout, dataset, fingerprint) and not (memory or device or preset != "standard" or spacing_mm):
         report(Said("These are the cases that were planned for, in another place: the plan stays as it is."))
         save(layout.dataset, dataset)
         return checked(run)
-    planned = _plan_for(fingerprint, memory, device, preset, dataset.file_ending, report, dataset)
+    planned = _plan_for(fingerprint, memory, device, preset, spacing_mm, dataset.file_ending, report, dataset)
     _warn_of_trained_models(layout, planned, report)
     remove_unfinished(run)
     save_together(((layout.dataset, dataset), (layout.fingerprint, fingerprint), (layout.plan, planned)))
@@ -83,12 +85,13 @@ def from_fingerprint(
     memory: str | None = None,
     device: str | None = None,
     preset: str = "standard",
+    spacing_mm: Sequence[float] | None = None,
     file_ending: str = ".nii.gz",
     report: Report = silent,
 ) -> Plan:
     """Plan without data from a saved fingerprint; `output`, if given, is the run folder that receives both records."""
     fingerprint = load(fingerprint_file, Fingerprint)
-    planned = _plan_for(fingerprint, memory, device, preset, file_ending, report)
+    planned = _plan_for(fingerprint, memory, device, preset, spacing_mm, file_ending, report)
     if output is not None:
         _warn_of_trained_models(Layout(output), planned, report)
         save_together(((Layout(output).fingerprint, fingerprint), (Layout(output).plan, planned)))
@@ -111,9 +114,9 @@ def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
     before = load(layout.plan, Plan)
     dataset = load(layout.dataset, Dataset) if layout.dataset.is_file() else None  # none where planned without data
     after = edit(before, changes)
-    old = {each.name: (each.network, each.patch_voxels, each.batch_size) for each in before.configurations}
+    old = {each.name: _of_memory(each) for each in before.configurations}
     configurations = tuple(
-        each if (each.network, each.patch_voxels, each.batch_size) == old.get(each.name)
+        each if _of_memory(each) == old.get(each.name)
         else _read_again(each, before.budget, labelling_of(after, dataset), report)
         for each in after.configurations
     )  # fmt: skip
@@ -127,6 +130,13 @@ def edited(run: Path, changes: Sequence[str], report: Report = silent) -> Plan:
     _warn_of_trained_models(layout, after, report)
     save(layout.plan, after)
     return after
+
+
+def _of_memory(configuration: Configuration) -> tuple[object, ...]:
+    """What the memory of a training step depends on."""
+    train = configuration.train
+    kept = train.optimizer, train.average_decay > 0, train.loss, configuration.batch_dice
+    return configuration.network, configuration.patch_voxels, configuration.batch_size, *kept
 
 
 def labelling_of(described: Plan | Fingerprint, dataset: Dataset | None) -> "Labelling":
@@ -167,8 +177,8 @@ def _refuse_to_overwrite(data: Path, layout: Layout) -> None:
 
 
 def _plan_for(
-    fingerprint: Fingerprint, memory: str | None, device: str | None, preset: str, file_ending: str, report: Report,
-    dataset: Dataset | None = None,
+    fingerprint: Fingerprint, memory: str | None, device: str | None, preset: str,
+    spacing_mm: Sequence[float] | None, file_ending: str, report: Report, dataset: Dataset | None = None,
 ) -> Plan:
     from autoseg.network.device import pick, slow_convolutions
     from autoseg.network.memory import measurer
@@ -179,8 +189,9 @@ def _plan_for(
     if source == "measured" and (warning := slow_convolutions(pick(budget.device))):
         report(Warned(warning))
     planned = make_plan(
-        fingerprint, budget, measure, source=source, preset=preset, file_ending=file_ending, report=report
-    )
+        fingerprint, budget, measure, source=source, preset=preset, file_ending=file_ending, spacing_mm=spacing_mm,
+        report=report,
+    )  # fmt: skip
     report(Finished("planning"))
     for sentence in long_trainings(planned):
         report(Said(sentence))
