@@ -297,10 +297,7 @@ def _left(state: TrainState, length: Length) -> float:
 
 
 def _epochs(state: TrainState, length: Length) -> int:
-    """Of how many epochs to speak: those so far and those to come, with a time limit as many as the pace promises.
-
-    One that an earlier time limit ended before its last step is among those so far.
-    """
+    """Of how many to speak: those so far, cut short or not, and those to come, under a time limit at this pace."""
     done = length.done(state)
     if done >= 1.0:
         return state.epoch
@@ -354,9 +351,9 @@ def _remember(state: TrainState, dice: Sequence[float], learned: bool) -> tuple[
     step of it was finite, is never the best.
     """
     known = [value for value in dice if math.isfinite(value)]
+    mean = sum(known) / len(known) if known else math.nan
     if not known or not learned:
-        return sum(known) / len(known) if known else math.nan, False
-    mean = sum(known) / len(known)
+        return mean, False
     old = state.smoothed_dice
     state.smoothed_dice = mean if math.isnan(old) else SMOOTHING * old + (1 - SMOOTHING) * mean
     best = state.smoothed_dice > state.best_dice
