@@ -20,7 +20,7 @@ from autoseg.layout import Layout, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
 from autoseg.records import AugmentSpec, Configuration, Postprocessing, Rule, Run, TrainSpec
 from autoseg.steps.predict import Predictor, predict
-from autoseg.steps.predicting.predictor import as_volume
+from autoseg.steps.predicting.images import as_volume
 from autoseg.store import TEMPORARY, save
 
 VALUES = {0, 100, 255}
@@ -322,6 +322,9 @@ def test_another_number_of_channels_is_refused(place: Path, tmp_path: Path) -> N
     sitk.WriteImage(two, str(tmp_path / "two.mha"))
     with pytest.raises(UserError, match=r"two: 2 channel\(s\)"):
         predict(place / "run", tmp_path / "two.mha", tmp_path / "out", device="cpu")
+    for image in (tmp_path / "two.mha", [str(tmp_path / "two.mha")]):
+        with pytest.raises(UserError, match=r"two\.mha: 2 channel\(s\)"):
+            Predictor(place / "run", device="cpu")(image)
 
 
 def test_weights_of_another_network_are_refused(place: Path, tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def _computed(
     background = predictor.plan.labels[0].value if predictor.plan.regions else None
     chosen = [k for k, label in enumerate(labels) if not wishes.classes or label.name in wishes.classes]
     places = chosen if background is None else [k + 1 for k in chosen]  # regions leave 0 to the background
-    height, axes = predictor.slab_height(prepared), predictor.configuration.axes
+    height, axes = predictor.slab_height(prepared, wishes.uncertainty), predictor.configuration.axes
     before = prepared.box[0][0]
     with writing_probabilities(
         probabilities_file(output, case.id), prepared.geometry, [labels[k].name for k in chosen],
