@@ -1,4 +1,4 @@
-"""What a `Predictor` takes for an image, read or wrapped as a volume, and what it is called in errors.
+"""What a `Predictor` takes for an image: as a volume, and by name in errors.
 
 Axes: C channel, Z Y X voxels.
 """
