@@ -227,6 +227,9 @@ def test_the_print_size_of_a_photograph_is_no_spacing(tmp_path: Path) -> None:
     geometry = read_geometry(tmp_path / "a.png")
     assert geometry.spacing_mm == (1, 1, 1)
     assert geometry.itk_spacing == (0.25, 0.25)
+    for ending, expected in ((".png", (0.25, 0.25)), (".nii.gz", (1, 1)), (".mha", (1, 1))):
+        write_labels(tmp_path / f"b{ending}", np.ones((1, 5, 6), np.int32), geometry)
+        assert sitk.ReadImage(str(tmp_path / f"b{ending}")).GetSpacing() == expected
 
 
 def test_alpha_is_dropped_only_when_it_says_nothing(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from whole_probabilities import read_whole
 
 from autoseg.cases.prepare import prepare
 from autoseg.errors import UserError
-from autoseg.events import Event, Warned
+from autoseg.events import Event, Said, Warned
 from autoseg.image.formats import read_image
 from autoseg.image.resample import resample_image
 from autoseg.layout import Layout, prediction_file, probabilities_file
 from autoseg.network import checkpoint, unet
 from autoseg.records import AugmentSpec, Configuration, Postprocessing, Rule, Run, TrainSpec
 from autoseg.steps.predict import Predictor, predict
-from autoseg.steps.predicting.predictor import as_volume
+from autoseg.steps.predicting.images import as_volume
 from autoseg.store import TEMPORARY, save
 
 VALUES = {0, 100, 255}
@@ -215,11 +215,12 @@ def test_rules_learned_on_another_configuration_are_left_out_in_one_line(
 
 
 def test_nothing_unfinished_is_left_and_older_leftovers_are_removed(place: Path, tmp_path: Path) -> None:
-    stale = tmp_path / f"plain.nii.gz{TEMPORARY}-1-abc.nii.gz"
-    stale.write_bytes(b"half")
+    for folder in (tmp_path, tmp_path / "records", tmp_path / "entropy"):
+        folder.mkdir(exist_ok=True)
+        (folder / f"plain.nii.gz{TEMPORARY}-1-abc.nii.gz").write_bytes(b"half")
     predict(place / "run", place / "data" / "imagesTs" / "plain.nii.gz", tmp_path, device="cpu")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.nii.gz", "records"]
-    assert [path.name for path in (tmp_path / "records").iterdir()] == ["plain.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["entropy", "plain.nii.gz", "records"]
+    assert [path.name for path in tmp_path.glob("*/*")] == ["plain.json"]
 
 
 def test_what_lay_beside_an_older_label_map_goes_with_it(place: Path, tmp_path: Path) -> None:
@@ -228,6 +229,14 @@ def test_what_lay_beside_an_older_label_map_goes_with_it(place: Path, tmp_path: 
     other = probabilities_file(tmp_path, "other")
     beside = [probabilities_file(tmp_path, "plain"), *tmp_path.glob("*/plain.nii.gz")]
     assert len(beside) == 3
+    said: list[Event] = []
+    for missing in (*beside, tmp_path):
+        missing.unlink() if missing.is_file() else None
+        predict(
+            run, image, tmp_path, device="cpu", save_probabilities=True, save_uncertainty=True, resume=True,
+            report=said.append,
+        )  # fmt: skip
+    assert [each.text for each in said if isinstance(each, Said)].count("1 of 1 cases are done already.") == 1
     shutil.copytree(beside[0], other) if beside[0].is_dir() else shutil.copy(beside[0], other)
     predict(run, image, tmp_path, device="cpu", speed="fast")
     assert not any(path.exists() for path in beside)
@@ -313,6 +322,9 @@ def test_another_number_of_channels_is_refused(place: Path, tmp_path: Path) -> N
     sitk.WriteImage(two, str(tmp_path / "two.mha"))
     with pytest.raises(UserError, match=r"two: 2 channel\(s\)"):
         predict(place / "run", tmp_path / "two.mha", tmp_path / "out", device="cpu")
+    for image in (tmp_path / "two.mha", [str(tmp_path / "two.mha")]):
+        with pytest.raises(UserError, match=r"two\.mha: 2 channel\(s\)"):
+            Predictor(place / "run", device="cpu")(image)
 
 
 def test_weights_of_another_network_are_refused(place: Path, tmp_path: Path) -> None:

@@ -6,18 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from planned import a_configuration, a_network, a_planned_run
+import torch
+from planned import a_configuration, a_network, a_plan, a_planned_run
 from synthetic import write_dataset
 from test_predict import write_network
 
+from autoseg.cases.exchange import Ready
+from autoseg.cases.prepare import prepare
 from autoseg.errors import UserError
 from autoseg.image.formats import read_image, read_labels, volume_of
 from autoseg.image.probabilities import open_probabilities
 from autoseg.image.volume import displacement_mm
-from autoseg.layout import entropy_file, flagged_file, mutual_file, probabilities_file
-from autoseg.records import AugmentSpec, TrainSpec
+from autoseg.layout import Layout, entropy_file, flagged_file, mutual_file, probabilities_file
+from autoseg.network import export
+from autoseg.network.device import pick
+from autoseg.network.export import Slab
+from autoseg.records import AugmentSpec, Label, TrainSpec
 from autoseg.steps.predict import predict
+from autoseg.steps.predicting.images import as_volume
 from autoseg.steps.predicting.predictor import Predictor, Segmentation, uncertainty_of
+from autoseg.store import save
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +136,32 @@ def test_chosen_classes_are_saved_in_bytes(place: Path, tmp_path: Path) -> None:
     assert (written.names, written.header.values, written.header.complete) == (("background", "small"), (0, 255), False)
     whole = open_probabilities(probabilities_file(place / "out", case)).part((slice(None),))
     np.testing.assert_allclose(written.slab(0, 9), whole[[0, 2]], atol=0.5 / 255 + 1e-3)
+
+
+def test_an_image_whose_scores_are_no_numbers_is_named(place: Path) -> None:
+    predictor = Predictor(place / "run", folds=("0",), device="cpu")
+    for weights in predictor._networks[0].parameters():
+        weights.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="case_7: the network's scores are NaN"):
+        predictor.segment(read_image([first_image(place)]), case="case_7")
+
+
+def test_slabs_are_as_thick_as_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of probabilities are laid out for it; the mutual information of several networks is one score more."""
+    monkeypatch.setattr(export, "SLAB_VOXELS", 256)
+    labels = tuple(Label(name=str(value), value=value) for value in range(8))
+    configuration = a_configuration(network=a_network().model_copy(update={"classes": 8}))
+    plan = a_plan(configuration, labels=labels)
+    save(Layout(tmp_path).plan, plan)
+    networks = [torch.nn.Conv3d(1, 8, 1), torch.nn.Conv3d(1, 8, 1)]
+    predictor = Predictor.of_network(tmp_path, configuration, networks, "fold_0", pick("cpu"))
+    volume = as_volume(np.random.default_rng(0).normal(size=(16, 8, 8)))
+    prepared = prepare(volume, None, plan, configuration)
+    for uncertainty, height in ((False, 4), (True, 2)):
+        found: list[Slab] = []
+        predictor.compute(Ready((prepared,), ()), found.append, uncertainty)
+        assert predictor.slab_height(prepared, uncertainty) == height
+        assert {len(each.labels_ZYX) for each in found} == {height}
 
 
 def test_doubt_is_that_of_what_was_found() -> None:

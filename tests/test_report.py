@@ -24,7 +24,7 @@ from autoseg.image.formats import read_labels, write_labels
 from autoseg.image.volume import plain_geometry
 from autoseg.layout import Layout, ModelLayout, prediction_file, scores_file
 from autoseg.pages import markup
-from autoseg.pages.overlay import differing_voxels, draw, labelled_part, upright, window, worst_slice
+from autoseg.pages.overlay import differing_voxels, draw, labelled_part, pictures_of, upright, window, worst_slice
 from autoseg.records import Choice, Dataset, Fingerprint, Fold, Label, Plan, Postprocessing, Region, Rule, Run, Scores
 from autoseg.scoring.selection import Candidate, Selection
 from autoseg.scoring.study import Study
@@ -361,16 +361,16 @@ def test_the_slice_is_across_the_coarsest_axis_and_voxels_that_nobody_annotated_
     assert differing_voxels(prediction_ZYX, reference_ZYX, groups).tolist() == [12, 4, 4, 4]
     assert differing_voxels(prediction_ZYX, reference_ZYX, groups, 1).tolist() == [0, 0, 16, 0, 8, 0]
     geometry = plain_geometry((4, 6, 8), (1.0, 3.0, 1.0))
-    shown = worst_slice(image_ZYX, prediction_ZYX, reference_ZYX, groups, geometry)
+    shown = worst_slice(np.stack([-image_ZYX, image_ZYX]), prediction_ZYX, reference_ZYX, groups, geometry)
     assert (shown.axis, shown.number, shown.of, shown.differing) == (1, 3, 6, 16)
-    np.testing.assert_array_equal(shown.image_RC, image_ZYX[::-1, 2])  # the head, at the end of Z, is above
+    np.testing.assert_array_equal(shown.image_CRC[1], image_ZYX[::-1, 2])  # the head, at the end of Z, is above
 
 
 def test_where_nothing_differs_the_slice_with_most_labels_is_shown() -> None:
     labels_ZYX = np.zeros((5, 6, 7), np.int16)
     labels_ZYX[2:4, 2] = 1
     labels_ZYX[3, 3] = 1
-    shown = worst_slice(labels_ZYX, labels_ZYX, labels_ZYX, ((1,),), plain_geometry((5, 6, 7), (1.0, 1.0, 1.0)))
+    shown = worst_slice(labels_ZYX[None], labels_ZYX, labels_ZYX, ((1,),), plain_geometry((5, 6, 7), (1.0, 1.0, 1.0)))
     assert (shown.number, shown.differing) == (4, 0)
 
 
@@ -436,12 +436,40 @@ def test_large_slices_and_images_without_contrast_can_be_drawn() -> None:
     labels_ZYX = np.zeros((1, 2500, 600), np.int16)
     labels_ZYX[0, 1000:1400, :300] = 1
     image_ZYX = np.full(labels_ZYX.shape, np.nan, np.float32)
-    shown = worst_slice(
-        image_ZYX, labels_ZYX, np.zeros_like(labels_ZYX), ((1,),), plain_geometry(labels_ZYX.shape, (1.0, 1.0, 1.0))
-    )
-    png = draw(shown, ((1,),))
+    geometry = plain_geometry(labels_ZYX.shape, (1.0, 1.0, 1.0))
+    shown = worst_slice(image_ZYX[None], labels_ZYX, np.zeros_like(labels_ZYX), ((1,),), geometry)
+    png = draw(shown, ((1,),), ("MRI",))
     assert png.startswith(b"\x89PNG")
     assert len(png) < 300_000
+
+
+def test_channels_are_drawn_by_name_each_with_its_own_contrast_and_photographs_in_colour() -> None:
+    image_CRC = np.stack([np.linspace(0, top, 100).reshape(10, 10) for top in (100.0, 1.0, 50.0, 9.0, 1.0)])
+    nothing_RC = np.zeros((10, 10), bool)
+    drawn = pictures_of(image_CRC, nothing_RC, ("T1", "T2", "CT", "PET", "ADC"))
+    assert list(drawn) == ["T1", "T2", "CT", "PET"]
+    for picture_RC in drawn.values():
+        np.testing.assert_allclose(picture_RC, drawn["T1"], atol=1e-6)
+        assert (picture_RC.min(), picture_RC.max()) == (0, 1)
+    assert list(pictures_of(image_CRC[:2], nothing_RC, ("MRI",))) == ["channel 0", "channel 1"]
+    [colours_RCC] = pictures_of(image_CRC[:3], nothing_RC, ("red", "green", "blue")).values()
+    assert colours_RCC.shape == (10, 10, 3)
+    assert colours_RCC[-1, -1, 0] > colours_RCC[-1, -1, 2] > colours_RCC[-1, -1, 1]
+
+
+@pytest.mark.parametrize(
+    ("channels", "labelled", "expected"), [(1, 2, (840, 460)), (2, 2, (840, 880)), (3, 40, (840, 880))]
+)
+def test_every_channel_has_a_panel(channels: int, labelled: int, expected: tuple[int, int]) -> None:
+    """Enlarged beside the whole slice of the first one, or whole where what is labelled is large."""
+    labels_ZYX = np.zeros((1, 40, 40), np.int16)
+    labels_ZYX[0, :labelled, :labelled] = 1
+    image_CZYX = np.random.default_rng(0).normal(size=(channels, 1, 40, 40))
+    shown = worst_slice(
+        image_CZYX, labels_ZYX, np.zeros_like(labels_ZYX), ((1,),), plain_geometry((1, 40, 40), (1.0, 1.0, 1.0))
+    )
+    png = draw(shown, ((1,),), tuple("abc"[:channels]))
+    assert (int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")) == expected
 
 
 # ------------------------------------------------------------------------------------------------ files and commands

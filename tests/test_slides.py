@@ -1,6 +1,7 @@
 """Slides: read and written in bands, segmented as in memory."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from synthetic import write_dataset
 from test_predict import write_network
 
 from autoseg.errors import UserError
+from autoseg.events import Event, Said, Warned
 from autoseg.image import slides
 from autoseg.image.formats import read_image, read_labels
 from autoseg.image.slides import BAND_ROWS, channels_of, is_slide, nonzero_box, open_slide, write_slide
 from autoseg.layout import Layout
-from autoseg.records import AugmentSpec, Plan, TrainSpec
+from autoseg.records import AugmentSpec, Label, Plan, Postprocessing, Rule, TrainSpec
+from autoseg.steps.ensemble import ensemble_runs
 from autoseg.steps.predict import predict
 from autoseg.steps.predicting.slides import empty_bands
 from autoseg.store import load, save
@@ -122,6 +125,41 @@ def test_a_slide_is_segmented_as_in_memory(
     assert len(np.unique(expected)) > 1
     found = tifffile.imread(tmp_path / "bands" / in_bands.name)
     np.testing.assert_array_equal(found, expected[0])
+
+
+def test_what_a_slide_goes_without_is_said_and_it_is_done_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(
+        tmp_path / "data", cases=2, shape=(20, 24), dimension=2, layout="plain", label_values=(100, 255)
+    )
+    configuration = a_configuration(
+        name="2d", dimension=2, spacing_mm=(None, 1.0, 1.0), median_shape_voxels=(1, 20, 24), patch_voxels=(16, 16),
+        network=a_network(dimension=2), train=TrainSpec(augment=AugmentSpec(rotation_rad=(0.5,))),
+    )  # fmt: skip
+    run, image = a_planned_run(tmp_path / "run", data, configuration), tmp_path / "a.tif"
+    write_network(run, configuration, "0")
+    rule = Rule(label="large", action="keep_largest", dice_before=0.0, dice_after=1.0)
+    save(Layout(run).postprocessing, Postprocessing(learned_on="2d", cases=6, rules=(rule,)))
+    shutil.copytree(run, tmp_path / "other")
+    tifffile.imwrite(image, picture(20, 24).squeeze(), tile=(16, 16))
+    monkeypatch.setattr(slides, "SLIDE_PIXELS", 10)
+    said: list[Event] = []
+    for _ in range(2):
+        predict(
+            run, image, tmp_path / "out", device="cpu", save_probabilities=True, save_uncertainty=True, resume=True,
+            report=said.append,
+        )  # fmt: skip
+    without = "Too large to be segmented whole, and therefore without post-processing, probabilities, uncertainty: a."
+    assert [each.text for each in said if isinstance(each, Warned)] == [without] * 2
+    assert [each.text for each in said if isinstance(each, Said)].count("1 of 1 cases are done already.") == 1
+    with pytest.raises(UserError, match=r"a\.tif: an image this large cannot be segmented by several"):
+        ensemble_runs([run, tmp_path / "other"], image, tmp_path / "both", configurations=["2d"], device="cpu")
+    plan = load(Layout(run).plan, Plan)
+    labels = (*plan.labels[:2], Label(name="small", value=70_000))
+    save(Layout(run).plan, plan.model_copy(update={"labels": labels}))
+    with pytest.raises(UserError, match="holds labels 0 to 65535, not 0 to 70000"):
+        predict(run, image, tmp_path / "high", device="cpu")
 
 
 def test_colours_of_a_slide_are_scaled_each_by_its_own_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

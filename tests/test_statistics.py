@@ -19,12 +19,10 @@ def drawn(seed: int, cases: int, shift: float = 0.2) -> np.ndarray:
     return np.random.default_rng(seed).normal(shift, 1.0, cases)
 
 
-@pytest.mark.parametrize("alternative", ["two-sided", "greater"])
-def test_the_t_test_equals_scipy(alternative):
+def test_the_t_test_equals_scipy():
     for seed in range(50):
         differences = drawn(seed, 6 + seed)
-        expected = stats.ttest_1samp(differences, 0.0, alternative=alternative).pvalue
-        assert paired_t(differences, alternative) == pytest.approx(expected, abs=1e-10)
+        assert paired_t(differences) == pytest.approx(stats.ttest_1samp(differences, 0.0).pvalue, abs=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,6 @@ def test_the_t_test_equals_scipy(alternative):
 )
 def test_wilcoxon_is_exact_in_few_cases_also_with_zeros_and_ties(differences: list[float], two_sided: float) -> None:
     assert wilcoxon(np.array(differences)) == pytest.approx(two_sided)
-    assert wilcoxon(np.array(differences), "greater") == pytest.approx(two_sided / 2)
     assert wilcoxon(-np.array(differences)) == pytest.approx(two_sided)
 
 
@@ -53,32 +50,34 @@ def test_the_rank_correlation_is_the_share_of_ranks_for_less_that_against():
     assert rank_correlation(few) > 0 > few.mean()
 
 
-@pytest.mark.parametrize("alternative", ["two-sided", "greater"])
-def test_wilcoxon_equals_scipy_exact_and_approximate(alternative):
+def test_wilcoxon_equals_scipy_exact_and_approximate():
     for seed in range(50):
         for cases in (6, 13, 50, 51, 120):
             differences = drawn(seed, cases)
-            expected = stats.wilcoxon(differences, alternative=alternative).pvalue
-            assert wilcoxon(differences, alternative) == pytest.approx(expected, abs=1e-10)
+            assert wilcoxon(differences) == pytest.approx(stats.wilcoxon(differences).pvalue, abs=1e-10)
 
 
-@pytest.mark.parametrize("alternative", ["two-sided", "greater"])
-def test_wilcoxon_equals_scipy_with_ties_and_zeros(alternative):
+def test_wilcoxon_equals_scipy_with_ties_and_zeros():
     for seed in range(50):
         differences = np.round(drawn(seed, 40) * 2) / 2
-        expected = stats.wilcoxon(differences, alternative=alternative, method="asymptotic").pvalue
-        assert wilcoxon(differences, alternative) == pytest.approx(expected, abs=1e-10)
+        expected = stats.wilcoxon(differences, method="asymptotic").pvalue
+        assert wilcoxon(differences) == pytest.approx(expected, abs=1e-10)
 
 
 def test_differences_without_spread_have_plain_answers():
-    assert paired_t(np.zeros(8)) == 1.0 == wilcoxon(np.zeros(8)) == wilcoxon(np.zeros(8), "greater")
     assert paired_t(np.full(8, 0.5)) == 0.0
     assert wilcoxon(np.full(8, 0.5)) < 0.05
-    assert paired_t(np.full(8, -0.5), "greater") == 1.0
-    assert wilcoxon(np.full(8, -0.5), "greater") > 0.9
     assert bootstrap_interval(np.full(8, 0.5)) == (0.5, 0.5)
-    assert effect_size(np.zeros(8)) == 0.0
     assert effect_size(np.full(8, 0.5)) is None
+
+
+@pytest.mark.parametrize("noise", [np.zeros(8), np.full(8, -1e-17), np.array([1e-17] * 6 + [0.0, 2e-17])])
+def test_rounding_is_no_difference(noise: np.ndarray) -> None:
+    """Means of the same numbers in another order differ by 1e-17; a t-test of such noise would find a difference."""
+    assert paired_t(noise) == 1.0
+    assert wilcoxon(noise) == 1.0
+    assert effect_size(noise) == 0.0
+    assert bootstrap_interval(noise) == pytest.approx((0.0, 0.0), abs=1e-15)
 
 
 @pytest.mark.parametrize("gain", [0.1, 0.7, -0.1])
@@ -90,7 +89,6 @@ def test_equal_differences_have_plain_answers_whatever_rounding_makes_of_their_s
             assert bootstrap_interval(differences) == pytest.approx((gain, gain))
             assert effect_size(differences) is None
             assert paired_t(differences) == 0.0
-            assert paired_t(differences, "greater") == (gain < 0)
 
 
 def test_the_interval_equals_scipys_from_the_same_drawings():

@@ -169,6 +169,16 @@ def test_surface_dice_counts_what_lies_within_the_tolerance():
     assert surface_dice(between, 0.0) < surface_dice(between, 1.0)
 
 
+@pytest.mark.parametrize("side_mm", [0.2, 0.7, 1 / 3, float(np.float32(0.2)), 0.8])
+def test_what_is_as_far_away_as_the_tolerance_lies_within_it_wherever_it_is(side_mm: float) -> None:
+    for start in range(1, 8):
+        mask = np.zeros((1, 12, 24), bool)
+        mask[:, 4:8, start : start + 6] = True
+        between = distances(np.roll(mask, 5, 2), mask, (1.0, side_mm, side_mm), flat=True)
+        assert surface_dice(between, round(5 * side_mm, 6)) == 1.0
+        assert surface_dice(between, 4.999 * side_mm) < 1.0
+
+
 def test_equal_masks_are_perfect_and_one_voxel_is_enough():
     one = np.zeros((3, 3, 3), bool)
     one[1, 1, 1] = True

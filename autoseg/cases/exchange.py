@@ -5,7 +5,7 @@ written. Nothing here imports torch. Axes: K class, Z Y X voxels.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from autoseg.cases.prepare import Prepared, prepare, restore
 from autoseg.errors import UserError
 from autoseg.image.companions import files_of, hash_into
 from autoseg.image.crop import insert
-from autoseg.image.formats import READABLE, TIFF, read_image, stem_of, write_labels
+from autoseg.image.formats import READABLE, TIFF, ending_of, read_image, stem_of, write_labels
 from autoseg.image.labels import some
 from autoseg.image.rules import apply_rules
 from autoseg.image.slides import is_slide
@@ -30,9 +30,11 @@ from autoseg.layout import (
     probabilities_file,
 )
 from autoseg.records import Case, Configuration, Plan, Rule
-from autoseg.store import load, make_folder, save
+from autoseg.store import load, make_folder, remove_unfinished, save
 
 ELSEWHERE = "Write the label maps to another folder."
+Doubt = Callable[[Path, str, str], Path]
+"""`layout.entropy_file` or `layout.mutual_file`."""
 PERMILLE = 1000
 """Uncertainty images hold whole numbers, 1000 for the largest possible entropy."""
 
@@ -102,11 +104,16 @@ def write_case(ending: Ending, case: Case, found: Found) -> Path:
         write_labels(written, finished(found.indices_ZYX, prepared, ending), prepared.geometry)
     for values_ZYX, name in ((found.entropy_ZYX, entropy_file), (found.mutual_ZYX, mutual_file)):
         if values_ZYX is not None and prepared is not None:
-            path = name(ending.output, case.id, ".png" if planned == ".bmp" else planned)  # BMP ends at 255
+            path = name(ending.output, case.id, _doubt_ending(planned))
             write_labels(path, on_file_grid(values_ZYX, prepared, axes), prepared.geometry)
     if ending.model:
         keep_record(ending.output, case.id, ending.model, found.inputs, written, found.uncertainty)
     return written
+
+
+def _doubt_ending(planned: str) -> str:
+    """That of images of uncertainty, beside label maps with this one: values in BMP files end at 255."""
+    return ".png" if planned == ".bmp" else planned
 
 
 def slide_file(folder: Path, case: str, planned: str) -> Path:
@@ -150,17 +157,25 @@ def forget(output: Path, case: str) -> None:
             name(output, case, ending).unlink(missing_ok=True)
 
 
-def done_before(case: Case, output: Path, model: str, probabilities: bool) -> Path | None:
-    """The label map of a case that lies there as it would be made now, from the same files; None otherwise."""
+def done_before(
+    case: Case, output: Path, model: str, probabilities: bool, doubts: Sequence[Doubt] = ()
+) -> Path | None:
+    """The label map of a case that lies there as it would be made now, from the same files; None otherwise.
+
+    Probabilities, and the images of uncertainty that `doubts` names, have to lie there, too; slides have neither.
+    """
     record = _recorded(output, case.id)
-    if record is None or (probabilities and not probabilities_file(output, case.id).is_file()):
+    if record is None:
         return None
     written = output / record.written
     known = len(record.inputs) == len(case.images) and record.model == model and written.is_file()
     if not known or not (record.result is None or is_unchanged(written, record.result)):
         return None
-    same = all(is_unchanged(Path(name), known) for name, known in zip(case.images, record.inputs, strict=True))
-    return written if same else None
+    if not all(is_unchanged(Path(name), known) for name, known in zip(case.images, record.inputs, strict=True)):
+        return None
+    beside = [probabilities_file(output, case.id)] if probabilities else []
+    beside += [file(output, case.id, _doubt_ending(ending_of(written))) for file in doubts]
+    return written if all(path.is_file() for path in beside) or is_slide(case.images) else None
 
 
 def _recorded(output: Path, case: str) -> Predicted | None:
@@ -248,8 +263,11 @@ def files_of_cases(cases: Iterable[Case]) -> Iterator[str]:
 
 
 def begin_output(output: Path) -> None:
-    """Make a folder for label maps with one for their records."""
+    """Make a folder for label maps with one for their records; what killed processes left half-written in it goes."""
     make_folder(prediction_record(output, "").parent)
+    below = (prediction_record(output, "x"), entropy_file(output, "x", ""), mutual_file(output, "x", ""))
+    for folder in (output, *(file.parent for file in below)):
+        remove_unfinished(folder)
 
 
 def without_image(prepared: Prepared) -> Prepared:

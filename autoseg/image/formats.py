@@ -324,7 +324,8 @@ def _in_smallest_type(labels_ZYX: np.ndarray, path: Path, ending: str) -> np.nda
 
 def _write_with_itk(path: Path, labels_ZYX: np.ndarray, geometry: Geometry) -> None:
     image = sitk.GetImageFromArray(labels_ZYX[0] if geometry.dimension == 2 else labels_ZYX)
-    image.SetSpacing(geometry.itk_spacing)
+    scanned = ending_of(path) not in PHOTOGRAPHS  # where the print size of a photograph would be taken for millimetres
+    image.SetSpacing(geometry.spacing_mm[::-1][: geometry.dimension] if scanned else geometry.itk_spacing)
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
     try:

@@ -1,9 +1,9 @@
 """Where a prediction differs most from its reference, as a picture.
 
-The image is grey, both contours are in colour.
-Axes: Z Y X voxels; R C rows and columns of a slice as it is shown. Label maps hold label indices, -1 in the reference
-what nobody annotated. Blue and orange are of Okabe and Ito's palette (2008), which colour-blind readers can tell apart;
-the prediction is dashed besides.
+Channels are grey, side by side, and photographs in their colours; both contours are in colour.
+Axes: C channel, Z Y X voxels; R C rows and columns of a slice as it is shown, then channels come first: CRC. Label maps
+hold label indices, -1 in the reference what nobody annotated. Blue and orange are of Okabe and Ito's palette (2008),
+which colour-blind readers can tell apart; the prediction is dashed besides.
 """
 
 import io
@@ -15,6 +15,11 @@ import numpy as np
 
 from autoseg.image.volume import Geometry
 
+COLOURS = ("red", "green", "blue")
+"""Names of the channels of photographs, which are drawn as one picture."""
+MOST_CHANNELS = 4
+"""The first ones are drawn."""
+COLUMNS = 2
 REFERENCE, PREDICTION = "#e69f00", "#56b4e9"
 BACKGROUND, TEXT = "#101214", "#e8e8e8"
 PANEL_INCHES, DOTS_PER_INCH = 4.2, 100
@@ -43,7 +48,7 @@ class Slice:
     `differing` counts the voxels in it where prediction and reference are not the same.
     """
 
-    image_RC: np.ndarray
+    image_CRC: np.ndarray
     prediction_RC: np.ndarray
     reference_RC: np.ndarray
     spacing_mm: tuple[float, float]
@@ -54,7 +59,7 @@ class Slice:
 
 
 def worst_slice(
-    image_ZYX: np.ndarray, prediction_ZYX: np.ndarray, reference_ZYX: np.ndarray, groups: Groups, geometry: Geometry
+    image_CZYX: np.ndarray, prediction_ZYX: np.ndarray, reference_ZYX: np.ndarray, groups: Groups, geometry: Geometry
 ) -> Slice:
     """The slice with the most voxels that differ, across the axis with the largest spacing.
 
@@ -69,13 +74,13 @@ def worst_slice(
         others = tuple(each for each in range(3) if each != axis)
         place = int(np.argmax((reference_ZYX > 0).sum(axis=others)))
     transposed, flips = upright(geometry, axis)
-    image_RC, prediction_RC, reference_RC = (
-        _shown(each.take(place, axis), transposed, flips) for each in (image_ZYX, prediction_ZYX, reference_ZYX)
+    prediction_RC, reference_RC, *channels = (
+        _shown(each.take(place, axis), transposed, flips) for each in (prediction_ZYX, reference_ZYX, *image_CZYX)
     )
     rows_mm, columns_mm = (mm for number, mm in enumerate(geometry.spacing_mm) if number != axis)
     spacing_mm = (columns_mm, rows_mm) if transposed else (rows_mm, columns_mm)
     differing = int(counts[place])
-    return Slice(image_RC, prediction_RC, reference_RC, spacing_mm, axis, place + 1, len(counts), differing)
+    return Slice(np.stack(channels), prediction_RC, reference_RC, spacing_mm, axis, place + 1, len(counts), differing)
 
 
 def differing_voxels(
@@ -109,42 +114,55 @@ def upright(geometry: Geometry, axis: int) -> tuple[bool, tuple[bool, bool]]:
     return transposed, (first, second)
 
 
-def draw(shown: Slice, groups: Groups) -> bytes:
-    """A PNG of the slice with both contours; where what is labelled is small, that part enlarged beside it."""
+def draw(shown: Slice, groups: Groups, channels: Sequence[str]) -> bytes:
+    """A PNG of the slice with both contours; where what is labelled is small, that part enlarged beside it.
+
+    Each of the first channels, whose names are `channels`, has a panel, and the first one also the whole slice.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    step = -(-max(shown.image_RC.shape) // MOST_PIXELS)
-    image_RC = shown.image_RC[::step, ::step]
+    step = -(-max(shown.prediction_RC.shape) // MOST_PIXELS)
     maps = [each[::step, ::step] for each in (shown.reference_RC, shown.prediction_RC)]
     labelled_RC = (maps[0] > 0) | (maps[1] > 0)
-    box = labelled_part(labelled_RC)
-    low, high = window(image_RC, labelled_RC)
-    size_mm = [pixels * mm for pixels, mm in zip(image_RC.shape, shown.spacing_mm, strict=True)]
-    height = PANEL_INCHES * float(np.clip(size_mm[0] / size_mm[1], 0.4, 1.6)) + 0.4
-    panels = 2 if all(_share(each, n) < ENLARGED_BELOW for each, n in zip(box, image_RC.shape, strict=True)) else 1
-    figure = Figure(figsize=(panels * PANEL_INCHES, height), layout="constrained", facecolor=BACKGROUND)
-    all_axes = figure.subplots(1, panels, squeeze=False)[0]
-    height_pixels, width_pixels = image_RC.shape
-    for axes in all_axes:
-        aspect = shown.spacing_mm[0] / shown.spacing_mm[1]
-        axes.imshow(image_RC, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=aspect)
+    pictures = pictures_of(shown.image_CRC[:, ::step, ::step], labelled_RC, channels)
+    box, size = labelled_part(labelled_RC), labelled_RC.shape
+    is_small = all(_share(each, n) < ENLARGED_BELOW for each, n in zip(box, size, strict=True))
+    panels = [(name, False) for name in list(pictures)[: 1 if is_small else None]]
+    panels += [(name, True) for name in pictures if is_small]
+    size_mm = [pixels * mm for pixels, mm in zip(size, shown.spacing_mm, strict=True)]
+    height = PANEL_INCHES * float(np.clip(size_mm[0] / size_mm[1], 0.4, 1.6))
+    columns, rows = min(COLUMNS, len(panels)), -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(columns * PANEL_INCHES, rows * height + 0.4), layout="constrained", facecolor=BACKGROUND)
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (name, enlarged) in zip(all_axes, panels, strict=False):
+        axes.imshow(pictures[name], cmap="gray", vmin=0, vmax=1, interpolation="nearest",
+                    aspect=shown.spacing_mm[0] / shown.spacing_mm[1])  # fmt: skip
+        axes.set_title(name if len(pictures) > 1 else "", color=TEXT, fontsize="small")
         for map_RC, colour, style in zip(maps, (REFERENCE, PREDICTION), ("solid", "dashed"), strict=True):
             _contours(axes, map_RC, groups, colour, style)
-        axes.set(
-            xticks=(), yticks=(), frame_on=False, xlim=(-0.5, width_pixels - 0.5), ylim=(height_pixels - 0.5, -0.5)
-        )
-    if panels == 2:
-        rows, columns = box
-        edges = (columns.start - 0.5, columns.stop - 0.5, rows.start - 0.5, rows.stop - 0.5)
-        all_axes[0].plot(*_outline(*edges), color=TEXT, linewidth=0.8, linestyle="dotted")
-        all_axes[1].set(xlim=edges[:2], ylim=edges[:1:-1])
+        _limit(axes, box if enlarged else (slice(0, size[0]), slice(0, size[1])))
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    if is_small:
+        all_axes[0].plot(*_outline(*_edges(box)), color=TEXT, linewidth=0.8, linestyle="dotted")
     lines = [Line2D([], [], color=REFERENCE, label="reference")]
     lines += [Line2D([], [], color=PREDICTION, linestyle="dashed", label="prediction")]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, labelcolor=TEXT)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DOTS_PER_INCH)
     return content.getvalue()
+
+
+def pictures_of(image_CRC: np.ndarray, labelled_RC: np.ndarray, channels: Sequence[str]) -> dict[str, np.ndarray]:
+    """What is drawn, by name, from 0 (black) to 1: the first channels, or one picture (R, C, 3) of three colours."""
+    if tuple(channels) == COLOURS and len(image_CRC) == len(COLOURS):
+        low, high = window(image_CRC, np.zeros(image_CRC.shape, bool))
+        return {"colours": np.moveaxis(_scaled(image_CRC, low, high), 0, -1)}
+    is_named = len(channels) == len(image_CRC) == len(set(channels))
+    names = channels if is_named else [f"channel {number}" for number in range(len(image_CRC))]
+    drawn = list(zip(names, image_CRC, strict=True))[:MOST_CHANNELS]
+    return {name: _scaled(image_RC, *window(image_RC, labelled_RC)) for name, image_RC in drawn}
 
 
 def labelled_part(labelled_RC: np.ndarray) -> tuple[slice, slice]:
@@ -172,6 +190,22 @@ def window(image_RC: np.ndarray, labelled_RC: np.ndarray) -> tuple[float, float]
         room = max(high - low, FEWEST_GREYS * (highest - lowest))
         lowest, highest = max(lowest, low - room), min(highest, high + room)
     return (lowest, highest) if highest > lowest else (lowest - 1.0, lowest + 1.0)
+
+
+def _scaled(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.nan_to_num(np.clip((image - low) / (high - low), 0.0, 1.0))
+
+
+def _limit(axes: Any, part: tuple[slice, slice]) -> None:
+    """Show this part of a slice, without a frame; the first row is above."""
+    left, right, top, bottom = _edges(part)
+    axes.set(xticks=(), yticks=(), frame_on=False, xlim=(left, right), ylim=(bottom, top))
+
+
+def _edges(part: tuple[slice, slice]) -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of a part."""
+    rows, columns = part
+    return columns.start - 0.5, columns.stop - 0.5, rows.start - 0.5, rows.stop - 0.5
 
 
 def _shown(plane: np.ndarray, transposed: bool, flips: tuple[bool, bool]) -> np.ndarray:

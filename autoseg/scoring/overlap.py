@@ -1,8 +1,7 @@
 """Overlap of two label maps: Dice, IoU, precision, recall, volumes, lesions.
 
 One is predicted, the other the reference.
-Axes: Z Y X voxels. Label maps hold label indices 0..classes-1; in the reference a negative index is "nobody annotated
-this voxel", and the voxel then counts for neither side. A score that is 0/0 is None: see `POLICY`.
+Axes: Z Y X voxels. A score that is 0/0 is None: see `POLICY`.
 """
 
 from collections.abc import Callable
@@ -17,8 +16,6 @@ POLICY = (
     "need both. Means are over the cases where the score is defined, first per class, then over classes."
 )
 
-SLAB_VOXELS = 1 << 22
-
 
 class Counts(NamedTuple):
     """Voxels of one class: in both maps, in the prediction, in the reference."""
@@ -26,36 +23,6 @@ class Counts(NamedTuple):
     both: int
     prediction: int
     reference: int
-
-
-def count(prediction_ZYX: np.ndarray, reference_ZYX: np.ndarray, classes: int) -> tuple[Counts, ...]:
-    """Voxel counts of every class, background first, over the voxels that the reference annotates (index >= 0).
-
-    Args:
-        prediction_ZYX, reference_ZYX: integer label indices of equal shape, below `classes`.
-        classes: number of labels, background included.
-
-    Returns:
-        `classes` Counts. Works slab by slab, so memory beyond the maps is a few tens of MB.
-
-    Raises:
-        ValueError: the shapes differ, or an index is not below `classes`.
-    """
-    if prediction_ZYX.shape != reference_ZYX.shape:
-        raise ValueError(f"prediction has shape {prediction_ZYX.shape}, reference {reference_ZYX.shape}")
-    pairs = np.zeros(classes * classes, np.int64)
-    rows = max(1, SLAB_VOXELS // max(1, int(np.prod(prediction_ZYX.shape[1:]))))
-    for start in range(0, prediction_ZYX.shape[0], rows):
-        predicted = prediction_ZYX[start : start + rows].astype(np.int64).ravel()
-        referred = reference_ZYX[start : start + rows].astype(np.int64).ravel()
-        if referred.size and referred.min() < 0:
-            annotated = referred >= 0
-            predicted, referred = predicted[annotated], referred[annotated]
-        if predicted.size and (predicted.min() < 0 or max(predicted.max(), referred.max()) >= classes):
-            raise ValueError(f"label indices must be below {classes}")
-        pairs += np.bincount(predicted * classes + referred, minlength=classes * classes)
-    table = pairs.reshape(classes, classes)
-    return tuple(Counts(int(table[k, k]), int(table[k].sum()), int(table[:, k].sum())) for k in range(classes))
 
 
 def dice(counts: Counts, voxel_mm3: float = 1.0) -> float | None:

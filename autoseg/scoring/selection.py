@@ -1,5 +1,6 @@
 """Which configuration or pair of a run is best on its validation cases, as records."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,8 @@ from pydantic import Field
 from autoseg import store
 from autoseg.layout import Layout
 from autoseg.records import Record, Saved
+
+PREFERRED = ("3d_cascade", "3d", "3d_lowres", "2d")
 
 
 class Candidate(Record):
@@ -46,3 +49,9 @@ def selected(run: Path) -> Selection | None:
     """What `autoseg select` has written for this run, or None."""
     path = Layout(run).selection
     return store.load(path, Selection) if path.is_file() else None
+
+
+def by_preference(names: Sequence[str]) -> list[str]:
+    """Names of configurations, the one that is taken first where nothing is named or selected first."""
+    known = [name for name in PREFERRED if name in names]
+    return known + [name for name in names if name not in known]

@@ -1,10 +1,10 @@
 """Paired statistics: is one method better on the same cases, or is it chance?
 
 `differences` are a - b, one number per case, without missing values. Tests need at least `FEWEST` cases: with five, a
-two-sided Wilcoxon test cannot fall below 0.05 even if all agree. P values are two-sided unless told otherwise.
+two-sided Wilcoxon test cannot fall below 0.05 even if all agree. P values are two-sided, but for `best_of_many`.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -14,8 +14,7 @@ from autoseg.errors import UserError
 FEWEST = 6
 EXACT_CASES = 13
 DECIMALS = 9
-"""Of differences that are ranked or flipped: 1 - 2/3 and 2/3 - 1/3 are the same gain, and 1e-17 is none."""
-Alternative = Literal["two-sided", "greater"]
+"""Of differences: 1 - 2/3 and 2/3 - 1/3 are the same gain, and 1e-17 is none."""
 
 
 class Interval(NamedTuple):
@@ -25,25 +24,22 @@ class Interval(NamedTuple):
     high: float
 
 
-def paired_t(differences: np.ndarray, alternative: Alternative = "two-sided") -> float:
+def paired_t(differences: np.ndarray) -> float:
     """P value of the paired t-test (Student 1908): is the mean difference zero?
 
-    1 when all differences are 0; 0 when they are all the same other number (on the side asked for).
+    1 when all differences are 0; 0 when they are all the same other number.
 
     Raises:
         UserError: fewer than six cases.
     """
     enough(differences.size)
-    mean, spread = differences.mean(), differences.std(ddof=1)
     if _all_equal(differences):
-        return float(mean == 0 or (alternative == "greater" and mean < 0))
-    t = mean / (spread / np.sqrt(differences.size))
-    if alternative == "greater":
-        return float(special.stdtr(differences.size - 1, -t))
+        return float(not _moved(differences).size)
+    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(differences.size))
     return float(2 * special.stdtr(differences.size - 1, -abs(t)))
 
 
-def wilcoxon(differences: np.ndarray, alternative: Alternative = "two-sided") -> float:
+def wilcoxon(differences: np.ndarray) -> float:
     """P value of Wilcoxon's signed-rank test: are differences symmetric around zero?
 
     Zero differences are left out (Wilcoxon 1945). Exact where 50 or fewer remain and no two sizes are equal, or 13 or
@@ -61,21 +57,20 @@ def wilcoxon(differences: np.ndarray, alternative: Alternative = "two-sided") ->
     n, statistic = moved.size, float(ranks[moved > 0].sum())
     sizes = np.unique(ranks, return_counts=True)[1]
     if n <= 50 and sizes.max() == 1:
-        return _exact_signed_rank(int(statistic), n, alternative)
+        return _exact_signed_rank(int(statistic), n)
     if n <= EXACT_CASES:
-        return _of_all_signs(statistic, ranks, alternative)
+        return _of_all_signs(statistic, ranks)
     mean = n * (n + 1) / 4
     variance = n * (n + 1) * (2 * n + 1) / 24 - float((sizes**3 - sizes).sum()) / 48
-    z = (statistic - mean) / np.sqrt(variance)
-    return float(special.ndtr(-z)) if alternative == "greater" else float(2 * special.ndtr(-abs(z)))
+    return float(2 * special.ndtr(-abs(statistic - mean) / np.sqrt(variance)))
 
 
-def _of_all_signs(statistic: float, ranks: np.ndarray, alternative: Alternative) -> float:
+def _of_all_signs(statistic: float, ranks: np.ndarray) -> float:
     """P value of a sum of positive ranks among the sums that all signs give."""
     bits = np.arange(1 << ranks.size)[:, None] >> np.arange(ranks.size) & 1
     sums = bits @ ranks
     above, below = float((sums >= statistic - 1e-9).mean()), float((sums <= statistic + 1e-9).mean())
-    return above if alternative == "greater" else min(1.0, 2 * min(above, below))
+    return min(1.0, 2 * min(above, below))
 
 
 def rank_correlation(differences: np.ndarray) -> float:
@@ -136,7 +131,7 @@ def bootstrap_interval(
     enough(differences.size)
     n, mean = differences.size, float(differences.mean())
     if _all_equal(differences):
-        return Interval(float(differences[0]), float(differences[0]))
+        return Interval(mean, mean)
     chance = np.random.default_rng(seed)
     block = max(1, 2_000_000 // n)
     means = np.concatenate([
@@ -157,7 +152,7 @@ def bootstrap_interval(
 def effect_size(differences: np.ndarray) -> float | None:
     """Cohen's d of paired differences: mean / standard deviation; None when all differences are equal and not 0."""
     if _all_equal(differences):
-        return 0.0 if not differences.any() else None
+        return None if _moved(differences).size else 0.0
     return float(differences.mean() / differences.std(ddof=1))
 
 
@@ -205,10 +200,11 @@ def _moved(differences: np.ndarray) -> np.ndarray:
 
 def _all_equal(differences: np.ndarray) -> bool:
     """Whether all are the same number but for rounding; the standard deviation of equal numbers need not be 0."""
-    return bool(np.ptp(differences) <= 1e-12 * np.abs(differences).max()) if differences.size else True
+    rounding = max(10.0**-DECIMALS, 1e-12 * float(np.abs(differences).max(initial=0.0)))
+    return not differences.size or bool(np.ptp(differences) <= rounding)
 
 
-def _exact_signed_rank(statistic: int, n: int, alternative: Alternative) -> float:
+def _exact_signed_rank(statistic: int, n: int) -> float:
     """P value from the exact null distribution of the sum of positive ranks 1..n."""
     ways = np.zeros(n * (n + 1) // 2 + 1)
     ways[0] = 1.0
@@ -216,4 +212,4 @@ def _exact_signed_rank(statistic: int, n: int, alternative: Alternative) -> floa
         ways[rank:] += ways[:-rank].copy()
     chances = ways / ways.sum()
     at_least, at_most = chances[statistic:].sum(), chances[: statistic + 1].sum()
-    return float(at_least if alternative == "greater" else min(1.0, 2 * min(at_least, at_most)))
+    return float(min(1.0, 2 * min(at_least, at_most)))

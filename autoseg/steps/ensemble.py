@@ -124,6 +124,7 @@ def ensemble_runs(
     """
     from autoseg.cases.listing import list_images
     from autoseg.steps.predict import Predictor, done_cases, refuse_loss_in_prediction
+    from autoseg.steps.predicting.slides import refuse_slides
 
     refuse_folder_of_images(images, output)
     members = members_of_runs(runs, configurations)
@@ -140,6 +141,7 @@ def ensemble_runs(
     for name, each in zip(names, predictors, strict=True):
         report(Said(f"{name}: mean of {', '.join(each.members)}."))
     cases, found = list_images(images, len(plan.channels)), []
+    refuse_slides(cases)
     refuse_loss_in_prediction(runs, cases, output, plan.file_ending)
     model = _content(predictors, method, shares, rules, save_probabilities)
     written = done_cases(cases, output, model, save_probabilities, report) if resume else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.cases.exchange import (
+    Doubt,
     Ending,
     Found,
     Ready,
@@ -32,7 +33,7 @@ from autoseg.events import Advanced, Finished, Report, Said, Started, Warned, si
 from autoseg.image.formats import read_geometry
 from autoseg.image.probabilities import KINDS, Put, writing_probabilities
 from autoseg.lanes import Failure, Stage, side_by_side
-from autoseg.layout import Layout, prediction_file, probabilities_file
+from autoseg.layout import Layout, entropy_file, mutual_file, prediction_file, probabilities_file
 from autoseg.network.device import set_up
 from autoseg.network.export import Slab
 from autoseg.network.sliding import Progress
@@ -45,9 +46,9 @@ from autoseg.steps.predicting.models import default_configuration as default_con
 from autoseg.steps.predicting.models import trained_models as trained_models
 from autoseg.steps.predicting.predictor import Predictor as Predictor
 from autoseg.steps.predicting.predictor import on_grid as on_grid
-from autoseg.steps.predicting.slides import segment_slide
+from autoseg.steps.predicting.slides import say_what_slides_lack, segment_slide
 from autoseg.steps.predicting.tiles import telling
-from autoseg.store import load, remove_unfinished
+from autoseg.store import load
 
 WHAT = "predict"
 MOST_READERS = 4
@@ -153,9 +154,10 @@ def predict(
     cases = _part_of(list_images(images, len(plan.channels)), part)
     report(Said(f"{predictors[0].configuration.name}: mean of {', '.join(predictors[0].members)}."))
     refuse_loss_in_prediction([run], cases, output, plan.file_ending)
+    beside = {"post-processing": predictors[0].rules, "probabilities": kind, "uncertainty": save_uncertainty}
+    say_what_slides_lack(cases, [what for what, asked in beside.items() if asked], report)
     begin_output(output)
-    remove_unfinished(output)
-    paths = done_cases(cases, output, _content(predictors[0], wishes), bool(kind), report) if resume else {}
+    paths = _done(cases, output, predictors[0], wishes, report) if resume else {}
     todo = [case for case in cases if case.id not in paths]
     with flagging(output, report) if save_uncertainty else nullcontext():
         written = segment_cases(predictors, todo, output, report=report, wishes=wishes)
@@ -171,11 +173,18 @@ def refuse_loss_in_prediction(runs: Sequence[Path], cases: Sequence[Case], outpu
     refuse_loss(output, targets, files_of_cases((*cases, *learned_from)))
 
 
-def done_cases(
-    cases: Sequence[Case], output: Path, model: str, probabilities: bool, report: Report
+def _done(
+    cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report
 ) -> dict[str, Path]:
-    """The label maps that are there and as `model` would make them now, by case id."""
-    found = {case.id: done_before(case, output, model, probabilities) for case in cases}
+    doubts = (entropy_file, mutual_file)[: len(predictor.members)] if wishes.uncertainty else ()
+    return done_cases(cases, output, _content(predictor, wishes), bool(wishes.probabilities), report, doubts)
+
+
+def done_cases(
+    cases: Sequence[Case], output: Path, model: str, probabilities: bool, report: Report, doubts: Sequence[Doubt] = ()
+) -> dict[str, Path]:
+    """The label maps that are there, with what lies beside them, as `model` would make them now, by case id."""
+    found = {case.id: done_before(case, output, model, probabilities, doubts) for case in cases}
     done = {name: path for name, path in found.items() if path is not None}
     if done:
         report(Said(f"{len(done)} of {len(cases)} cases are done already."))
@@ -305,7 +314,7 @@ def _computed(
     background = predictor.plan.labels[0].value if predictor.plan.regions else None
     chosen = [k for k, label in enumerate(labels) if not wishes.classes or label.name in wishes.classes]
     places = chosen if background is None else [k + 1 for k in chosen]  # regions leave 0 to the background
-    height, axes = predictor.slab_height(prepared), predictor.configuration.axes
+    height, axes = predictor.slab_height(prepared, wishes.uncertainty), predictor.configuration.axes
     before = prepared.box[0][0]
     with writing_probabilities(
         probabilities_file(output, case.id), prepared.geometry, [labels[k].name for k in chosen],

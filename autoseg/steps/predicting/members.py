@@ -14,7 +14,7 @@ from autoseg.image.labels import grid_difference, label_maps
 from autoseg.image.probabilities import ProbabilityHeader, read_header
 from autoseg.layout import PROBABILITIES, Layout, is_student
 from autoseg.records import Plan
-from autoseg.scoring.selection import selected
+from autoseg.scoring.selection import by_preference, selected
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,7 @@ def default_members(run: Path) -> tuple[str, ...]:
     """What `predict` takes of a run: what was selected, else the first of the cascade, 3D and 2D that is trained."""
     if chosen := selected(run):
         return chosen.members
-    trained = trained_configurations(run)
-    preferred = [name for name in ("3d_cascade", "3d", "3d_lowres", "2d") if name in trained]
-    return tuple([*preferred, *trained][:1])
+    return tuple(by_preference(trained_configurations(run))[:1])
 
 
 def same_plans(plans: Sequence[Plan], names: Sequence[str]) -> Plan:

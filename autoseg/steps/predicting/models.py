@@ -13,7 +13,7 @@ from autoseg.network import checkpoint, unet
 from autoseg.network.device import Device
 from autoseg.network.ready import ready
 from autoseg.records import Configuration, Dataset, Plan, Run, Splits
-from autoseg.scoring.selection import selected
+from autoseg.scoring.selection import by_preference, selected
 from autoseg.store import load
 
 HASHED_AT_ONCE = 2**24
@@ -133,8 +133,7 @@ def default_configuration(plan: Plan) -> str:
 def trained_configuration(layout: Layout, plan: Plan) -> str:
     """What is predicted with when nothing is named: the first that is trained of cascade, 3d, low resolution and 2d."""
     names = [each.name for each in plan.configurations]
-    preferred = ("3d_cascade", "3d", "3d_lowres", "2d")
-    wanted = [name for name in preferred if name in names] + [name for name in names if name not in preferred]
+    wanted = by_preference(names)
     if chosen := selected(layout.root):
         wanted.insert(0, chosen.single)
     for name in wanted:

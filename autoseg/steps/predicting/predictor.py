@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from torch import nn
 
@@ -29,10 +28,11 @@ from autoseg.cases.prepare import Prepared, prepare, restore, restore_probabilit
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, silent
 from autoseg.image.crop import crop
-from autoseg.image.formats import read_image, volume_of
+from autoseg.image.formats import read_image
 from autoseg.image.labels import to_indices
 from autoseg.image.resample import operators, resample_labels
-from autoseg.image.volume import Volume, plain_geometry
+from autoseg.image.volume import Volume
+from autoseg.lanes import named_error
 from autoseg.layout import Layout
 from autoseg.network import accumulators
 from autoseg.network.device import Device, pick, set_up
@@ -41,6 +41,7 @@ from autoseg.network.less_memory import sums_bytes, tilings, until_it_fits
 from autoseg.network.sliding import OVERLAP, Progress, Scorer, Tiling, score_blocks
 from autoseg.records import Configuration, Plan, Rule
 from autoseg.steps.plan import checked
+from autoseg.steps.predicting.images import Image, as_volume, called
 from autoseg.steps.predicting.learned import rules_learned_on
 from autoseg.steps.predicting.models import (
     as_trained,
@@ -87,10 +88,6 @@ class Segmentation:
     entropy_ZYX: np.ndarray | None = None
     mutual_ZYX: np.ndarray | None = None
     uncertainty: float | None = None
-
-
-Image = np.ndarray | Volume | str | Path | Sequence[str | Path] | Any
-"""An array, a `Volume`, a SimpleITK image, a file, or one file per channel."""
 
 
 class Predictor:
@@ -200,17 +197,26 @@ class Predictor:
         Returns the label map (Z, Y, X) with the values of the training files; with `probabilities` or `uncertainty` a
         `Segmentation` that holds it.
         """
-        found = self.segment(as_volume(image, spacing_mm), probabilities, uncertainty=uncertainty)
+        found = self.segment(as_volume(image, spacing_mm), probabilities, called(image), uncertainty)
         return found if probabilities or uncertainty else found.labels_ZYX
 
     def predict(self, paths: Sequence[Path | str]) -> np.ndarray:
         """Segment the image in `paths` (one file per channel); returns its label map (Z, Y, X)."""
-        return self.segment(read_image([Path(path) for path in paths])).labels_ZYX
+        return self.segment(read_image([Path(path) for path in paths]), case=called(paths)).labels_ZYX
 
     def segment(
         self, volume: Volume, with_probabilities: bool = False, case: str = "the image", uncertainty: bool = False
     ) -> Segmentation:
-        """Segment one image that has been read; see `Segmentation`. Raises UserError where it holds NaN."""
+        """Segment one image that has been read; see `Segmentation`.
+
+        Raises UserError that names the `case` where it does not fit the plan or holds NaN, or the scores do.
+        """
+        try:
+            return self._segment(volume, with_probabilities, case, uncertainty)
+        except UserError as error:
+            raise named_error(error, "segmenting", case) from error
+
+    def _segment(self, volume: Volume, with_probabilities: bool, case: str, uncertainty: bool) -> Segmentation:
         refuse_not_finite(volume, case)
         ready = Ready(tuple(prepare(volume, None, self.plan, each, case) for each in self.stages), ())
         collected: dict[int, np.ndarray] = {}
@@ -264,11 +270,12 @@ class Predictor:
             tried = self.tilings(sums_bytes(self._tiling, scorer.channels, size), scorer.channels)
             return until_it_fits(tried, attempt, self.device, self._report)
 
-    def slab_height(self, prepared: Prepared) -> int:
+    def slab_height(self, prepared: Prepared, uncertainty: bool = False) -> int:
         """Slices of the cropped grid that `compute` passes to `put` at a time."""
-        matrices = to_cropped_grid(prepared, self.configuration)
-        shape = new_shape(prepared.image_CZYX.shape[1:], matrices)
-        return slab_height(shape, self.scorer(self.wanted(True, True)).channels, self.wanted(True, True))
+        matrices, wanted = to_cropped_grid(prepared, self.configuration), self.wanted(True, uncertainty)
+        return slab_height(
+            new_shape(prepared.image_CZYX.shape[1:], matrices), self.scorer(wanted).channels, wanted
+        )
 
     def wanted(self, probabilities: bool, uncertainty: bool) -> Wanted:
         """What is to be made of the scores of these networks."""
@@ -313,25 +320,6 @@ class Predictor:
     def alone(self) -> threading.Lock:
         """To be held while the networks compute: images of several threads take turns, so that memory is bounded."""
         return self._one_at_a_time
-
-
-def as_volume(image: Image, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> Volume:
-    """Any image that a `Predictor` takes. Raises UserError for an array with other axes, or a file that is none."""
-    if isinstance(image, Volume):
-        return image
-    if isinstance(image, (str, Path)):
-        return read_image([Path(image)])
-    if isinstance(image, sitk.Image):
-        return volume_of(image)
-    if isinstance(image, Sequence) and image and all(isinstance(each, (str, Path)) for each in image):
-        return read_image([Path(each) for each in image])
-    array_CZYX = np.asarray(image, np.float32)
-    array_CZYX = array_CZYX[None] if array_CZYX.ndim == 3 else array_CZYX
-    if array_CZYX.ndim != 4:
-        raise UserError(f"An image needs axes (C, Z, Y, X) or (Z, Y, X), this has shape {array_CZYX.shape}.")
-    z, y, x = (float(each) for each in spacing_mm)
-    size = (array_CZYX.shape[1], array_CZYX.shape[2], array_CZYX.shape[3])
-    return Volume(array_CZYX, plain_geometry(size, (z, y, x)))
 
 
 def _gathered(

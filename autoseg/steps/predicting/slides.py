@@ -4,20 +4,34 @@ The tiles are those of the sliding window over the whole image, so the result is
 K score, Y X pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from autoseg.cases.listing import read_or_none
 from autoseg.cases.prepare import to_values
 from autoseg.errors import UserError
-from autoseg.image.slides import BAND_ROWS, Box2, Slide, channels_of, nonzero_box, normalizers, open_slide, write_slide
+from autoseg.events import Report, Warned
+from autoseg.image.formats import LARGEST_LABEL
+from autoseg.image.labels import some
+from autoseg.image.slides import (
+    BAND_ROWS,
+    Box2,
+    Slide,
+    channels_of,
+    is_slide,
+    nonzero_box,
+    normalizers,
+    open_slide,
+    write_slide,
+)
 from autoseg.network.accumulators import accumulator_bytes
 from autoseg.network.export import Wanted, slabs
 from autoseg.network.less_memory import until_it_fits
 from autoseg.network.sliding import Progress, Tiling, row_blocks
-from autoseg.records import Configuration
+from autoseg.records import Case, Configuration
 from autoseg.steps.predicting.predictor import Predictor
 
 
@@ -32,8 +46,7 @@ def segment_slide(predictor: Predictor, path: Path, output: Path, progress: Prog
         _check(configuration, channels, len(plan.channels), path)
         box = nonzero_box(slide, channels)
         wanted = predictor.wanted(False, False)
-        largest = max(label.value for label in plan.labels)
-        dtype = np.dtype(np.uint8 if largest < 256 else np.uint16)
+        dtype = _dtype_for([label.value for label in plan.labels], output)
         empty = to_values(np.zeros((), np.int16), plan.labels, plan.ignore_value)
         size = tuple(max(edge, high - low) for edge, (low, high) in zip(configuration.patch_voxels, box, strict=True))
 
@@ -44,6 +57,23 @@ def segment_slide(predictor: Predictor, path: Path, output: Path, progress: Prog
         scores = predictor.scorer(wanted).channels
         tried = predictor.tilings(accumulator_bytes(scores, size, configuration.patch_voxels), scores)
         until_it_fits(tried, attempt, predictor.device, predictor.report)
+
+
+def say_what_slides_lack(cases: Sequence[Case], asked: Sequence[str], report: Report) -> None:
+    """Warn in one line of the cases that are slides, which go without what is `asked` for, such as "probabilities"."""
+    large = [case.id for case in cases if asked and read_or_none(is_slide, case.images)]
+    if large:
+        report(Warned(f"Too large to be segmented whole, and therefore without {', '.join(asked)}: {some(large)}."))
+
+
+def refuse_slides(cases: Sequence[Case]) -> None:
+    """Raise UserError where a case is a slide, of which there are no probabilities and one network writes the map."""
+    for case in cases:
+        if read_or_none(is_slide, case.images):
+            raise UserError(
+                f"{case.images[0]}: an image this large cannot be segmented by several configurations together.",
+                fix="Predict with one: autoseg predict -c 2d; its folds and seeds are averaged all the same.",
+            )
 
 
 def _check(configuration: Configuration, channels: int, planned: int, path: Path) -> None:
@@ -58,6 +88,16 @@ def _check(configuration: Configuration, channels: int, planned: int, path: Path
             f"{path}: the plan resamples images to {configuration.spacing_mm[-1]} mm, which needs them whole.",
             fix="Train on photographs of the slides' own resolution.",
         )
+
+
+def _dtype_for(values: Sequence[int], path: Path) -> np.dtype:
+    """The type of the file's pixels. Raises UserError where TIFF cannot hold the values."""
+    if min(values) < 0 or max(values) > LARGEST_LABEL[".tif"]:
+        raise UserError(
+            f"{path}: this format holds labels 0 to {LARGEST_LABEL['.tif']}, not {min(values)} to {max(values)}.",
+            fix="Give the labels other values, and plan anew.",
+        )
+    return np.dtype(np.uint8 if max(values) < 256 else np.uint16)
 
 
 def _label_rows(

@@ -16,7 +16,7 @@ from autoseg.image.formats import read_image, read_labels
 from autoseg.image.labels import grid_difference, label_maps, to_indices
 from autoseg.layout import Layout, ModelLayout, scores_file
 from autoseg.pages.markup import Html, heading, paragraph, picture, table
-from autoseg.pages.overlay import Slice, draw, worst_slice
+from autoseg.pages.overlay import MOST_CHANNELS, Slice, draw, worst_slice
 from autoseg.records import Case, CaseScore, Dataset, Run, Scores
 from autoseg.scoring import overlap
 from autoseg.steps.evaluate import Scoring, scoring_of
@@ -154,7 +154,7 @@ def _one(score: CaseScore, found: Validated, dataset: Dataset | None, report: Re
     except (UserError, OSError) as error:
         report(Warned(f"{found.name}, {score.id} is not drawn: {error}"))
         return Html(paragraph(f"{caption}. No picture: {error}", "problem") + beside)
-    alt = f"{score.id}, {where}, in grey, with the outlines of the reference and of the prediction of {found.name}"
+    alt = f"{score.id}, {where}, with the outlines of the reference and of the prediction of {found.name}"
     return picture(png, alt, f"{caption}. {where[:1].upper()}{where[1:]}.", beside)
 
 
@@ -171,7 +171,7 @@ def picture_of(case_id: str, folders: Sequence[Path], dataset: Dataset) -> tuple
         raise UserError("its predicted label map is gone.")
     predicted_ZYX, predicted = read_labels(path)
     referred_ZYX, geometry = read_labels(case.label)
-    image = read_image(case.images[:1])
+    image = read_image(case.images)
     for where, grid in ((path, predicted), (Path(case.images[0]), image.geometry)):
         if difference := grid_difference(grid, geometry):
             raise UserError(f"{where} does not lie on the grid of {case.label} ({difference}).")
@@ -179,16 +179,17 @@ def picture_of(case_id: str, folders: Sequence[Path], dataset: Dataset) -> tuple
     prediction_ZYX = to_indices(predicted_ZYX, dataset.labels, None, str(path))
     reference_ZYX = to_indices(referred_ZYX, dataset.labels, dataset.ignore_value, case.label)
     groups = groups_of(scoring, case)
-    worst = worst_slice(image.array_CZYX[0], prediction_ZYX, reference_ZYX, groups, geometry)
-    return draw(worst, groups), _where(worst, dataset)
+    worst = worst_slice(image.array_CZYX, prediction_ZYX, reference_ZYX, groups, geometry)
+    return draw(worst, groups, dataset.channels), _where(worst)
 
 
-def _where(worst: Slice, dataset: Dataset) -> str:
-    """Which slice it is, of which channel where there are several, and how much differs."""
+def _where(worst: Slice) -> str:
+    """Which slice it is, how many of its channels are drawn where not all are, and how much differs."""
     place = f"slice {worst.number} of {worst.of} along {'ZYX'[worst.axis]}" if worst.of > 1 else "the image"
-    channel = f" ({dataset.channels[0]})" if len(dataset.channels) > 1 else ""
+    count = len(worst.image_CRC)
+    channel = f" (the first {MOST_CHANNELS} of {count} channels)" if count > MOST_CHANNELS else ""
     most = ", where most voxels differ" if worst.of > 1 and worst.differing else ""
-    return f"{place}{channel}{most}: {worst.differing:,} of {worst.image_RC.size:,} voxels are not the reference's"
+    return f"{place}{channel}{most}: {worst.differing:,} of {worst.prediction_RC.size:,} voxels are not the reference's"
 
 
 def groups_of(scoring: Scoring, case: Case) -> tuple[tuple[int, ...], ...]:
