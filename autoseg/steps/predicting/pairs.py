@@ -155,6 +155,8 @@ def dataset_near(references: Path) -> Dataset | None:
     Reads autoseg's own file and, as training does, those of the Decathlon and of nnU-Net (of which only labels are
     taken). None when there is no such file.
     """
+    if references.is_file() and references.suffix.lower() != ".json":
+        raise UserError(f"{references}: this is a file, not a folder.", fix="Name the folder of the label maps.")
     places = [references] if references.is_file() else [Layout(references).dataset, Layout(references.parent).dataset]
     for path in places:
         if not path.is_file():
