@@ -87,6 +87,8 @@ def plan(
 
         if (data is None) == (fingerprint is None):
             raise UserError("Planning needs either a data folder or --fingerprint.")
+        if fingerprint is not None and skip_bad:
+            raise UserError("--skip-bad leaves out files, and a fingerprint has none.", fix="Give it with the data.")
         is_planned = data is not None and run is None and Layout(data).plan.is_file()
         if edit and not is_planned:
             raise UserError("--edit changes the plan of a run.", fix="Name its folder alone: autoseg plan RUN.")
@@ -169,7 +171,7 @@ def train(
         asked = Options(
             epochs, max_seconds, loss, batch_size, learning_rate, precision, deterministic, init, freeze, sampling
         )
-        limit = None if cache is None else parse_bytes(cache)
+        limit = None if cache is None else parse_bytes(cache, "--cache")
         ended = step(
             run, range(seed, seed + seeds), configuration=configuration, fold=fold, resume=how, asked=asked,
             machine=Machine(device, workers, limit, tensorboard), report=report,

@@ -132,6 +132,9 @@ def postprocess(
     """Learn which components to remove, or remove them. Learned on the cross-validation; applied with -i and -o."""
     if (predictions is None) != (output is None):
         raise typer.BadParameter("-i and -o go together; leave both out to learn the rules")
+    learns = configuration is not None or no_test or connectivity != 1 or fraction != 1 / 3
+    if predictions is not None and (learns or as_json):
+        raise typer.BadParameter("-c, --fraction, --connectivity, --no-test and --json are for learning: without -i")
     with watched() as report:
         from autoseg.steps.postprocess import postprocess_apply, postprocess_learn
 
@@ -178,8 +181,10 @@ def evaluate(
         raise typer.BadParameter("--cases needs two folders: PRED REF")
     if output is not None and references is None:
         raise typer.BadParameter("--output needs two folders: PRED REF")
-    if speeds and references is not None:
-        raise typer.BadParameter("--speeds goes with a run folder alone")
+    if (speeds or configuration) and references is not None:
+        raise typer.BadParameter("--speeds and -c go with a run folder alone")
+    if device is not None and not speeds:
+        raise typer.BadParameter("--device goes with --speeds: nothing else is computed by networks")
     results: dict[str, BaseModel] = {}
     with watched() as report:
         from autoseg.steps import evaluate as step

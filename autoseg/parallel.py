@@ -175,15 +175,18 @@ def worker_context(function: Callable, preload: Sequence[str]) -> BaseContext:
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([getattr(function, "func", function).__module__, *preload])
     before = {setting: os.environ.get(setting) for setting in THREAD_SETTINGS}
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
+    resource_tracker.ensure_running()  # which would unblock Ctrl-C below
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        forkserver.ensure_running()  # blocked there, too: it would complain of Ctrl-C while it still imports
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         for setting, value in before.items():
             if value is None:
                 os.environ.pop(setting)

@@ -33,6 +33,14 @@ TEMPORARY = ".unfinished"
 
 DAY_SECONDS = 86_400.0
 
+OTHER_FOLDER = "Is this the right folder?"
+MADE_BY = {
+    "Plan": f"{OTHER_FOLDER} A run is made by: autoseg plan DATA -o RUN",
+    "Dataset": f"{OTHER_FOLDER} It is made with the plan: autoseg plan DATA -o RUN",
+    "Postprocessing": "Learn the rules first: autoseg postprocess RUN",
+}
+"""Record -> what to do where its file is missing."""
+
 
 @contextmanager
 def replacing(path: Path, suffix: str = "", durable: bool = True) -> Iterator[Path]:
@@ -103,6 +111,8 @@ def empty_folder(folder: Path) -> None:
 def refuse_unwritable(folder: Path) -> None:
     """Raise UserError where no file can be made in a folder, or in what is there of those around it."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: this is a file, not a folder.", fix="Choose another output folder.")
     if not os.access(there, os.W_OK):
         raise UserError(f"{folder}: this place cannot be written.", fix="Choose another output folder.")
 
@@ -241,10 +251,12 @@ def load(path: Path, kind: type[AnySaved]) -> AnySaved:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.", fix="Is this the right folder?") from error
+        raise UserError(f"{path}: no such file.", fix=MADE_BY.get(kind.__name__, OTHER_FOLDER)) from error
     except NotADirectoryError as error:
         file = next((each for each in path.parents if each.is_file()), path.parent)
         raise UserError(f"{file}: this is a file, not a folder.", fix="Name the folder that it lies in.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: this is a folder, not a file.", fix="Name the file in it.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: not valid JSON ({error}).", fix="Mend the file or remove it to have it made anew."

@@ -235,10 +235,23 @@ def test_a_missing_argument_exits_with_code_2() -> None:
     assert CliRunner().invoke(cli.app, ["train"]).exit_code == 2
 
 
-def test_input_and_output_of_postprocess_go_together(tmp_path: Path) -> None:
-    ended = CliRunner().invoke(cli.app, ["postprocess", str(tmp_path), "-i", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("postprocess RUN -i PRED", "-i and -o go together"),
+        ("postprocess RUN -i PRED -o OUT -c 2d", "are for learning: without -i"),
+        ("postprocess RUN -i PRED -o OUT --no-test", "are for learning: without -i"),
+        ("postprocess RUN -i PRED -o OUT --json", "are for learning: without -i"),
+        ("evaluate PRED REF -c 3d", "--speeds and -c go with a run folder alone"),
+        ("evaluate RUN --device cpu", "--device goes with --speeds"),
+        ("plan --fingerprint FILE --skip-bad", "--skip-bad leaves out files, and a fingerprint has none"),
+        ("train RUN --cache 2", "--cache 2 is not an amount of memory"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: str, message: str) -> None:
+    ended = CliRunner().invoke(cli.app, words.split())
     assert ended.exit_code == 2
-    assert "-i and -o go together" in ended.stderr
+    assert message in " ".join(ended.stderr.split())
 
 
 def test_the_public_names_are_those_of_the_package() -> None:

@@ -139,10 +139,15 @@ def test_two_processes_give_the_same_scores_as_one(folders, monkeypatch):
 def test_folders_with_different_cases_are_refused_and_nothing_is_written(folders):
     predictions, references = folders
     save(references, "e", cube(2))
-    with pytest.raises(UserError, match=r"predictions has no label map .*: e\."):
+    with pytest.raises(UserError, match=r"predictions has no label map for 1 of 5 cases that .*: e\."):
         evaluate(predictions, references, labels=LABELS, workers=1)
     assert not scores_file(predictions).exists()
     assert len(evaluate(predictions, references, labels=LABELS, cases=["a", "b"], workers=1).cases) == 2
+    (predictions / "d.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"predictions has no label map for 2 of 5 cases that .*: d, e\."):
+        evaluate(predictions, references, labels=LABELS, workers=1)
+    with pytest.raises(UserError, match=r"a\.nii\.gz: this is a file, not a folder"):
+        evaluate(predictions / "a.nii.gz", references / "a.nii.gz", labels=LABELS, workers=1)
     with pytest.raises(UserError, match=r": nobody\."):
         evaluate(predictions, references, labels=LABELS, cases=["a", "nobody"], workers=1)
 

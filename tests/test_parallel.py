@@ -5,12 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 from autoseg.errors import UserError
-from autoseg.parallel import MOST_OPEN_FILES, allowed_cores, allowed_open_files, ctrl_c_later, over_cases
+from autoseg.parallel import (
+    MOST_OPEN_FILES,
+    allowed_cores,
+    allowed_open_files,
+    ctrl_c_later,
+    over_cases,
+    worker_context,
+)
 
 
 def double(number: int) -> int:
@@ -153,6 +161,15 @@ def test_ctrl_c_ends_command_and_workers_without_a_traceback(tmp_path: Path, pau
     assert "Traceback" not in said
     assert "Stopped" in said
     assert not [path for path in tmp_path.iterdir() if is_running(int(path.name.partition("-")[2]))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals are asked for in /proc")
+def test_the_server_of_workers_hears_no_ctrl_c_while_it_still_imports() -> None:
+    worker_context(test_at_least_one_core_is_allowed, ())
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    [blocked] = [line for line in Path(f"/proc/{server}/status").read_text().splitlines() if "SigBlk" in line]
+    assert int(blocked.split()[1], 16) & 1 << signal.SIGINT - 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_at_least_one_core_is_allowed() -> None:

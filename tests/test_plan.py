@@ -109,9 +109,19 @@ def test_memory_that_makes_no_sense_is_refused(tmp_path: Path, memory: str, mess
         from_fingerprint(tmp_path / "fingerprint.json", memory=memory)
 
 
-def test_an_unknown_preset_is_refused_before_any_image_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no preset"):
-        plan(tmp_path / "nothing", tmp_path / "run", preset="huge")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "huge"}, "no preset"),
+        ({"memory": "11"}, "--memory 11 is not an amount of memory"),
+        ({"device": "gpu"}, "--device gpu: no such device"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_any_image_is_read(
+    tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(tmp_path / "nothing", tmp_path / "run", **options)
 
 
 def test_an_unknown_preset_is_refused_for_a_fingerprint(tmp_path: Path) -> None:
@@ -196,10 +206,16 @@ def test_a_plan_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
         checked(tmp_path)
 
 
-def test_a_single_case_is_planned_with_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cases", "message"), [(1, "cannot be split in two"), (2, r"splits_final\.json: fold 0 names case_9")]
+)
+def test_what_cannot_be_trained_is_planned_with_a_warning(tmp_path: Path, cases: int, message: str) -> None:
     events: list[object] = []
-    plan(write_dataset(tmp_path / "data", cases=1), tmp_path / "run", memory="2GB", workers=1, report=events.append)
-    assert any("cannot be split in two" in event.text for event in events if isinstance(event, Warned))
+    data = write_dataset(tmp_path / "data", cases=cases)
+    if cases > 1:
+        (data / "splits_final.json").write_text('[{"train": ["case_00"], "val": ["case_9"]}]')
+    plan(data, tmp_path / "run", memory="2GB", workers=1, report=events.append)
+    assert any(re.search(message, event.text) for event in events if isinstance(event, Warned))
 
 
 def test_a_run_never_takes_the_place_of_a_data_set(tmp_path: Path) -> None:
@@ -209,8 +225,13 @@ def test_a_run_never_takes_the_place_of_a_data_set(tmp_path: Path) -> None:
     for data, run in ((listed, listed), (plain, plain), (plain, listed)):
         with pytest.raises(UserError, match="holds a data set"):
             plan(data, run, memory="2GB", workers=1)
+    with pytest.raises(UserError, match="imagesTr: images or label maps of the data lie there"):
+        plan(listed, listed / "imagesTr", workers=1)
+    with pytest.raises(UserError, match=r"dataset\.json: this is a file, not a folder"):
+        plan(listed / "dataset.json", tmp_path / "run", workers=1)
     assert (listed / "dataset.json").read_text() == before
     assert not (plain / "dataset.json").exists()
+    assert not list(listed.glob("imagesTr/cache"))
 
 
 def test_an_edit_is_saved_with_the_memory_it_needs(tmp_path: Path) -> None:

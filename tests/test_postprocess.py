@@ -296,9 +296,9 @@ def test_holes_are_filled_only_where_there_is_background():
 
 def test_missing_predictions_and_unknown_labels_are_named(tmp_path):
     run = make_run(tmp_path, [(organ_map(), organ_map())] * 2)
-    with pytest.raises(UserError, match="no validation predictions of 2d"):
+    with pytest.raises(UserError, match=r"no validation predictions of 2d.*There are some of: 3d"):
         postprocess_learn(run, "2d", workers=1)
-    with pytest.raises(UserError, match=r"postprocess\.json: no such file"):
+    with pytest.raises(UserError, match=r"postprocess\.json: no such file\. Learn the rules first"):
         postprocess_apply(run, tmp_path / "labels", tmp_path / "out", workers=1)
     wrong = Postprocessing(learned_on="3d", cases=2, rules=(rule("keep_largest", "spleen"),))
     with pytest.raises(UserError, match="'spleen', which is no label"):

@@ -268,7 +268,7 @@ def test_photographs_in_2d_become_masks_with_the_values_of_the_data_set(tmp_path
 
 def test_a_fold_or_seed_that_is_not_trained_is_named_with_those_that_are(place: Path) -> None:
     with pytest.raises(UserError, match=r"not trained for 3 \(trained: fold_0, fold_1\).*train .* -f 3"):
-        Predictor(place / "run", folds=("0", "3"), device="cpu")
+        Predictor(place / "run", folds=("fold_0", "3"), device="cpu")
     with pytest.raises(UserError, match=r"not trained for seed 5 \(trained: fold_0, fold_1\).*-f 0 --seed 5"):
         Predictor(place / "run", seeds=(5,), device="cpu")
     with pytest.raises(UserError, match="no configuration '2d'"):

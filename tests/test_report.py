@@ -498,7 +498,8 @@ def test_the_command_writes_the_page_and_says_where(run: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
     assert ended.exit_code == 2
-    assert "plan.json: no such file. Is this the right folder?" in " ".join(ended.stderr.split())
+    said = " ".join(ended.stderr.split())
+    assert "plan.json: no such file. Is this the right folder? A run is made by: autoseg plan DATA -o RUN" in said
 
 
 def test_text_is_escaped_once() -> None:

@@ -323,7 +323,7 @@ def test_configurations_without_a_common_fold_are_refused(place, tmp_path):
         write_labels(path, *read_labels(place / "data" / "labelsTr" / "case_00.nii.gz"))
     with pytest.raises(UserError, match=r"no fold is trained for all configurations \(x: fold_0; y: fold_1\)"):
         select(run)
-    with pytest.raises(UserError, match="no validation predictions of z"):
+    with pytest.raises(UserError, match=r"no validation predictions of z.*There are some of: x, y"):
         select(run, configurations=["x", "z"])
     chosen = select(run, configurations=["x"], workers=1)
     assert chosen.members == ("x",)

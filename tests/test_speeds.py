@@ -52,7 +52,7 @@ def test_every_speed_is_read_on_the_validation_cases_and_scored_as_predictions_a
 
 def test_a_run_without_validated_fold_is_refused(run: Path, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", cases=2, shape=(8, 8, 8), label_values=(1, 2))
-    with pytest.raises(UserError, match="3d has no validation predictions"):
+    with pytest.raises(UserError, match="no validation predictions of 3d"):
         measure_speeds(a_planned_run(tmp_path / "run", data, a_configuration()), device="cpu")
 
 

@@ -57,6 +57,8 @@ def test_a_file_named_instead_of_its_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(UserError, match=r"plan\.json: this is a file, not a folder\. Name the folder"):
         store.load(tmp_path / "plan.json" / "models" / "dataset.json", Dataset)
+    with pytest.raises(UserError, match="this is a folder, not a file"):
+        store.load(tmp_path, Dataset)
 
 
 def test_a_torn_file_is_named(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_a_field_varied_twice_and_nothing_to_vary_are_refused() -> None:
         ({"fold": "9"}, "no fold '9'"),
         ({"fold": "all"}, "no validation cases"),
         ({"seeds": 0}, "at least one seed"),
+        ({"name": "../models"}, r"--name \.\./models: a study is one folder"),
         ({"configuration": "4d"}, "no configuration '4d'"),
     ],
 )

@@ -107,7 +107,7 @@ def _labels_found(folder: Path, cases: Sequence[Case], workers: int, report: Rep
             )
     report(Finished(READING))
     if len(values) < 2 and not unreadable:
-        raise UserError(f"The {len(paths)} label map(s) hold nothing but 0.", fix="Is this the right folder?")
+        raise UserError(f"{folder}: the {len(paths)} label map(s) hold nothing but 0.", fix="Is this the right folder?")
     if any(ending_of(path) in PHOTOGRAPHS for path in paths) and _look_anti_aliased(values):
         report(Warned(
             f"{folder}: the label maps hold {len(values)} values, and most of what is not 0 is {max(values)}. They "

@@ -57,6 +57,8 @@ def list_cases(folder: Path) -> tuple[tuple[Case, ...], dict[str, str]]:
     Raises UserError as `discover`.
     """
     folder = Path(folder).absolute()
+    if folder.is_file():
+        raise UserError(f"{folder}: this is a file, not a folder.", fix="Give the folder that holds the data set.")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.", fix="Give the folder that holds the data set.")
     description, pair = read_description(folder / "dataset.json") or {}, _folder_pair(folder)

@@ -32,7 +32,7 @@ def label_maps(folder: Path) -> dict[str, Path]:
         UserError: the folder does not exist or holds none, or two files share one id.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        raise UserError(f"{folder}: {'this is a file, not a folder' if folder.is_file() else 'no such folder'}.")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if is_label_map(path):

@@ -87,15 +87,15 @@ def budget_for(memory: str | None = None, device: str | None = None) -> Budget:
     return _budget(str(chosen), total, asked or min(CPU_MOST_BYTES, total // 2), "", native_precision(chosen))
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--memory") -> int:
     """ "11GB" -> bytes; see `UNITS`. Raises UserError for anything without a unit, and for zero or less."""
     fix = "Write a positive number and a unit, such as 11GB or 8000MB (1GB = 2^30 bytes)."
     match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].upper() not in UNITS:
-        raise UserError(f"--memory {text} is not an amount of memory.", fix=fix)
+        raise UserError(f"{option} {text} is not an amount of memory.", fix=fix)
     size = int(float(match[1]) * UNITS[match[2].upper()])
     if size <= 0:
-        raise UserError(f"--memory {text} is no memory at all.", fix=fix)
+        raise UserError(f"{option} {text} is no memory at all.", fix=fix)
     return size
 
 

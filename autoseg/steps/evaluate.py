@@ -29,6 +29,7 @@ from autoseg.steps.predicting.pairs import (
     Pair,
     check_grids,
     dataset_near,
+    not_validated,
     pair_up,
     predicted_names,
     validated_folds,
@@ -117,9 +118,9 @@ def evaluate(
         UserError: cases or grids differ, a file is unreadable, or a value is no label; nothing is written then.
     """
     folder = predictions if output is None else output
-    store.refuse_unwritable(folder)  # not after an hour of scoring
     known = dataset_near(references)
     pairs = pair_up(predictions, references, known, cases)
+    store.refuse_unwritable(folder)  # not after an hour of scoring
     check_grids(pairs)
     if labels is None:
         files = [path for pair in pairs for path in (pair.reference, pair.prediction)]
@@ -177,7 +178,7 @@ def evaluate_all(
         )
     names = (configuration,) if configuration else predicted_names(run)
     if not names:
-        raise UserError(f"{run}: no validation predictions.", fix="Train at least one fold first: autoseg train.")
+        raise not_validated(run, "any configuration")
     return {
         name: evaluate_run(
             run, name, surface=surface, tolerance_mm=tolerance_mm, workers=workers, report=report

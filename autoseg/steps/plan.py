@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoseg.cases.discover import discover
+from autoseg.cases.exchange import files_of_cases
 from autoseg.cases.inspect import fingerprint_of, inspect
-from autoseg.cases.split import make_splits
+from autoseg.cases.split import splits_for
 from autoseg.errors import UserError
 from autoseg.events import Finished, Report, Said, Started, Warned, silent
 from autoseg.layout import Layout
@@ -21,10 +22,12 @@ from autoseg.planning.plan import make_plan
 from autoseg.planning.search import SMALLEST_BATCH
 from autoseg.planning.wording import GIGABYTE, gigabytes
 from autoseg.records import Budget, Choice, Configuration, Dataset, Fingerprint, Memory, Plan, indices_in
-from autoseg.store import load, record_name, remove_unfinished, save, save_together
+from autoseg.store import load, record_name, refuse_unwritable, remove_unfinished, save, save_together
 
 if TYPE_CHECKING:  # brings torch
     from autoseg.network.label_kinds import Labelling
+
+OTHER_RUN = "Choose another folder: -o RUN."
 
 
 def plan(
@@ -54,17 +57,23 @@ def plan(
         report: receives progress.
 
     Raises:
-        UserError: the data cannot be learned from, `run` is a data set itself, or the memory is too small; see
-            cases/inspect.py and planning/.
+        UserError: the data cannot be learned from, `run` is a data set or a folder of its files, or the memory is too
+            small; see cases/inspect.py and planning/.
     """
     layout = Layout(run)
     preset_named(preset)
     _refuse_to_overwrite(data, layout)
+    refuse_unwritable(run)
+    if memory is not None or device is not None:
+        _budget(memory, device, preset)  # refuses what makes no sense before files are read, which may take long
     import_early = threading.Thread(target=_import_what_planning_takes, daemon=True)
     import_early.start()  # three seconds of imports; the workers read images meanwhile
     workers = workers or allowed_cores()
-    dataset, stats = inspect(discover(data, workers, report), layout.case_stats, workers, report, skip_bad)
-    _warn_of_too_few(dataset, report)
+    found = discover(data, workers, report)
+    _refuse_among_files(layout, found)
+    dataset, stats = inspect(found, layout.case_stats, workers, report, skip_bad)
+    if not layout.splits.is_file():
+        _warn_of_folds(dataset, report)
     fingerprint = fingerprint_of(dataset, stats)
     import_early.join()
     if _has_moved(layout, dataset, fingerprint) and not (memory or device or preset != "standard" or spacing_mm):
@@ -172,8 +181,14 @@ def _refuse_to_overwrite(data: Path, layout: Layout) -> None:
     if known or layout.root.resolve() == data.resolve():
         raise UserError(
             f"{layout.root}: this folder holds a data set, whose dataset.json the run would overwrite.",
-            fix="Choose another folder: -o RUN.",
+            fix=OTHER_RUN,
         )
+
+
+def _refuse_among_files(layout: Layout, dataset: Dataset) -> None:
+    """Raise UserError where the run would lie in a folder of images or label maps, among these."""
+    if layout.root.resolve() in {Path(file).parent.resolve() for file in files_of_cases(dataset.cases)}:
+        raise UserError(f"{layout.root}: images or label maps of the data lie there.", fix=OTHER_RUN)
 
 
 def _plan_for(
@@ -229,12 +244,12 @@ def _check_simulation(planned: Plan, labelling: "Labelling", report: Report) -> 
         report(Said(f"{configuration.name} at batch {batch}: {text}"))
 
 
-def _warn_of_too_few(dataset: Dataset, report: Report) -> None:
-    """Say at once what `train` would refuse: cases that cannot be split in two."""
+def _warn_of_folds(dataset: Dataset, report: Report) -> None:
+    """Say at once what `train` would refuse: cases that cannot be split in two, or folds that do not fit them."""
     try:
-        make_splits(dataset.cases)
+        splits_for(dataset)
     except UserError as error:
-        report(Warned(f"{error.what} Training needs two; this plan is only to be looked at."))
+        report(Warned(f"{error} Until then nothing can be trained."))
 
 
 def _has_moved(layout: Layout, dataset: Dataset, fingerprint: Fingerprint) -> bool:

@@ -129,6 +129,8 @@ def postprocess_apply(
     for rule in rules.rules:
         if rule.label is not None:
             index_of(rule.label, labels)
+    if not rules.rules:
+        report(Said("No rule was worth keeping when they were learned: label maps stay as they are."))
     paths = label_maps(predictions)
     refuse_folder_of_images(predictions, output, "label maps to clean")
     refuse_loss(output, [output / each.name for each in paths.values()], (*paths.values(), *files_of_cases(known)))

@@ -24,7 +24,7 @@ from autoseg.steps.evaluate import Scoring, score_pairs, scoring_of, summary
 from autoseg.steps.predicting.combine import mean_of_probabilities
 from autoseg.steps.predicting.learned import rules_learned_on
 from autoseg.steps.predicting.members import trained_configurations
-from autoseg.steps.predicting.pairs import check_grids, pair_of, validated_folds
+from autoseg.steps.predicting.pairs import check_grids, not_validated, pair_of, validated_folds
 from autoseg.steps.predicting.staging import staged
 
 if TYPE_CHECKING:
@@ -172,10 +172,7 @@ def _comparable(
     names = tuple(configurations or (name for name, folds in found.items() if folds and not is_student(name)))
     without = [name for name in names if not found.get(name)]
     if without or not names:
-        raise UserError(
-            f"{run}: there are no validation predictions of {some(without) or 'any configuration'}.",
-            fix="Train at least one fold first: autoseg train.",
-        )
+        raise not_validated(run, some(without) or "any configuration")
     folds = tuple(fold for fold in found[names[0]] if all(fold in found[name] for name in names))
     if not folds:
         each = "; ".join(f"{name}: {', '.join(found[name])}" for name in names)

@@ -106,6 +106,9 @@ def study(
     for each in settings_of(planned, vary, fixed).values():
         check_setting(each, plan)
     _check(layout, planned, fold, seeds, epochs, max_seconds)
+    if name is not None and (name != Path(name).name or name.startswith(".")):
+        fix = "Name it without a / or a dot in front."
+        raise UserError(f"--name {name}: a study is one folder in {layout.studies}.", fix=fix)
     where = [str(pick(each).torch_device) for each in devices or _all_devices()]
     files = layout.study(name or "_".join(fields_in(vary)))
     dataset = store.load(layout.dataset, Dataset)

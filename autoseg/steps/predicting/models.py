@@ -90,10 +90,11 @@ def as_trained(planned: Configuration, models: Sequence[ModelLayout], plan: Plan
 def trained_models(
     layout: Layout, configuration: str, folds: Sequence[str] | None = None, seeds: Sequence[int] | None = None
 ) -> tuple[ModelLayout, ...]:
-    """The finished networks of a configuration, by fold and seed.
+    """The finished networks of a configuration, by fold and seed; a fold is named "0" or as its folder is, "fold_0".
 
     Raises UserError that lists what is trained, when nothing fits or a named fold or seed is missing.
     """
+    folds = None if folds is None else [fold.removeprefix("fold_") for fold in folds]
     found = sorted(path.parent for path in layout.configuration(configuration).glob("fold_*/weights.safetensors"))
     names = {folder.name: fold_and_seed(folder.name) for folder in found}
     chosen = [
@@ -105,7 +106,8 @@ def trained_models(
     missing_seeds = [seed for seed in seeds or () if seed not in {names[folder.name][1] for folder in chosen}]
     if missing or missing_seeds or not chosen:
         what = ", ".join([*missing, *(f"seed {seed}" for seed in missing_seeds)]) or "any fold"
-        words = ["autoseg", "train", str(layout.root), "-c", configuration, "-f", [*missing, *(folds or ()), "0"][0]]
+        fold = next((each for each in [*missing, *(folds or ())] if each.isdigit()), "0")
+        words = ["autoseg", "train", str(layout.root), "-c", configuration, "-f", fold]
         words += ["--seed", str(missing_seeds[0])] if missing_seeds else []
         raise UserError(
             f"{layout.root}: {configuration} is not trained for {what} "

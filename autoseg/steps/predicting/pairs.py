@@ -51,8 +51,9 @@ def pair_up(
     for here, there, place in ((predicted, references, predictions), (referred, predictions, references)):
         missing = sorted(wanted - set(here))
         if missing:
+            known_there = wanted if cases is not None else predicted if here is referred else referred
             raise UserError(
-                f"{place} has no label map for {len(missing)} of {len(wanted)} cases that "
+                f"{place} has no label map for {len(missing)} of {len(known_there)} cases that "
                 f"{'are asked for' if cases is not None else f'{there} has'}: {some(missing)}.",
                 fix="Compare folders with the same cases, or name those to score: --cases.",
             )
@@ -81,16 +82,20 @@ def validation_pairs(
     for fold in validated_folds(run, configuration) if configuration else ():
         predictions.update(label_maps(ModelLayout(layout.cross_validation(str(configuration)) / fold).validation))
     if not predictions or configuration is None:
-        raise UserError(
-            f"{run}: no validation predictions{f' of {configuration}' if configuration else ''} to learn from.",
-            fix="Train at least one fold first: autoseg train.",
-        )
+        raise not_validated(run, configuration or "any configuration")
     cases = {case.id: case for case in dataset.cases if case.label is not None}
     missing = sorted(set(predictions) - set(cases))
     if missing:
         raise UserError(f"{run}: predicted cases without a reference in dataset.json: {some(missing)}.")
     pairs = [pair_of(cases[case], path) for case, path in sorted(predictions.items())]
     return configuration, tuple(pairs)
+
+
+def not_validated(run: Path, wanted: str) -> UserError:
+    """What is missing where a configuration has no predictions of validation cases, with those that have some."""
+    there = some(predicted_names(run))
+    fix = "Train at least one fold first: autoseg train." if not there else f"There are some of: {there}."
+    return UserError(f"{run}: there are no validation predictions of {wanted}.", fix=fix)
 
 
 def predicted_names(run: Path) -> tuple[str, ...]:
@@ -150,6 +155,8 @@ def dataset_near(references: Path) -> Dataset | None:
     Reads autoseg's own file and, as training does, those of the Decathlon and of nnU-Net (of which only labels are
     taken). None when there is no such file.
     """
+    if references.is_file() and references.suffix.lower() != ".json":
+        raise UserError(f"{references}: this is a file, not a folder.", fix="Name the folder of the label maps.")
     places = [references] if references.is_file() else [Layout(references).dataset, Layout(references.parent).dataset]
     for path in places:
         if not path.is_file():

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoseg import store
-from autoseg.errors import UserError
 from autoseg.events import Advanced, Finished, Report, Said, Started, silent
 from autoseg.image.formats import read_image, read_labels
 from autoseg.image.labels import label_maps, to_indices
@@ -18,7 +17,7 @@ from autoseg.records import Case, CaseScore, Dataset, Record, Saved
 from autoseg.steps.evaluate import score_case, scoring_of, summary
 from autoseg.steps.plan import checked
 from autoseg.steps.predicting.models import fold_and_seed, trained_configuration
-from autoseg.steps.predicting.pairs import validated_folds
+from autoseg.steps.predicting.pairs import not_validated, validated_folds
 from autoseg.steps.predicting.predictor import SPEEDS, Predictor
 
 WHAT = "measure speeds"
@@ -61,7 +60,7 @@ def measure_speeds(
     name = configuration or trained_configuration(layout, plan)
     folds = validated_folds(run, name)
     if not folds:
-        raise UserError(f"{run}: {name} has no validation predictions.", fix="Train a fold first: autoseg train.")
+        raise not_validated(run, name)
     dataset = store.load(layout.dataset, Dataset)
     ids = label_maps(ModelLayout(layout.cross_validation(name) / folds[0]).validation)
     cases = [case for case in dataset.cases if case.id in ids and case.label is not None]

@@ -175,7 +175,7 @@ def fold_cases(splits: Splits, dataset: Dataset, fold: str) -> Fold:
     """The cases of a fold; "all" learns from every labelled one. Raises UserError that lists the folds."""
     if fold == "all":
         return Fold(train=tuple(sorted(case.id for case in dataset.cases if case.label is not None)), validation=())
-    if not fold.isdigit() or int(fold) >= len(splits.folds):
+    if fold not in map(str, range(len(splits.folds))):  # "00" would be a folder of its own
         raise UserError(f"There is no fold {fold!r}.", fix=f"Choose 0 to {len(splits.folds) - 1}, or all.")
     return splits.folds[int(fold)]
 
