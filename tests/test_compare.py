@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from scipy import stats
 
 from autoseg import store
 from autoseg.errors import UserError
+from autoseg.events import Warned
 from autoseg.layout import comparison_file, comparison_picture, scores_file
 from autoseg.records import CaseScore, Scores
 from autoseg.scoring import statistics
@@ -65,6 +67,17 @@ def test_a_real_difference_is_found_where_it_is_and_only_there(tmp_path):
     assert "of lesion" not in found.conclusion
     assert "may be chance" in found.conclusion
     assert not comparison_file(a).exists()
+
+
+def test_label_maps_that_changed_after_their_scores_are_named(tmp_path):
+    a, b = save(tmp_path / "a", drawn(1)), save(tmp_path / "b", drawn(2))
+    said = []
+    for name, seconds in (("c002.nii.gz", 10), ("c003.nii.gz", -10), ("other.nii.gz", 10)):
+        (b / name).write_bytes(b"")
+        os.utime(b / name, ns=(0, scores_file(b).stat().st_mtime_ns + seconds * 10**9))
+    compare(a, b, report=said.append)
+    warned = [event.text for event in said if isinstance(event, Warned)]
+    assert warned == [f"c002 in {b} changed after the scores; `autoseg evaluate` makes them anew."]
 
 
 def write_values(folder: Path, metric: str, values_N: np.ndarray) -> Path:

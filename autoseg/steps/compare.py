@@ -15,7 +15,8 @@ import numpy as np
 from autoseg import store
 from autoseg.errors import UserError
 from autoseg.events import Report, Said, Warned, silent
-from autoseg.image.labels import some
+from autoseg.image.formats import stem_of
+from autoseg.image.labels import is_label_map, some
 from autoseg.layout import comparison_file, comparison_picture, scores_file
 from autoseg.records import CaseScore, Scores
 from autoseg.scoring import statistics
@@ -52,7 +53,7 @@ def compare(
     """
     if len(scores) < 2:
         raise UserError("A comparison needs at least two sets of scores.")
-    read = [_read(path) for path in scores]
+    read = [_read(path, report) for path in scores]
     called = _names(scores, names)
     read = _paired(read, scores, report)
     chosen = _metrics(read, metrics)
@@ -244,11 +245,16 @@ def _values(read: Sequence[Scores], metric: str, label: str) -> tuple[np.ndarray
 # ------------------------------------------------------------------------------------------------ input
 
 
-def _read(path: Path) -> Scores:
+def _read(path: Path, report: Report) -> Scores:
+    """The scores of a folder or file; warns where a label map beside them is newer, which may have other scores."""
     file = scores_file(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file.", fix="Score this folder first: autoseg evaluate.")
-    return store.load(file, Scores)
+    found, written = store.load(file, Scores), file.stat().st_mtime_ns
+    newer = [each for each in file.parent.iterdir() if is_label_map(each) and each.stat().st_mtime_ns > written]
+    if cases := sorted({stem_of(each) for each in newer} & {case.id for case in found.cases}):
+        report(Warned(f"{some(cases)} in {file.parent} changed after the scores; `autoseg evaluate` makes them anew."))
+    return found
 
 
 def _names(scores: Sequence[Path], names: Sequence[str] | None) -> tuple[str, ...]:
