@@ -15,7 +15,7 @@ from autoseg.cases.cache import open_case
 from autoseg.cases.prepare import prepare
 from autoseg.cli import app
 from autoseg.errors import Interrupted
-from autoseg.events import Event, Said, Trained, Warned, silent
+from autoseg.events import Event, Report, Said, Trained, Warned, silent
 from autoseg.image.formats import read_image, read_labels
 from autoseg.layout import Layout
 from autoseg.network.distributed import Team
@@ -193,15 +193,22 @@ def test_both_stages_share_a_time_limit_and_the_command_to_go_on_is_that_of_the_
 def test_a_half_of_a_shared_time_stays_a_half_when_the_command_is_repeated(tmp_path: Path) -> None:
     run = planned(tmp_path)
 
-    def again(resume: str = "auto", seconds: float = 1.0) -> Run:
+    def again(resume: str = "auto", seconds: float = 0.25, report: Report = silent) -> Run:
         return train(
-            run, configuration="3d_cascade", max_seconds=seconds, resume=resume, batch_size=2, device="cpu", workers=1
-        )
+            run, configuration="3d_cascade", max_seconds=seconds, resume=resume, batch_size=2, device="cpu", workers=1,
+            report=report,
+        )  # fmt: skip
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Trained):
+            raise Interrupted("after its first step")
 
     both = again()
-    assert (both.max_seconds, both.of_seconds) == (0.5, 1.0)
-    assert load(Layout(run).model("3d_lowres", "0").run, Run).of_seconds == 1.0
+    assert (both.max_seconds, both.of_seconds) == (0.125, 0.25)
+    assert load(Layout(run).model("3d_lowres", "0").run, Run).of_seconds == 0.25
     assert again() == both
     shutil.rmtree(Layout(run).model("3d_cascade", "0").root)  # stopped between the stages
-    assert again().max_seconds == 0.5
-    assert again("extend", 2.0).max_seconds == 2.0
+    assert again().max_seconds == 0.125
+    with pytest.raises(Interrupted):
+        again("extend", 1000.0, stop)
+    assert load(Layout(run).model("3d_cascade", "0").run, Run).max_seconds == 1000.0

@@ -250,16 +250,16 @@ def test_cases_that_only_one_method_has_are_named_in_a_warning_and_left_out(tmp_
 
 
 def test_equal_methods_are_found_different_no_more_often_than_they_should(tmp_path):
-    """2,000 comparisons of three equal methods in three classes, as `compare` corrects them: one family of nine."""
-    chance, found_any = np.random.default_rng(3), 0
+    """800 comparisons of three equal methods in three classes, as `compare` corrects them: one family of nine."""
+    chance, found_any, repetitions = np.random.default_rng(3), 0, 800
     row = Difference(first="a", second="b", metric="dice", label="x", cases=20, mean_first=0, mean_second=0,
                      difference=1.0, rank_correlation=1.0)  # fmt: skip
-    for _ in range(2000):
+    for _ in range(repetitions):
         scores_MKN = chance.normal(size=(3, 3, 20))
         p = [statistics.wilcoxon(scores_MKN[m, k] - scores_MKN[n, k]) for m, n in PAIRS for k in range(3)]
         family = _corrected([row.model_copy(update={"p_wilcoxon": each, "p_t": each}) for each in p], 0.95)
         found_any += any(each.better is not None for each in family)
-    low, high = stats.binom.interval(0.95, 2000, 0.05)
+    low, high = stats.binom.interval(0.95, repetitions, 0.05)
     assert 0.4 * low <= found_any <= high  # Holm does not know that pairs share a method, and errs on the safe side
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ FLOORS = {
 SHARED_ROOMS = {"records", "store", "layout", "events", "errors", "parallel", "cli", "screen", "__main__"}
 SHARED_ROOMS |= {"record", "specs", "lanes", "arguments", "cli_scores", "upgrades", "tables"}
 """Files that lie side by side in autoseg/ itself: those of one floor may import each other."""
+Sources = list[tuple[Path, ast.Module]]
 SLOW = {"torch", "numpy", "scipy", "skimage", "SimpleITK", "matplotlib", "blosc2", "pydantic"}
 
 
@@ -33,8 +35,13 @@ def room_of(path: Path) -> str:
     return first.removesuffix(".py")
 
 
+@cache
+def all_nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(tree):
+    for node in all_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -67,9 +74,11 @@ def forbidden(room: str, target: str) -> bool:
     return FLOORS[target] >= FLOORS[room]
 
 
-@pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
-def source(request: pytest.FixtureRequest) -> tuple[Path, ast.Module]:
-    return request.param, ast.parse(request.param.read_text())
+@pytest.fixture(scope="module")
+def sources() -> Iterator[Sources]:
+    """The whole package, parsed once for all rules."""
+    yield [(path, ast.parse(path.read_text())) for path in FILES]
+    all_nodes.cache_clear()
 
 
 def test_every_file_has_a_floor() -> None:
@@ -77,16 +86,16 @@ def test_every_file_has_a_floor() -> None:
     assert not unknown, f"give these a floor in {Path(__file__).name}: {unknown}"
 
 
-def test_a_file_imports_only_from_lower_floors_or_its_own_folder(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    for name, line in imports(tree):
-        parts = name.split(".")
-        if parts[0] != "autoseg" or name == "autoseg.__version__":
-            continue
-        if path.name == "__init__.py" and room_of(path) == "__init__":
-            continue
-        assert parts[1] in FLOORS, f"{path}:{line} imports {name}, which has no floor"
-        assert not forbidden(room_of(path), parts[1]), f"{path}:{line} imports {name} from a floor it may not see"
+def test_a_file_imports_only_from_lower_floors_or_its_own_folder(sources: Sources) -> None:
+    for path, tree in sources:
+        for name, line in imports(tree):
+            parts = name.split(".")
+            if parts[0] != "autoseg" or name == "autoseg.__version__":
+                continue
+            if path.name == "__init__.py" and room_of(path) == "__init__":
+                continue
+            assert parts[1] in FLOORS, f"{path}:{line} imports {name}, which has no floor"
+            assert not forbidden(room_of(path), parts[1]), f"{path}:{line} imports {name} from a floor it may not see"
 
 
 def test_the_floor_rule_itself_refuses_what_it_should() -> None:
@@ -106,84 +115,85 @@ def test_a_file_directly_in_steps_is_a_command() -> None:
     assert files == names
 
 
-def test_torch_is_imported_at_the_top_only_in_network_and_steps(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    if room_of(path) in ("network", "steps"):
-        return
-    for name in imported_at_top(tree):
-        assert name.split(".")[0] != "torch", f"{path} imports torch when it is imported"
-        assert not name.startswith("autoseg.network"), f"{path} imports {name}, which brings torch, when it is imported"
+def test_torch_is_imported_at_the_top_only_in_network_and_steps(sources: Sources) -> None:
+    for path, tree in sources:
+        if room_of(path) in ("network", "steps"):
+            continue
+        for name in imported_at_top(tree):
+            assert name.split(".")[0] != "torch", f"{path} imports torch when it is imported"
+            assert not name.startswith("autoseg.network"), f"{path} imports {name}, which brings torch, at the top"
 
 
-def test_nothing_below_the_screen_prints(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("print", "input"), f"{path}:{node.lineno} talks to the terminal"
-    if FLOORS[room_of(path)] < 4:
-        brings = {name.split(".")[0] for name, _ in imports(tree)}
-        assert not brings & {"rich", "typer"}, f"{path} imports {brings & {'rich', 'typer'}}"
+def test_nothing_below_the_screen_prints(sources: Sources) -> None:
+    for path, tree in sources:
+        for node in all_nodes(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("print", "input"), f"{path}:{node.lineno} talks to the terminal"
+        if FLOORS[room_of(path)] < 4:
+            brings = {name.split(".")[0] for name, _ in imports(tree)}
+            assert not brings & {"rich", "typer"}, f"{path} imports {brings & {'rich', 'typer'}}"
 
 
-def test_environment_variables_are_not_read(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
-            line = path.read_text().splitlines()[node.lineno - 1]
-            allowed = path.name == "parallel.py" and re.search("SLURM|setting|SETTINGS", line)
-            assert allowed, f"{path}:{node.lineno} reads the environment: make it an option"
+def test_environment_variables_are_not_read(sources: Sources) -> None:
+    for path, tree in sources:
+        for node in all_nodes(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
+                line = path.read_text().splitlines()[node.lineno - 1]
+                allowed = path.name == "parallel.py" and re.search("SLURM|setting|SETTINGS", line)
+                assert allowed, f"{path}:{node.lineno} reads the environment: make it an option"
 
 
-def test_functions_are_short_and_files_too(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than 400 lines"
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = (node.end_lineno or 0) - node.body[0].lineno + 1
-            assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
+def test_functions_are_short_and_files_too(sources: Sources) -> None:
+    for path, tree in sources:
+        assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than 400 lines"
+        for node in all_nodes(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.body[0].lineno + 1
+                assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
 
 
-def test_names_say_what_a_thing_is(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    assert not re.search(r"util|helper|common|manager|misc", path.stem), f"{path}: name it after what is in it"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            assert not re.search(r"^Base|Mixin$|Manager$", node.name), f"{path}:{node.lineno} class {node.name}"
+def test_names_say_what_a_thing_is(sources: Sources) -> None:
+    for path, tree in sources:
+        assert not re.search(r"util|helper|common|manager|misc", path.stem), f"{path}: name it after what is in it"
+        for node in all_nodes(tree):
+            if isinstance(node, ast.ClassDef):
+                assert not re.search(r"^Base|Mixin$|Manager$", node.name), f"{path}:{node.lineno} class {node.name}"
 
 
-def test_modules_and_public_functions_explain_themselves(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    if not tree.body:
-        return
-    assert ast.get_docstring(tree), f"{path} does not say what it is"
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name} has no docstring"
+def test_modules_and_public_functions_explain_themselves(sources: Sources) -> None:
+    for path, tree in sources:
+        if not tree.body:
+            continue
+        assert ast.get_docstring(tree), f"{path} does not say what it is"
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name} has no docstring"
 
 
-def test_arguments_are_never_checked_by_assert(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-        arguments = {each.arg for each in (*function.args.args, *function.args.kwonlyargs)} - {"self"}
-        for node in ast.walk(function):
-            if isinstance(node, ast.Assert):
-                names = {each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)}
-                assert not names & arguments, f"{path}:{node.lineno} asserts on an argument: raise UserError"
+def test_arguments_are_never_checked_by_assert(sources: Sources) -> None:
+    for path, tree in sources:
+        for function in (node for node in all_nodes(tree) if isinstance(node, ast.FunctionDef)):
+            arguments = {each.arg for each in (*function.args.args, *function.args.kwonlyargs)} - {"self"}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assert):
+                    names = {each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)}
+                    assert not names & arguments, f"{path}:{node.lineno} asserts on an argument: raise UserError"
 
 
-def test_nothing_executable_is_loaded_from_files(source: tuple[Path, ast.Module]) -> None:
-    path, tree = source
-    for name, line in imports(tree):
-        first = name.split(".")[0]
-        if name == "pickle.UnpicklingError":
-            continue  # what a refusal is caught by
-        assert first not in ("pickle", "dill", "joblib", "shelve", "marshal"), f"{path}:{line} imports {name}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            if called == "torch.load" and "weights_only=True" in {ast.unparse(each) for each in node.keywords}:
-                continue  # reads tensors and plain values and refuses the rest
-            assert called not in ("torch.load", "torch.save", "eval", "exec"), f"{path}:{node.lineno} calls {called}"
+def test_nothing_executable_is_loaded_from_files(sources: Sources) -> None:
+    for path, tree in sources:
+        for name, line in imports(tree):
+            first = name.split(".")[0]
+            if name == "pickle.UnpicklingError":
+                continue  # what a refusal is caught by
+            assert first not in ("pickle", "dill", "joblib", "shelve", "marshal"), f"{path}:{line} imports {name}"
+        for node in all_nodes(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called == "torch.load" and "weights_only=True" in {ast.unparse(each) for each in node.keywords}:
+                    continue  # reads tensors and plain values and refuses the rest
+                refused = ("torch.load", "torch.save", "eval", "exec")
+                assert called not in refused, f"{path}:{node.lineno} calls {called}"
 
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:

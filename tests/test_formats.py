@@ -44,7 +44,7 @@ def write_oblique(path: Path, seed: int, dtype: type = np.int16, vector: bool = 
 
 @pytest.mark.parametrize("ending", VOLUMES)
 def test_oblique_geometry_survives_to_the_last_bit(tmp_path: Path, ending: str) -> None:
-    for seed in range(25):
+    for seed in range(8):  # proper and mirrored directions by turns
         source, copy, again = (tmp_path / f"{name}{ending}" for name in ("source", "copy", "again"))
         write_oblique(source, seed)
         labels, geometry = read_labels(source)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from fingerprints import counting
 from planned import a_configuration, a_network, a_planned_run
 from synthetic import write_dataset
 from typer.testing import CliRunner, Result
@@ -36,15 +37,27 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(place / "data", cases=6, shape=(16, 24, 20), held_out=2, spacing_mm=(1.5, 1.0, 1.25))
     command("plan", place / "data", "-o", place / "run", "--memory", "1GB", *CPU)
     command("preprocess", place / "run", "-c", "3d")
-    command("train", place / "run", "-c", "3d", "-f", "0", "--max-time", "6s", *CPU)
+    command("train", place / "run", "-c", "3d", "-f", "0", "--max-time", "2s", *CPU)
     images = place / "data" / "imagesTs"
     command("predict", place / "run", "-i", images, "-o", place / "out", "--save-probabilities", *CPU)
     return place
 
 
+@pytest.fixture
+def quick_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is simulated again, which takes seconds: `journey` has done so."""
+    monkeypatch.setattr("autoseg.network.memory.measurer", lambda budget, labelling: (counting(), "simulated"))
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are drawn once, in `journey`."""
+    monkeypatch.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
+
+
 def test_training_leaves_weights_history_and_scores(journey: Path) -> None:
     model = Layout(journey / "run").model("3d", "0")
-    for path in (model.weights, model.run, model.history, model.scores):
+    for path in (model.weights, model.run, model.history, model.scores, model.curves):
         assert path.is_file(), path
     assert all(json.loads(line) for line in model.history.read_text().splitlines())
     assert load(model.scores, Scores).cases
@@ -78,8 +91,9 @@ def test_predictions_can_be_combined_postprocessed_and_scored(journey: Path) -> 
     assert (journey / "picture.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_a_plan_can_be_made_again_from_its_fingerprint(journey: Path) -> None:
-    shown = command("plan", "--fingerprint", journey / "run" / "fingerprint.json", "--memory", "1GB", "--json", *CPU)
+    shown = command("plan", "--fingerprint", journey / "run" / "fingerprint.json", "--memory", "4GB", "--json", *CPU)
     assert json.loads(shown.stdout)["dataset"] == "blobs"
 
 
@@ -87,10 +101,10 @@ def test_nothing_unfinished_is_left(journey: Path) -> None:
     assert not list(journey.rglob(f"*{TEMPORARY}*"))
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_two_channels_keep_their_order_from_the_files_to_the_label_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoseg.steps.training.learn.draw_curves", lambda path, history: None)
     monkeypatch.setattr("autoseg.steps.evaluate.allowed_cores", lambda: 1)
     data, run = tmp_path / "data", tmp_path / "run"
     write_dataset(data, cases=5, shape=(8, 10, 12), channels=2, layout="nnunet", held_out=1)
@@ -117,28 +131,30 @@ def test_two_channels_keep_their_order_from_the_files_to_the_label_map(
     assert np.abs(shares - other).max() > 0.01
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_photographs_with_masks_of_0_and_255_keep_their_values(tmp_path: Path) -> None:
     data = write_dataset(
         tmp_path / "data", cases=6, shape=(48, 40), dimension=2, layout="plain", label_values=(100, 255), held_out=1
     )
-    scores = autoseg.run(data, tmp_path / "run", max_seconds=6, memory="1GB", device="cpu")
+    scores = autoseg.run(data, tmp_path / "run", max_seconds=2, memory="1GB", device="cpu", workers=1)
     assert scores.labels
     assert load(Layout(tmp_path / "run").dataset, Dataset).dimension == 2
-    autoseg.predict(tmp_path / "run", data / "imagesTs", tmp_path / "out", device="cpu")
+    autoseg.predict(tmp_path / "run", data / "imagesTs", tmp_path / "out", device="cpu", workers=0)
     [predicted] = (tmp_path / "out").glob("*.png")
     assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(predicted))))) <= {0, 100, 255}
     weights = Layout(tmp_path / "run").model("2d", "0").weights
     written = os.stat(weights).st_mtime_ns
-    again = autoseg.run(data, tmp_path / "run", max_seconds=6, memory="1GB", device="cpu")
+    again = autoseg.run(data, tmp_path / "run", max_seconds=2, memory="1GB", device="cpu", workers=1)
     assert again == scores
     assert os.stat(weights).st_mtime_ns == written
     other = write_dataset(tmp_path / "other", cases=5, dimension=2, layout="plain")
     with pytest.raises(UserError, match="planned for other data"):
-        autoseg.run(other, tmp_path / "run", max_seconds=6)
+        autoseg.run(other, tmp_path / "run", max_seconds=2)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_curves")
 def test_the_demo_ends_with_scores_and_a_picture(tmp_path: Path) -> None:
-    scores, picture = demo(tmp_path / "demo", max_seconds=2.0)
+    scores, picture = demo(tmp_path / "demo", max_seconds=1.0)
     assert len(scores.cases) == 4
     assert picture.is_file()

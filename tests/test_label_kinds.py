@@ -155,8 +155,8 @@ def write(folder: Path, description: dict, drawn: Callable[[int, np.ndarray], np
     return folder
 
 
-def trained(place: Path, data: Path, **options: object) -> tuple[Path, ModelLayout]:
-    """A tiny network trained for a few seconds; the run and the model."""
+def trained(place: Path, data: Path, steps: int = 60, **options: object) -> tuple[Path, ModelLayout]:
+    """A tiny network trained for a few seconds, in epochs of so many steps; the run and the model."""
     dataset, run = discover(data, workers=1), place / "run"
     outputs = len(dataset.regions) or len(dataset.labels)
     network = NetworkSpec(
@@ -165,7 +165,7 @@ def trained(place: Path, data: Path, **options: object) -> tuple[Path, ModelLayo
     )  # fmt: skip
     never = {name: 0.0 for name in AugmentSpec.model_fields if name.endswith("_chance")}
     augment = AugmentSpec(rotation_rad=(0.0,), **never)  # the classes differ by their intensities
-    spec = TrainSpec(epochs=4, steps_per_epoch=60, warmup_steps=5, learning_rate=1e-2, augment=augment)
+    spec = TrainSpec(epochs=4, steps_per_epoch=steps, warmup_steps=min(5, steps), learning_rate=1e-2, augment=augment)
     configuration = a_configuration(
         name="2d", dimension=2, spacing_mm=(None, 1.0, 1.0), patch_voxels=(SIDE, SIDE), batch_size=4, network=network,
         train=spec, median_shape_voxels=(1, SIDE, SIDE), normalization=("zscore",),
@@ -246,7 +246,7 @@ def test_cases_with_some_classes_annotated_train_to_a_dice_above_nine_tenths(tmp
 def test_a_study_of_regions_names_and_scores_regions(tmp_path: Path) -> None:
     """Of three regions the scores are three, though there may be more labels or fewer, or as many of other names."""
     described = {"labels": LABELS, "regions_class_order": [1, 2, 3]}
-    run, _ = trained(tmp_path, write(tmp_path / "data", described, lambda case, labels: labels), epochs=1)
+    run, _ = trained(tmp_path, write(tmp_path / "data", described, lambda case, labels: labels), steps=2, epochs=1)
     study(run, ["loss=dice_ce,ce"], seeds=1, epochs=1, devices=("cpu",), workers=1)
     for name in ("loss=ce", "loss=dice_ce"):
         [folder] = Layout(run).root.glob(f"studies/*/{name}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import SimpleITK as sitk
-from fingerprints import alike, fingerprint
+from fingerprints import alike, counting, fingerprint
 from synthetic import write_dataset
 
 from autoseg.errors import UserError
@@ -18,6 +18,12 @@ from autoseg.records import Dataset, Fingerprint, Plan
 from autoseg.steps.plan import checked, edited, from_fingerprint, plan
 from autoseg.steps.run import _planned
 from autoseg.store import load, save
+
+
+@pytest.fixture
+def quick_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is simulated, which takes seconds, where a plan's memory is not what is tested."""
+    monkeypatch.setattr("autoseg.network.memory.measurer", lambda budget, labelling: (counting(), "simulated"))
 
 
 def test_plan_saves_data_set_fingerprint_and_plan(tmp_path: Path) -> None:
@@ -57,6 +63,7 @@ def with_sides(data: Path, sagittal: Iterable[int]) -> Path:
     return data
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_left_and_right_of_sagittal_files_are_not_mirrored_into_each_other(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", cases=3, shape=(20, 24, 16), spacing_mm=(1.0, 1.0, 2.0))
     warnings: list[str] = []
@@ -77,6 +84,7 @@ def test_left_and_right_of_sagittal_files_are_not_mirrored_into_each_other(tmp_p
     assert by_hand.configurations[1].train.augment.mirror_axes == (1,)
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_files_that_lie_in_different_ways_are_mirrored_along_none_of_their_sides(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", cases=3, shape=(16, 24, 20))
     warnings: list[str] = []
@@ -88,6 +96,7 @@ def test_files_that_lie_in_different_ways_are_mirrored_along_none_of_their_sides
     assert any("left-right is X in 2, Z in 1 of 3 cases" in each for each in warnings)
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_a_fingerprint_that_does_not_say_how_files_lie_is_planned_as_before(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", cases=3, shape=(16, 24, 20))
     plan(with_sides(data, range(3)), tmp_path / "run", memory="4GB", workers=1)
@@ -130,6 +139,7 @@ def test_an_unknown_preset_is_refused_for_a_fingerprint(tmp_path: Path) -> None:
         from_fingerprint(tmp_path / "fingerprint.json", memory="8GB", preset="huge")
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_a_plan_that_changes_under_trained_models_is_announced(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", cases=3, shape=(24, 20), dimension=2)
     events: list = []
@@ -142,6 +152,7 @@ def test_a_plan_that_changes_under_trained_models_is_announced(tmp_path: Path) -
     assert [e for e in events if isinstance(e, Warned) and "2d was trained by the old one" in e.text]
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_trained_configurations_that_the_new_plan_lacks_are_named(tmp_path: Path) -> None:
     data, events = write_dataset(tmp_path / "data", cases=3, shape=(24, 20), dimension=2), []
     made = plan(data, tmp_path / "run", memory="4GB", workers=1)
@@ -153,6 +164,7 @@ def test_trained_configurations_that_the_new_plan_lacks_are_named(tmp_path: Path
     assert said == "The new plan is without 2d_student, of which there are trained networks: they stay."
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_a_plan_never_lies_beside_a_data_set_that_it_was_not_made_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +186,7 @@ def test_a_plan_never_lies_beside_a_data_set_that_it_was_not_made_for(
     assert not Layout(run).plan.exists()
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_going_on_with_a_run_says_which_cases_are_new_and_which_are_gone(tmp_path: Path) -> None:
     data, run, events = write_dataset(tmp_path / "data", cases=3, layout="plain"), tmp_path / "run", []
     plan(data, run, memory="2GB", workers=1)
@@ -188,6 +201,7 @@ def test_going_on_with_a_run_says_which_cases_are_new_and_which_are_gone(tmp_pat
     assert f"autoseg plan {data} -o {run}" in said
 
 
+@pytest.mark.usefixtures("quick_readings")
 def test_data_that_was_moved_leaves_the_plan_as_it_is(tmp_path: Path) -> None:
     """Memory that was asked for, edits and students are in the plan alone."""
     data, run = write_dataset(tmp_path / "data", cases=3, shape=(24, 20), dimension=2), tmp_path / "run"
@@ -206,6 +220,7 @@ def test_a_plan_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
         checked(tmp_path)
 
 
+@pytest.mark.usefixtures("quick_readings")
 @pytest.mark.parametrize(
     ("cases", "message"), [(1, "cannot be split in two"), (2, r"splits_final\.json: fold 0 names case_9")]
 )

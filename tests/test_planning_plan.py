@@ -1,5 +1,6 @@
 """Whole plans from made-up fingerprints, with a measure that only counts."""
 
+from functools import cache
 from math import prod
 
 import pytest
@@ -18,8 +19,14 @@ PROSTATE = {"shape": (20, 320, 320), "spacing": (3.6, 0.625, 0.625)}
 SAGITTAL = {"shape": (320, 320, 20), "spacing": (0.625, 0.625, 3.6)}
 
 
-def planned(memory: float, count: int, preset: str = "standard", seen: list | None = None, **arguments) -> Plan:
+def planned_anew(memory: float, count: int, preset: str = "standard", seen: list | None = None, **arguments) -> Plan:
     return make_plan(fingerprint(alike(count, **arguments)), budget(memory), counting(seen), preset=preset)
+
+
+@cache
+def planned(memory: float, count: int, preset: str = "standard", **arguments) -> Plan:
+    """Each plan is made once: large ones take a second, and records cannot be changed."""
+    return planned_anew(memory, count, preset, **arguments)
 
 
 def by_name(plan: Plan) -> dict[str, Configuration]:
@@ -42,7 +49,7 @@ def test_slices_that_cannot_be_halved_are_left_out_with_a_reason() -> None:
 
 def test_small_volumes_get_2d_and_3d_with_two_readings_in_all() -> None:
     seen: list[Configuration] = []
-    plan = planned(8, 200, seen=seen, **HIPPOCAMPUS)
+    plan = planned_anew(8, 200, seen=seen, **HIPPOCAMPUS)
     found = by_name(plan)
     assert list(found) == ["2d", "3d"]
     assert (found["3d"].patch_voxels, found["3d"].batch_size) == ((40, 56, 40), 7)
@@ -67,7 +74,7 @@ def test_a_low_resolution_is_planned_with_patches_that_are_quick_enough() -> Non
 
 def test_large_volumes_also_get_a_low_resolution_and_a_cascade() -> None:
     seen: list[Configuration] = []
-    plan = planned(8, 100, seen=seen, **LIVER)
+    plan = planned_anew(8, 100, seen=seen, **LIVER)
     found = by_name(plan)
     assert list(found) == ["2d", "3d", "3d_lowres", "3d_cascade"]
     full, low, cascade = found["3d"], found["3d_lowres"], found["3d_cascade"]
@@ -172,7 +179,7 @@ def test_every_configuration_fits_and_uses_its_budget(memory: int, preset: str) 
 
 
 def test_more_memory_never_gives_a_smaller_patch() -> None:
-    plans = [planned(memory, 60, **LIVER) for memory in (4, 6, 8, 11, 16, 24, 40, 80)]
+    plans = [planned(memory, 60, "standard", **LIVER) for memory in (4, 6, 8, 11, 16, 24, 40, 80)]
     volumes = [prod(by_name(plan)["3d"].patch_voxels) for plan in plans]
     assert volumes == sorted(volumes)
     assert volumes[0] < volumes[-1]
@@ -247,7 +254,7 @@ def test_readings_and_warnings_are_announced() -> None:
 def test_a_plan_survives_saving_and_the_same_input_gives_the_same_plan(tmp_path) -> None:
     plan = planned(8, 100, **LIVER)
     save(tmp_path / "plan.json", plan)
-    assert load(tmp_path / "plan.json", Plan) == plan == planned(8, 100, **LIVER)
+    assert load(tmp_path / "plan.json", Plan) == plan == planned_anew(8, 100, **LIVER)
 
 
 def test_images_of_different_size_share_one_plan() -> None:
