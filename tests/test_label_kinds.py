@@ -155,7 +155,7 @@ def write(folder: Path, description: dict, drawn: Callable[[int, np.ndarray], np
     return folder
 
 
-def trained(place: Path, data: Path, steps: int = 60, **options: object) -> tuple[Path, ModelLayout]:
+def trained(place: Path, data: Path, steps: int = 30, **options: object) -> tuple[Path, ModelLayout]:
     """A tiny network trained for a few seconds, in epochs of so many steps; the run and the model."""
     dataset, run = discover(data, workers=1), place / "run"
     outputs = len(dataset.regions) or len(dataset.labels)

@@ -784,6 +784,7 @@ def test_sigterm_in_validation_ends_like_ctrl_c(run: Path) -> None:
 
 def test_ctrl_c_ends_with_code_130_and_the_command_that_goes_on(run: Path) -> None:
     words = [sys.executable, "-m", "autoseg", "train", run, "-c", "3d", "--epochs", "100000", "--device", "cpu"]
+    words += ["--precision", "fp32"]  # else the step is compiled, which takes seconds
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     model = Layout(run).model("3d", "0")
     try:
