@@ -129,7 +129,7 @@ def is_running(pid: int) -> bool:
 
 INTERRUPTED = """
 import sys
-from autoseg import cli
+from autoseg import __main__, cli
 from autoseg.parallel import over_cases
 from test_parallel import start_and_sleep
 @cli.app.command()
@@ -138,7 +138,7 @@ def sleep(folder: str):
         for _ in over_cases(start_and_sleep, [(folder, k) for k in range(8)], 2, str):
             pass
 sys.argv.insert(1, "sleep")
-cli.main()
+__main__.main()
 """
 
 
