@@ -44,32 +44,46 @@ for command in sys.argv[1:]:
         print(ended.code, time.process_time() - began, file=sys.stderr)
 print(*{name.split(".")[0] for name in sys.modules}, file=sys.stderr)
 """
+NOTHING_BUT_TYPER = """
+import typer
+app = typer.Typer(rich_markup_mode=None)
+@app.command()
+def one(name: str = "") -> None:
+    pass
+@app.command()
+def other(name: str = "") -> None:
+    pass
+app(["one", "--help"])
+"""
 BROUGHT_BY_TYPER = {"pydantic"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource usage of children")
-def test_help_takes_less_than_half_a_second_and_imports_nothing_heavy() -> None:
+def test_help_takes_hardly_longer_than_typer_alone_and_imports_nothing_heavy() -> None:
     """One process shows the help of all commands; all that it took but for the others is what the slowest one takes.
 
-    Of processor time: that is the time on a machine with nothing else to do, and holds on a busy one too.
+    Processor time, beside that of an application which does nothing: 0.3 of 0.35 s, mostly for imports.
     """
-    import resource
-
-    took = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ended = subprocess.run([sys.executable, "-c", HELPS, "", *COMMANDS], capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ratios = []
+    while len(ratios) < 5 and min(ratios, default=2.0) > 1.5:
+        alone, _ = processor_seconds(NOTHING_BUT_TYPER)
+        whole, ended = processor_seconds(HELPS, "", *COMMANDS)
         *rows, loaded = (line.split() for line in ended.stderr.splitlines())
         assert [code for code, _ in rows] == ["0"] * (len(COMMANDS) + 1), ended.stderr
         assert [command for command in COMMANDS if f"Usage: autoseg {command} " not in ended.stdout] == []
         assert not (SLOW - BROUGHT_BY_TYPER) & set(loaded)
-        whole = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         each = [float(seconds) for _, seconds in rows[1:]]  # the first one makes ready what all need
-        took.append(whole - sum(each) + max(each))
-        if took[-1] < 0.5:
-            return
-    pytest.fail(f"--help took {min(took):.2f} s")
+        ratios.append((whole - sum(each) + max(each)) / alone)
+    assert min(ratios) <= 1.5
+
+
+def processor_seconds(code: str, *words: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, ended
 
 
 def test_options_without_a_name_of_their_own_are_given_that_of_the_parameter() -> None:
