@@ -3,8 +3,7 @@
 import signal
 import sys
 
-STOPPED = 130
-"""Exit code after Ctrl-C."""
+from autoseg.errors import STOPPED
 
 
 def main() -> None:

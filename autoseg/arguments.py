@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 import typer
 from typer.models import OptionInfo
 
-from autoseg.errors import EndedElsewhere, Interrupted, UserError
+from autoseg.errors import STOPPED, EndedElsewhere, Interrupted, UserError
 from autoseg.events import Report, silent
 from autoseg.parallel import torchrun_setting
 
@@ -83,10 +83,10 @@ def watched(together: bool = False) -> Iterator[Report]:
     except Interrupted as stopped:
         if first:
             screen.show_stopped(f"Stopped; everything is saved. To go on: {stopped.how_to_resume}")
-        raise typer.Exit(130) from stopped
+        raise typer.Exit(STOPPED) from stopped
     except KeyboardInterrupt as stopped:
         screen.show_stopped("Stopped; run the same command again to continue.")
-        raise typer.Exit(130) from stopped
+        raise typer.Exit(STOPPED) from stopped
 
 
 @contextmanager

@@ -5,6 +5,10 @@ and exits with code 2. Anything else that escapes is a defect of autoseg and kee
 """
 
 
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 class UserError(Exception):
     """One clear sentence that names the file or value, and the fix.
 

@@ -33,7 +33,7 @@ from autoseg.records import Case, Configuration, Plan, Rule
 from autoseg.store import load, make_folder, remove_unfinished, save
 
 ELSEWHERE = "Write the label maps to another folder."
-Doubt = Callable[[Path, str, str], Path]
+UncertaintyFile = Callable[[Path, str, str], Path]
 """`layout.entropy_file` or `layout.mutual_file`."""
 PERMILLE = 1000
 """Uncertainty images hold whole numbers, 1000 for the largest possible entropy."""
@@ -104,14 +104,14 @@ def write_case(ending: Ending, case: Case, found: Found) -> Path:
         write_labels(written, finished(found.indices_ZYX, prepared, ending), prepared.geometry)
     for values_ZYX, name in ((found.entropy_ZYX, entropy_file), (found.mutual_ZYX, mutual_file)):
         if values_ZYX is not None and prepared is not None:
-            path = name(ending.output, case.id, _doubt_ending(planned))
+            path = name(ending.output, case.id, _uncertainty_ending(planned))
             write_labels(path, on_file_grid(values_ZYX, prepared, axes), prepared.geometry)
     if ending.model:
         keep_record(ending.output, case.id, ending.model, found.inputs, written, found.uncertainty)
     return written
 
 
-def _doubt_ending(planned: str) -> str:
+def _uncertainty_ending(planned: str) -> str:
     """That of images of uncertainty, beside label maps with this one: values in BMP files end at 255."""
     return ".png" if planned == ".bmp" else planned
 
@@ -158,11 +158,11 @@ def forget(output: Path, case: str) -> None:
 
 
 def done_before(
-    case: Case, output: Path, model: str, probabilities: bool, doubts: Sequence[Doubt] = ()
+    case: Case, output: Path, model: str, probabilities: bool, beside: Sequence[UncertaintyFile] = ()
 ) -> Path | None:
     """The label map of a case that lies there as it would be made now, from the same files; None otherwise.
 
-    Probabilities, and the images of uncertainty that `doubts` names, have to lie there, too; slides have neither.
+    Probabilities, and the images of uncertainty that `beside` names, have to lie there, too; slides have neither.
     """
     record = _recorded(output, case.id)
     if record is None:
@@ -173,9 +173,9 @@ def done_before(
         return None
     if not all(is_unchanged(Path(name), known) for name, known in zip(case.images, record.inputs, strict=True)):
         return None
-    beside = [probabilities_file(output, case.id)] if probabilities else []
-    beside += [file(output, case.id, _doubt_ending(ending_of(written))) for file in doubts]
-    return written if all(path.is_file() for path in beside) or is_slide(case.images) else None
+    wanted = [probabilities_file(output, case.id)] if probabilities else []
+    wanted += [file(output, case.id, _uncertainty_ending(ending_of(written))) for file in beside]
+    return written if all(path.is_file() for path in wanted) or is_slide(case.images) else None
 
 
 def _recorded(output: Path, case: str) -> Predicted | None:

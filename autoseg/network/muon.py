@@ -72,7 +72,7 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
     All iterations are polynomials of the Gram matrix, so they are done on the smaller side and applied once; those of
     one size together, since a GPU's host takes longer to launch these products than they run.
     """
-    wide = [each if each.shape[0] <= each.shape[1] else each.T for each in (every.float() for every in matrices)]
+    wide = [each.float() if each.shape[0] <= each.shape[1] else each.float().T for each in matrices]
     sizes: dict[int, list[int]] = {}
     for number, each in enumerate(wide):
         sizes.setdefault(len(each), []).append(number)
@@ -81,7 +81,7 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
         grams = torch.stack([wide[number] @ wide[number].T for number in numbers])
         for number, applied in zip(numbers, _iterated(grams), strict=True):
             product = applied @ wide[number]
-            found[number] = product if matrices[number].shape[0] <= matrices[number].shape[1] else product.T
+            found[number] = product if product.shape == matrices[number].shape else product.T
     return found
 
 

@@ -31,7 +31,7 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
         path, equals, text = change.partition("=")
         if not equals:
             raise UserError(f"--edit {change}: a field and its value are needed.", fix=f"Such as {EXAMPLE}.")
-        before = _set(content["configurations"], path, written(text))
+        before = _set(content["configurations"], path, value_of(text))
         because = f"set by hand; it was {json.dumps(before)}."
         replaced = (path, path.partition(".")[2]) if len(content["configurations"]) == 1 else (path,)
         others = [each for each in content["choices"] if each["field"] not in replaced]
@@ -42,11 +42,11 @@ def edit(plan: Plan, changes: Sequence[str]) -> Plan:
     return _with_median_shapes(edited, plan)
 
 
-def written(text: str) -> object:
+def value_of(text: str) -> object:
     """The value that a text stands for: JSON, a list of JSON between commas, else the text itself."""
-    for written in (text, f"[{text}]"):
+    for spelled in (text, f"[{text}]"):
         try:
-            return json.loads(written)
+            return json.loads(spelled)
         except json.JSONDecodeError:
             continue
     return text

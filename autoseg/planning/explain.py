@@ -12,7 +12,7 @@ from typing import Any
 
 from autoseg.planning.architecture import describe_network
 from autoseg.planning.cost import parameters, receptive_fields, sizes_per_stage, training_operations
-from autoseg.planning.edit import written
+from autoseg.planning.edit import value_of
 from autoseg.planning.train import describe_train
 from autoseg.planning.wording import device, gigabytes, millimetres, voxels
 from autoseg.records import Budget, Choice, Configuration, Plan
@@ -161,7 +161,7 @@ def _held_instead(field: str, value: str, one: Configuration) -> str:
         held = f"{one.train.loss}, {forced}"
         return "" if value.startswith(f"{one.train.loss},") and f" {forced} (" in value else held
     worded, typed = _worded(one).get(field), _at(one, field)
-    by_hand = written(value)
+    by_hand = value_of(value)
     if value == worded or typed in (by_hand, [by_hand]) or (worded is typed is None):
         return ""
     return worded or json.dumps(typed)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.cases.exchange import (
-    Doubt,
     Ending,
     Found,
     Ready,
+    UncertaintyFile,
     begin_output,
     begin_record,
     done_before,
@@ -176,15 +176,16 @@ def refuse_loss_in_prediction(runs: Sequence[Path], cases: Sequence[Case], outpu
 def _done(
     cases: Sequence[Case], output: Path, predictor: Predictor, wishes: Wishes, report: Report
 ) -> dict[str, Path]:
-    doubts = (entropy_file, mutual_file)[: len(predictor.members)] if wishes.uncertainty else ()
-    return done_cases(cases, output, _content(predictor, wishes), bool(wishes.probabilities), report, doubts)
+    beside = (entropy_file, mutual_file)[: len(predictor.members)] if wishes.uncertainty else ()
+    return done_cases(cases, output, _content(predictor, wishes), bool(wishes.probabilities), report, beside)
 
 
 def done_cases(
-    cases: Sequence[Case], output: Path, model: str, probabilities: bool, report: Report, doubts: Sequence[Doubt] = ()
-) -> dict[str, Path]:
+    cases: Sequence[Case], output: Path, model: str, probabilities: bool, report: Report,
+    beside: Sequence[UncertaintyFile] = (),
+) -> dict[str, Path]:  # fmt: skip
     """The label maps that are there, with what lies beside them, as `model` would make them now, by case id."""
-    found = {case.id: done_before(case, output, model, probabilities, doubts) for case in cases}
+    found = {case.id: done_before(case, output, model, probabilities, beside) for case in cases}
     done = {name: path for name, path in found.items() if path is not None}
     if done:
         report(Said(f"{len(done)} of {len(cases)} cases are done already."))
